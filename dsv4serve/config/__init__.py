@@ -1,0 +1,15 @@
+"""Model facts (config.json) and engine choices (flags = environment = recipe)."""
+
+from dsv4serve.config.engine import EngineConfig, LoadFormat, Numerics, default_model, load_engine_config
+from dsv4serve.config.model import ModelConfig, RopeScaling, require_official_numerics
+
+__all__ = [
+    "EngineConfig",
+    "LoadFormat",
+    "ModelConfig",
+    "Numerics",
+    "RopeScaling",
+    "default_model",
+    "load_engine_config",
+    "require_official_numerics",
+]

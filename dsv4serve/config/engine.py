@@ -1,0 +1,126 @@
+"""Engine choices: one class whose fields are CLI flags, DSV4_* environment variables and YAML recipe keys.
+
+`dsv4serve launch --max-running-requests 8`, `DSV4_MAX_RUNNING_REQUESTS=8` and `max_running_requests: 8` in
+a recipe are the same setting; flags win over the environment, the environment over the recipe. An unknown
+key anywhere is an error.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+
+from dsv4serve.types import ConfigError
+
+
+class Numerics(StrEnum):
+    """How numbers are computed."""
+
+    EXACT = "exact"  # float32 everywhere, no quantisation: the mathematics of the paper
+    OFFICIAL = "official"  # BF16 activations and every quantisation point of the official code
+
+
+class LoadFormat(StrEnum):
+    """Where weights come from."""
+
+    SAFETENSORS = "safetensors"
+    DUMMY = "dummy"  # random weights of the right scale for any config.json; needs no weight files
+
+
+def default_model() -> Path:
+    """The checkpoint that ships inside the package."""
+    return Path(str(importlib.resources.files("dsv4serve_configs"))) / "models" / "demo"
+
+
+class EngineConfig(BaseSettings):
+    """Everything that can be chosen at launch. Sizes are bytes or tokens, durations seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="DSV4_", extra="forbid", frozen=True, env_ignore_empty=True)
+
+    model: Annotated[Path, Field(description="checkpoint folder", default_factory=default_model)]
+    served_model_name: Annotated[str, Field(description="model name in the API; empty = the folder's name")] = ""
+    load_format: Annotated[LoadFormat, Field(description="where weights come from")] = LoadFormat.SAFETENSORS
+    numerics: Annotated[Numerics, Field(description="exact = float32, official = the released quantisation")] = (
+        Numerics.OFFICIAL
+    )
+    host: Annotated[str, Field(description="address the HTTP server binds")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="TCP port of the HTTP server; 0 = any free one")] = 8000
+    frontends: Annotated[int, Field(ge=1, le=64, description="HTTP frontend processes")] = 1
+    api_key: Annotated[tuple[str, ...], Field(description="accepted API keys; none = open; repeatable")] = ()
+    max_model_len: Annotated[
+        int, Field(ge=0, description="tokens, prompt + output of one request; 0 = what model and memory allow")
+    ] = 0
+    max_running_requests: Annotated[int, Field(ge=1, le=16384, description="requests that run at once (slots)")] = 16
+    max_waiting_requests: Annotated[int, Field(ge=1, description="requests that may wait before 429")] = 1024
+    max_step_tokens: Annotated[
+        int, Field(ge=256, description="tokens, rows of one forward step (prefill chunk budget)")
+    ] = 1024
+    cache_bytes: Annotated[
+        int, Field(ge=0, description="bytes for slots, pages and tails; 0 = a share of free memory")
+    ] = 0
+    memory_fraction: Annotated[
+        float, Field(gt=0, lt=1, description="share of free memory taken when cache_bytes is 0")
+    ] = 0.25
+    prefix_cache: Annotated[bool, Field(description="reuse the KV of earlier prompts")] = True
+    priority_ageing_s: Annotated[
+        float, Field(gt=0, description="seconds of waiting that lift a request by one priority level")
+    ] = 10.0
+    max_body_bytes: Annotated[int, Field(ge=1024, description="bytes, largest HTTP body accepted (413 above)")] = (
+        32 << 20
+    )
+    drain_timeout_s: Annotated[
+        float, Field(ge=0, description="seconds that running requests get after SIGTERM before they are aborted")
+    ] = 60.0
+    threads: Annotated[int, Field(ge=1, description="CPU threads of the engine's tensor library")] = 1
+    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$", description="log level")] = "info"
+
+    @property
+    def model_name(self) -> str:
+        """The name under which the API serves the model."""
+        return self.served_model_name or self.model.resolve().name
+
+
+def load_engine_config(flags: dict[str, Any] | None = None, recipe: Path | None = None) -> EngineConfig:
+    """Merge defaults < `recipe` (YAML) < DSV4_* environment < `flags`.
+
+    Raises ConfigError that names every wrong key with what is allowed.
+    """
+    known = EngineConfig.model_fields
+    prefix = EngineConfig.model_config["env_prefix"]
+    strangers = sorted(
+        name for name in os.environ if name.startswith(prefix) and name[len(prefix) :].lower() not in known
+    )
+    if strangers:
+        allowed = ", ".join(prefix + name.upper() for name in known)
+        raise ConfigError(f"unknown environment variables {', '.join(strangers)}; known: {allowed}")
+    try:
+        environment = EnvSettingsSource(EngineConfig)()
+        return EngineConfig(**{**_read_recipe(recipe), **environment, **(flags or {})})
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _read_recipe(recipe: Path | None) -> dict[str, Any]:
+    if recipe is None:
+        return {}
+    try:
+        values = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe {recipe}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {recipe}: expected a mapping of setting names to values")
+    return values
+
+
+def _explain(item: Any) -> str:
+    name = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown setting {name!r}; known: {', '.join(EngineConfig.model_fields)}"
+    return f"{name}: {item['msg']} (got {item['input']!r})"

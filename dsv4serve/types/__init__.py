@@ -1,0 +1,46 @@
+"""The nouns: request, sampling parameters, scheduler and step output, finish reason, the error tree. No torch."""
+
+from dsv4serve.types.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    Dsv4Error,
+    EngineUnavailable,
+    InvalidRequest,
+    ModelNotFound,
+    QueueFull,
+    ShuttingDown,
+)
+from dsv4serve.types.request import FinishReason, Request, RequestOutput, SamplingParams
+from dsv4serve.types.step import (
+    PAGE_TOKENS,
+    Chunk,
+    PageAppend,
+    SchedulerOutput,
+    SlotStart,
+    StepOutput,
+    TailSnapshot,
+)
+
+__all__ = [
+    "PAGE_TOKENS",
+    "CapacityError",
+    "CheckpointError",
+    "Chunk",
+    "ConfigError",
+    "Dsv4Error",
+    "EngineUnavailable",
+    "FinishReason",
+    "InvalidRequest",
+    "ModelNotFound",
+    "PageAppend",
+    "QueueFull",
+    "Request",
+    "RequestOutput",
+    "SamplingParams",
+    "SchedulerOutput",
+    "ShuttingDown",
+    "SlotStart",
+    "StepOutput",
+    "TailSnapshot",
+]

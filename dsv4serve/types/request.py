@@ -1,0 +1,59 @@
+"""A request as the engine sees it: token ids in, sampling parameters, nothing of HTTP or text."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. Every admitted request ends in exactly one of these."""
+
+    STOP = "stop"  # EOS, a stop token id, or (decided by the frontend) a stop string
+    LENGTH = "length"  # max_tokens or the context length reached
+    ABORT = "abort"  # the client went away, asked for it, or the drain timeout passed
+    ERROR = "error"  # the engine failed; the message says how
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How tokens are drawn. Already validated and completed by the frontend; the engine trusts it.
+
+    `seed` is always set: one (seed, output index) pair gives one random number, so a request samples the
+    same tokens alone, in a batch, and after a retraction. `temperature` 0 means greedy.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = no limit
+    min_p: float = 0.0
+    seed: int = 0  # 0 <= seed < 2**63
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    return_logits: bool = False  # send back the float32 logits row that chose each token
+    num_prompt_logits: int = 0  # also the rows of the last n prompt tokens (offline use; disables prefix reuse)
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One sequence to generate. `prompt_ids` has at least one id; `priority` lower runs first."""
+
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    priority: int = 0
+
+
+class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What one engine step added to one request. The last one of a request has `finish_reason`."""
+
+    request_id: str
+    token_ids: list[int] = []
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the id that ended it, when finish_reason is STOP
+    num_cached_tokens: int | None = None  # set once, with the first tokens: prompt tokens not recomputed
+    error: str | None = None
+    error_status: int | None = None  # HTTP status that fits `error`; None means 500
+    logits: list[bytes] = []  # float32 rows [vocab_size], one per token of token_ids, if asked for
+    prompt_logits: list[bytes] = []  # float32 rows [vocab_size] of the last num_prompt_logits prompt tokens
