@@ -1,0 +1,64 @@
+"""Mixture of experts in plain torch (docs/model.md sections 8 and 9): routed and shared experts, combined."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels.gemm import linear
+from dsv4_kernels.gemm.reference import ACTIVATION_GROUP
+from dsv4_kernels.quant import fake_quantize_fp8
+
+
+def _activate(gate_up: Tensor, limit: float) -> Tensor:
+    """SwiGLU with clamp: gate_up [P, 2I] (gate first) -> float32 [P, I]. The gate has no lower clamp."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+def mega_moe(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    shared_w13: Tensor,
+    shared_w2: Tensor,
+    *,
+    limit: float,
+    quantize: bool,
+) -> Tensor:
+    """Sum over a token's experts of w2(weight * swiglu(w13 x)), plus the shared expert: [T, D] in x.dtype.
+
+    Args:
+        x: [T, D]; expert_ids int64 [T, K]; weights float32 [T, K].
+        w13: float32 [E, 2I, D], w1 (gate) rows then w3 (up); w2: float32 [E, D, I]; shared_*: the same without E.
+        limit: swiglu clamp.
+        quantize: round the inputs of both products to E4M3 per 128, as the official code runs FP4 experts.
+
+    The routing weight multiplies before w2. Every product is rounded to x.dtype, their sum is float32.
+    """
+    num_tokens, top_k = expert_ids.shape
+    shared = linear(
+        _activate(linear(x, shared_w13, quantize=quantize), limit).to(x.dtype), shared_w2, quantize=quantize
+    )
+    if num_tokens == 0:
+        return shared
+    # Pairs (token, expert) sorted by expert, so that each expert that is hit is one product over neighbouring rows.
+    order = torch.argsort(expert_ids.flatten(), stable=True)
+    counts = torch.bincount(expert_ids.flatten(), minlength=w13.shape[0]).tolist()
+    hit = [expert for expert, count in enumerate(counts) if count]
+    sizes = [counts[expert] for expert in hit]
+    inputs = fake_quantize_fp8(x, ACTIVATION_GROUP) if quantize else x
+    tokens = order // top_k
+    rows = inputs.float().index_select(0, tokens)
+    gate_up = torch.cat([part @ w13[expert].t() for expert, part in zip(hit, rows.split(sizes), strict=True)])
+    hidden = _activate(gate_up.to(x.dtype), limit) * weights.flatten()[order].unsqueeze(1)
+    hidden = hidden.to(x.dtype)
+    if quantize:
+        hidden = fake_quantize_fp8(hidden, ACTIVATION_GROUP)
+    outputs = torch.cat([part @ w2[expert].t() for expert, part in zip(hit, hidden.float().split(sizes), strict=True)])
+    # A new accumulator, added to in the order of expert ids: the same sum whatever else is in the batch.
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    total.index_add_(0, tokens, outputs.to(x.dtype).float())
+    return (total + shared.float()).to(x.dtype)

@@ -1,0 +1,11 @@
+"""RMSNorm in plain torch (docs/model.md section 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x * rsqrt(mean(x^2) + eps) * weight over the last dim: [.., D] -> x.dtype, float32 inside, rounded once."""
+    return torch.nn.functional.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)

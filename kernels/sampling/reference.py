@@ -1,0 +1,110 @@
+"""Token sampling in plain torch. One uniform number per row, so a row's draw does not depend on its batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MASK = (1 << 64) - 1
+FIRST_WIDTH = 256  # candidates that are sorted before all of them are
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: successive counters land far apart
+
+
+class NonFiniteLogits(ValueError):
+    """A row of logits has no finite maximum; `rows` lists which."""
+
+    def __init__(self, rows: list[int]) -> None:
+        super().__init__(f"logits of rows {rows} are NaN or infinite")
+        self.rows = rows
+
+
+def _mix(value: int) -> int:
+    """Finaliser of the splitmix64 generator: a bijection of 64-bit integers that spreads every bit."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)
+
+
+def uniform(seed: int, index: int) -> float:
+    """The number in [0, 1) that belongs to output `index` of a request with `seed`: a hash, no state."""
+    return (_mix((_mix(seed & MASK) + (index + 1) * GOLDEN) & MASK) >> 11) * 2.0**-53
+
+
+def sample(
+    logits: Tensor, *, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+) -> Tensor:
+    """Draw one token per row: logits float32 [B, V] -> int64 [B].
+
+    Args:
+        temperature: float32 [B]; 0 = greedy (the lowest id among equal maxima).
+        top_k: int64 [B], 0 = no limit; top_p, min_p: float32 [B].
+        uniform: float64 [B] in [0, 1).
+
+    Filters apply in this order: temperature, top-k, top-p (over what top-k kept, renormalised; the token that crosses
+    top_p is kept), min-p (relative to the largest probability). The draw inverts the cumulative sum of what is left in
+    descending order, equal probabilities by id; of a row without filters in the order of ids, which needs no sort.
+    Raises NonFiniteLogits when a row's maximum is NaN or infinite.
+    """
+    top, greedy = logits.max(dim=-1)
+    if not bool(torch.isfinite(top).all()):
+        raise NonFiniteLogits((~torch.isfinite(top)).nonzero().squeeze(1).tolist())
+    is_greedy = temperature == 0
+    if bool(is_greedy.all()):
+        return greedy
+    scaled = (logits - top.unsqueeze(1)) / torch.where(is_greedy, 1.0, temperature).unsqueeze(1)
+    has_filter = ((top_k > 0) & (top_k < logits.shape[1])) | (top_p < 1) | (min_p > 0)
+    drawn = _draw_unfiltered(scaled, uniform)
+    rows = (has_filter & ~is_greedy).nonzero().squeeze(1)
+    if rows.numel():
+        drawn[rows] = _draw(scaled[rows], top_k[rows], top_p[rows].double(), min_p[rows], uniform[rows], FIRST_WIDTH)
+    return torch.where(is_greedy, greedy, drawn)
+
+
+def _draw_unfiltered(scaled: Tensor, uniform: Tensor) -> Tensor:
+    """Draw from rows of logits / temperature with maximum 0, float32 [B, V], by the cumulative sum over ids."""
+    cumulative = scaled.exp().cumsum(-1, dtype=torch.float64)  # a running sum, so that no row depends on its batch
+    total = cumulative[:, -1:].contiguous()
+    # Rounding may push the target onto the total; the last id with any probability then takes it.
+    last = torch.searchsorted(cumulative, total)
+    drawn = torch.searchsorted(cumulative, uniform.unsqueeze(1) * total, right=True)
+    return torch.minimum(drawn, last).squeeze(1)
+
+
+def _descending(scaled: Tensor, width: int) -> Tensor:
+    """Ids of the `width` largest of each row, equal values by ascending id, int64 [B, width]."""
+    bits = (scaled + 0.0).view(torch.int32)  # + 0.0: -0.0 and 0.0 are equal
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()  # integers in the order of the floats
+    last = scaled.shape[1] - 1
+    keys = (ordered << 32) | (last - torch.arange(scaled.shape[1]))  # unique: value first, then the lower id
+    return last - (keys.topk(width, dim=-1).values & 0xFFFFFFFF)
+
+
+def _draw(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor, width: int) -> Tensor:
+    """Draw from rows of logits / temperature with maximum 0, float32 [B, V].
+
+    What the filters keep is a prefix of the descending order, and it is short in practice. So only `width` candidates
+    are sorted; rows whose answer may lie further are drawn again with all of them.
+    """
+    vocab = scaled.shape[1]
+    width = min(width, vocab)
+    order = _descending(scaled, width)
+    total = scaled.exp().cumsum(-1, dtype=torch.float64)[:, -1]  # a running sum, so that no row depends on its batch
+    probs = scaled.gather(1, order).exp().double()  # [B, width], relative to the largest, which is 1
+    cumulative = probs.cumsum(-1)
+    limit = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)
+    limit_mass = cumulative.gather(1, (limit - 1).clamp(max=width - 1).unsqueeze(1)).squeeze(1)
+    limit_mass = torch.where(limit == vocab, total, limit_mass)
+    in_top_p = (cumulative - probs < (top_p * limit_mass).unsqueeze(1)) | (top_p >= 1).unsqueeze(1)
+    num_kept = torch.minimum((in_top_p & (probs >= min_p.unsqueeze(1))).sum(-1), limit)
+    num_kept.clamp_(min=1)
+    target = uniform * cumulative.gather(1, (num_kept - 1).unsqueeze(1)).squeeze(1)
+    # Rounding may push the target onto the mass; the last kept token with any probability then takes it.
+    last = torch.minimum(num_kept, (probs > 0).sum(-1)) - 1
+    rank = torch.minimum((cumulative <= target.unsqueeze(1)).sum(-1), last)
+    drawn = order.gather(1, rank.unsqueeze(1)).squeeze(1)
+    if width < vocab:
+        settled = (limit <= width) | ((limit == vocab) & (num_kept < width))
+        rows = (~settled).nonzero().squeeze(1)
+        if rows.numel():
+            drawn[rows] = _draw(scaled[rows], top_k[rows], top_p[rows], min_p[rows], uniform[rows], width=vocab)
+    return drawn

@@ -1,0 +1,9 @@
+"""Attention over the sliding window and selected compressed entries, with a per-head sink and inverse RoPE.
+
+K and V are the same vectors (docs/model.md section 4). Keys come through tables of row numbers built by `metadata`
+and `indexer`; masked cells are -1.
+"""
+
+from dsv4_kernels.sparse_attention.reference import Keys, attend, sparse_attention
+
+__all__ = ["Keys", "attend", "sparse_attention"]
