@@ -1,0 +1,1 @@
+"""Package data: official model configs, recipes, and the embedded default checkpoint."""

@@ -1,0 +1,41 @@
+"""The multi-token-prediction block (docs/model.md section 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from dsv4_kernels.gemm import linear
+from dsv4_kernels.norm import rms_norm
+from dsv4serve.config import ModelConfig
+from dsv4serve.model.block import Block, HcHead
+from dsv4serve.model.context import StepContext
+
+PREFIX = "mtp.0."
+
+
+class MtpBlock:
+    """Predicts token i + 2 from the streams of position i and token i + 1. Shares embedding and head with the model."""
+
+    def __init__(
+        self, config: ModelConfig, params: Mapping[str, Tensor], embedding: Tensor, head: Tensor, quantize: bool
+    ) -> None:
+        self.config, self.embedding, self.head, self.quantize = config, embedding, head, quantize
+        self.e_proj, self.h_proj = params[PREFIX + "e_proj.weight"], params[PREFIX + "h_proj.weight"]
+        self.e_norm, self.h_norm = params[PREFIX + "enorm.weight"], params[PREFIX + "hnorm.weight"]
+        self.block = Block(config, params, PREFIX, config.num_hidden_layers, quantize)
+        self.hc_head = HcHead(config, params, PREFIX)
+
+    def __call__(self, streams: Tensor, next_ids: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
+        """Streams [rows, c, hidden] of positions i (after the last main layer), next_ids int64 [rows] = token i + 1.
+
+        Returns the block's own output streams (the input of a chained draft) and float32 logits [rows, vocab] for
+        token i + 2.
+        """
+        eps = self.config.rms_norm_eps
+        token = rms_norm(self.embedding[next_ids].to(streams.dtype), self.e_norm, eps)
+        token = linear(token, self.e_proj, quantize=self.quantize)
+        hidden = linear(rms_norm(streams, self.h_norm, eps), self.h_proj, quantize=self.quantize)
+        streams = self.block(token.unsqueeze(1) + hidden, next_ids, step)
+        return streams, linear(self.hc_head(streams).float(), self.head)
