@@ -1,0 +1,107 @@
+"""The tensors behind slots, pages and tails.
+
+Every pool has one extra row group at its end that stays zero: row number -1, a masked read, lands there. Rows are
+handed out by the scheduler's bookkeeping; here is only storage and the three copies a slot needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels.kv_store import Planes, RowFormat
+from dsv4serve.memory.layout import C128_STATE_ROWS, CacheLayout, LayerLayout
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Cache tensors of one layer; planes are uint8 [rows, bytes], see `LayerLayout` for what rows hold."""
+
+    layout: LayerLayout
+    window: Planes  # slot * window_ring_rows + position % window_ring_rows
+    c4_state: Planes | None  # slot * c4_ring_rows + position % c4_ring_rows
+    index_state: Planes | None
+    c128_state: Tensor | None  # f32 [slots + 1, 3, head_dim]
+    entries: Planes | None  # page * entries_per_page + entry % entries_per_page
+    index: Planes | None
+
+    def rings(self) -> list[Tensor]:
+        """Planes that a tail copies."""
+        return [plane for planes in (self.window, self.c4_state, self.index_state) if planes for plane in planes]
+
+
+class CachePools:
+    """All cache tensors of one rank.
+
+    Args:
+        layout: byte layout of the model.
+        num_slots, num_pages, num_tails: how many of each; allocated here, once.
+    """
+
+    def __init__(self, layout: CacheLayout, num_slots: int, num_pages: int, num_tails: int) -> None:
+        self.layout = layout
+        self.num_slots, self.num_pages, self.num_tails = num_slots, num_pages, num_tails
+        self.layers = [self._layer(layer, num_slots, num_pages) for layer in layout.layers]
+        self.streams = torch.zeros(num_slots, layout.stream_bytes, dtype=torch.uint8)
+        self._tail_rings = [
+            [
+                torch.zeros(num_tails, len(ring) // (num_slots + 1), ring.shape[1], dtype=torch.uint8)
+                for ring in layer.rings()
+            ]
+            for layer in self.layers
+        ]
+        self._tail_streams = torch.zeros(num_tails, layout.stream_bytes, dtype=torch.uint8)
+
+    def _layer(self, layer: LayerLayout, num_slots: int, num_pages: int) -> LayerCache:
+        def rows(row_format: RowFormat | None, num_rows: int) -> Planes | None:
+            if row_format is None:
+                return None
+            return tuple(torch.zeros(num_rows, width, dtype=torch.uint8) for width in row_format.plane_bytes)
+
+        window_rows = (num_slots + 1) * self.layout.window_ring_rows
+        state_rows = (num_slots + 1) * self.layout.c4_ring_rows
+        page_rows = (num_pages + 1) * layer.entries_per_page
+        window = rows(layer.window, window_rows)
+        assert window is not None
+        c128 = torch.zeros(num_slots + 1, C128_STATE_ROWS, layer.c128_state_dim) if layer.c128_state_dim else None
+        return LayerCache(
+            layout=layer,
+            window=window,
+            c4_state=rows(layer.c4_state, state_rows),
+            index_state=rows(layer.index_state, state_rows),
+            c128_state=c128,
+            entries=rows(layer.entry, page_rows),
+            index=rows(layer.index, page_rows),
+        )
+
+    def _slot_rings(self, slot: int) -> list[list[Tensor]]:
+        """Views [ring_rows, bytes] of a slot's rings, in tail order."""
+        return [
+            [ring.view(self.num_slots + 1, -1, ring.shape[1])[slot] for ring in layer.rings()] for layer in self.layers
+        ]
+
+    def init_slot(self, slot: int) -> None:
+        """Clear everything a slot holds, so that nothing of its last request can be read."""
+        for layer, rings in zip(self.layers, self._slot_rings(slot), strict=True):
+            for ring in rings:
+                ring.zero_()
+            if layer.c128_state is not None:
+                layer.c128_state[slot].zero_()
+        self.streams[slot].zero_()
+
+    def restore(self, tail: int, slot: int) -> None:
+        """Make `slot` stand where the tail was taken. The C128 states are cleared: a boundary starts a new block."""
+        self.init_slot(slot)
+        for tails, rings in zip(self._tail_rings, self._slot_rings(slot), strict=True):
+            for source, ring in zip(tails, rings, strict=True):
+                ring.copy_(source[tail])
+        self.streams[slot].copy_(self._tail_streams[tail])
+
+    def snapshot(self, slot: int, tail: int) -> None:
+        """Copy a slot's rings to `tail`. The slot stands at a page boundary."""
+        for tails, rings in zip(self._tail_rings, self._slot_rings(slot), strict=True):
+            for target, ring in zip(tails, rings, strict=True):
+                target[tail].copy_(ring)
+        self._tail_streams[tail].copy_(self.streams[slot])

@@ -1,0 +1,80 @@
+"""What the scheduler knows of one request."""
+
+from __future__ import annotations
+
+from dsv4serve.types import PAGE_TOKENS, Request
+
+
+class RequestState:
+    """A request between admission to the queue and its end.
+
+    The lower half describes one run in a slot; `reset_run` starts it afresh (first admission, after a retraction).
+    """
+
+    __slots__ = (
+        "event",
+        "first_step",
+        "keys",
+        "last_computed",
+        "max_length",
+        "min_length",
+        "num_cached",
+        "num_computed",
+        "num_known",
+        "num_prompt",
+        "order",
+        "pages",
+        "pending_tail",
+        "prompt_logits",
+        "request_id",
+        "sampling",
+        "slot",
+        "stop_ids",
+        "stops",
+        "tail_tokens",
+        "tokens",
+    )
+
+    def __init__(self, request: Request, order: tuple[float, int], max_length: int, eos_token_id: int) -> None:
+        sampling = request.sampling
+        self.request_id, self.sampling = request.request_id, sampling
+        self.order = order  # smaller runs first and is retracted last
+        self.tokens = list(request.prompt_ids)  # prompt and outputs: what is known
+        self.keys: list[bytes] = []  # prefix-tree keys of the whole pages of tokens, made when needed
+        self.num_prompt = len(request.prompt_ids)
+        self.max_length = max_length  # prompt and outputs at which it ends
+        self.last_computed = max_length - 1  # the last token is sampled and never computed
+        self.min_length = self.num_prompt + sampling.min_tokens
+        self.stop_ids = set(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            self.stop_ids.add(eos_token_id)
+        self.num_cached: int | None = None  # prompt tokens found in the cache at the first admission, until reported
+        self.reset_run()
+
+    def reset_run(self) -> None:
+        """No slot, nothing computed."""
+        self.slot = -1
+        self.first_step = 0  # results of steps before it belong to the slot's previous owner
+        self.pages: list[int] = []
+        self.num_computed = 0  # positions computed once all planned steps have run
+        self.num_known = 0  # tokens that were known at the start of the run: prefill up to here
+        self.stops: list[int] = []  # page boundaries at which prefill stops for a tail, ascending
+        self.event = 0  # decode needs care when num_computed reaches this: a page boundary or the end
+        self.pending_tail = -1  # a tail not in the tree yet, taken behind tail_tokens tokens
+        self.tail_tokens = 0
+        self.prompt_logits: list[bytes] = []
+
+    @property
+    def num_outputs(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pages_to_start(self) -> int:
+        """Pages of the known tokens and of the position after them, where the next token will be computed."""
+        return pages_of(min(len(self.tokens) + 1, self.max_length))
+
+
+def pages_of(num_tokens: int) -> int:
+    """Pages that hold `num_tokens` positions."""
+    return -(-num_tokens // PAGE_TOKENS)
