@@ -1,0 +1,34 @@
+"""From an EngineConfig to a runner: read the config, plan memory, load weights, allocate."""
+
+from __future__ import annotations
+
+import torch
+
+from dsv4serve.config import EngineConfig, ModelConfig
+from dsv4serve.memory import CacheLayout, CapacityPlan, plan_capacity
+from dsv4serve.model.transformer import Transformer
+from dsv4serve.obs.memory import available_memory_bytes
+from dsv4serve.runner.runner import Runner
+from dsv4serve.weights import load_weights
+
+
+def build_runner(config: EngineConfig, progress: bool = False) -> Runner:
+    """Load the model and allocate its cache.
+
+    Raises:
+        CheckpointError, ConfigError, CapacityError: before anything large is allocated.
+    """
+    torch.set_num_threads(config.threads)
+    model = ModelConfig.load(config.model)
+    plan = cache_plan(config, model)
+    transformer = Transformer(model, load_weights(config, model, progress), config.numerics)
+    return Runner(transformer, plan)
+
+
+def cache_plan(config: EngineConfig, model: ModelConfig, num_draft_tokens: int = 0) -> CapacityPlan:
+    """The capacity plan that this configuration gets on this machine."""
+    layout = CacheLayout.build(model, config.numerics, num_draft_tokens)
+    budget = config.cache_bytes or int(config.memory_fraction * available_memory_bytes())
+    return plan_capacity(
+        layout, budget, config.max_running_requests, model.max_position_embeddings, config.max_model_len
+    )

@@ -1,0 +1,155 @@
+"""SchedulerOutput in, sampled tokens out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels.metadata import StepMetadata
+from dsv4_kernels.sampling import sample, uniform
+from dsv4serve.memory import CachePools, CapacityPlan
+from dsv4serve.model.context import Observer
+from dsv4serve.model.transformer import Transformer
+from dsv4serve.runner.paged import PagedStep
+from dsv4serve.runner.slots import SlotTable
+from dsv4serve.types import PAGE_TOKENS, Chunk, SamplingParams, SchedulerOutput, StepOutput
+
+
+class Runner:
+    """Runs one step at a time over its own cache.
+
+    Args:
+        transformer: the network with its weights.
+        plan: how many slots, pages and tails to allocate; allocated here.
+        observer: called with named intermediate values of every step, in row order.
+    """
+
+    def __init__(self, transformer: Transformer, plan: CapacityPlan, observer: Observer | None = None) -> None:
+        self.transformer = transformer
+        self._observer = observer
+        self.pools = CachePools(plan.layout, plan.num_slots, plan.num_pages, plan.num_tails)
+        self.num_slots, self.num_pages, self.num_tails = plan.num_slots, plan.num_pages, plan.num_tails
+        self.max_model_len = plan.max_model_len
+        self.vocab_size = transformer.config.vocab_size
+        self.eos_token_id = transformer.config.eos_token_id
+        self._slots = SlotTable(plan.num_slots, -(-plan.max_model_len // PAGE_TOKENS))
+
+    @torch.inference_mode()
+    def execute(self, output: SchedulerOutput) -> StepOutput:
+        """Run one step. Raises NonFiniteLogits when a row that samples has NaN or infinite logits."""
+        slots = self._slots
+        for start in output.starts:
+            slots.start(start)
+            if start.tail >= 0:
+                self.pools.restore(start.tail, start.slot)
+            else:
+                self.pools.init_slot(start.slot)
+        for append in output.page_appends:
+            slots.append(append)
+        result = self._forward(output) if output.num_tokens else StepOutput(step_id=output.step_id)
+        for snapshot in output.snapshots:
+            self.pools.snapshot(snapshot.slot, snapshot.tail)
+        return result
+
+    def shutdown(self) -> None:
+        """Nothing to release on CPU; other runners stop their workers here."""
+
+    def _forward(self, output: SchedulerOutput) -> StepOutput:
+        slots, chunks, decodes = self._slots, output.chunks, output.decodes
+        batch_slots = [chunk.slot for chunk in chunks] + decodes
+        counts = [len(chunk.token_ids) for chunk in chunks] + [1] * len(decodes)
+        ids = [token for chunk in chunks for token in chunk.token_ids] + [slots.last_token[slot] for slot in decodes]
+        metadata = StepMetadata(
+            slots=batch_slots,
+            starts=[slots.num_computed[slot] for slot in batch_slots],
+            counts=counts,
+            page_table=slots.page_table(batch_slots),
+            page_tokens=PAGE_TOKENS,
+            c4_ring_rows=self.pools.layout.c4_ring_rows,
+        )
+        streams = self.transformer(torch.tensor(ids), PagedStep(self.pools, metadata, self._observer))
+        prompt_rows = self._prompt_rows(chunks)
+        sampling_rows, sampling_slots = self._sampling_rows(chunks, decodes)
+        for slot, count in zip(batch_slots, counts, strict=True):
+            slots.num_computed[slot] += count
+        result = StepOutput(step_id=output.step_id)
+        rows = [row for rows in prompt_rows.values() for row in rows] + sampling_rows
+        if not rows:
+            return result
+        logits = self.transformer.logits(streams if len(rows) == metadata.num_rows else streams[rows])
+        num_prompt_rows = len(rows) - len(sampling_rows)
+        taken = 0
+        for slot, wanted in prompt_rows.items():
+            result.prompt_logits[slot] = _row_bytes(logits[taken : taken + len(wanted)])
+            taken += len(wanted)
+        self._sample(logits[num_prompt_rows:], sampling_slots, result)
+        return result
+
+    def _sampling_rows(self, chunks: list[Chunk], decodes: list[int]) -> tuple[list[int], list[int]]:
+        """Step rows whose logits choose a token, and their slots."""
+        rows, slots = [], []
+        end = 0
+        for chunk in chunks:
+            end += len(chunk.token_ids)
+            if chunk.samples:
+                rows.append(end - 1)
+                slots.append(chunk.slot)
+        return rows + list(range(end, end + len(decodes))), slots + decodes
+
+    def _prompt_rows(self, chunks: list[Chunk]) -> dict[int, list[int]]:
+        """Step rows of prompt tokens whose logits were asked for, by slot."""
+        wanted: dict[int, list[int]] = {}
+        end = 0
+        for chunk in chunks:
+            first, end = end, end + len(chunk.token_ids)
+            num_rows = self._slots.params(chunk.slot).num_prompt_logits
+            if num_rows:
+                start, num_prompt = self._slots.num_computed[chunk.slot], self._slots.num_prompt[chunk.slot]
+                rows = range(max(start, num_prompt - num_rows), min(start + len(chunk.token_ids), num_prompt))
+                if rows:
+                    wanted[chunk.slot] = [first + position - start for position in rows]
+        return wanted
+
+    def _without_early_stops(self, logits: Tensor, batch: list[int], params: list[SamplingParams]) -> Tensor:
+        """Logits in which requests below their min_tokens cannot draw a token that would end them."""
+        early = [row for row, (slot, p) in enumerate(zip(batch, params, strict=True)) if self._is_early(slot, p)]
+        if not early:
+            return logits
+        logits = logits.clone()
+        for row in early:
+            stops = list(params[row].stop_token_ids)
+            logits[row, stops if params[row].ignore_eos else [*stops, self.eos_token_id]] = -torch.inf
+        return logits
+
+    def _is_early(self, slot: int, params: SamplingParams) -> bool:
+        return self._slots.num_outputs[slot] < params.min_tokens
+
+    def _sample(self, logits: Tensor, batch: list[int], result: StepOutput) -> None:
+        """Draw one token per row [len(batch), vocab]; the slots remember it as their next input."""
+        if not batch:
+            return
+        slots = self._slots
+        params = [slots.params(slot) for slot in batch]
+        token_ids = sample(
+            self._without_early_stops(logits, batch, params),
+            temperature=torch.tensor([p.temperature for p in params]),
+            top_k=torch.tensor([p.top_k for p in params]),
+            top_p=torch.tensor([p.top_p for p in params]),
+            min_p=torch.tensor([p.min_p for p in params]),
+            uniform=torch.tensor(
+                [uniform(p.seed, slots.num_outputs[slot]) for p, slot in zip(params, batch, strict=True)],
+                dtype=torch.float64,
+            ),
+        ).tolist()
+        for row, (slot, token) in enumerate(zip(batch, token_ids, strict=True)):
+            slots.last_token[slot] = token
+            slots.num_outputs[slot] += 1
+            result.slots.append(slot)
+            result.token_ids.append([token])
+            if params[row].return_logits:
+                result.logits[slot] = _row_bytes(logits[row : row + 1])
+
+
+def _row_bytes(logits: Tensor) -> list[bytes]:
+    """float32 rows as bytes."""
+    return [row.tobytes() for row in logits.float().numpy()]
