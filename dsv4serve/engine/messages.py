@@ -1,0 +1,75 @@
+"""What crosses the ZMQ socket between a frontend (DEALER) and the engine (ROUTER): msgspec/msgpack, no pickle.
+
+A frontend's requests carry its ZMQ identity, so the engine answers only that frontend. `decode_*` raise
+msgspec.ValidationError on anything that is not one of these messages.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from dsv4serve.types import Request, RequestOutput
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """First message of a frontend after every (re)connection; answered by EngineInfo."""
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """Admit a request. Answered by Outputs until one has a finish_reason."""
+
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Stop these requests. Each that is still open ends with finish_reason abort."""
+
+    request_ids: list[str]
+
+
+class GetStats(msgspec.Struct, frozen=True, tag="get_stats"):
+    """Ask for EngineStats; also the liveness probe (the step loop answers it, not a thread beside it)."""
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag="engine_info"):
+    """What a frontend must know of the engine before it admits requests."""
+
+    model_path: str
+    max_model_len: int  # prompt + output tokens of one request that can always be served
+    vocab_size: int
+    eos_token_id: int
+    numerics: str
+    num_slots: int
+    num_pages: int
+    num_tails: int
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="engine_stats"):
+    """Gauges and counters of the step loop."""
+
+    num_running: int
+    num_waiting: int
+    num_free_slots: int
+    num_free_pages: int
+    num_free_tails: int
+    num_steps: int
+    num_prompt_tokens: int  # computed prompt tokens, cached ones not counted
+    num_cached_tokens: int
+    num_generated_tokens: int
+    num_retractions: int
+    num_finished: int
+    num_frontends: int  # that said Hello and are not known to be gone
+
+
+class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+    """New tokens and ends of one step, for one frontend."""
+
+    outputs: list[RequestOutput]
+
+
+FromFrontend = Hello | Submit | Abort | GetStats
+FromEngine = EngineInfo | EngineStats | Outputs
+
+encode = msgspec.msgpack.Encoder().encode
+decode_from_frontend = msgspec.msgpack.Decoder(FromFrontend).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

@@ -1,0 +1,120 @@
+"""Scheduler and runner in one process, with poisoned memory, for comparing with the oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from support.models import oracle_logits
+
+from dsv4serve.config import Numerics
+from dsv4serve.memory import CacheLayout, CapacityPlan
+from dsv4serve.model.transformer import Transformer
+from dsv4serve.runner import Runner
+from dsv4serve.scheduler import Scheduler
+from dsv4serve.types import Request, RequestOutput, SamplingParams
+
+TOLERANCE = 2e-4  # of float32 logits with standard deviation about 2
+
+
+def greedy(request_id: str, prompt: list[int], max_tokens: int, **sampling: Any) -> Request:
+    """A request that ignores EOS and returns its logits; greedy unless `sampling` says otherwise."""
+    settings = {"temperature": 0.0, "ignore_eos": True, "return_logits": True, **sampling}
+    return Request(request_id=request_id, prompt_ids=prompt, sampling=SamplingParams(max_tokens=max_tokens, **settings))
+
+
+class Engine:
+    """Scheduler and runner. Every slot, page and tail is NaN whenever it belongs to nobody."""
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        num_slots: int = 4,
+        num_pages: int = 16,
+        num_tails: int = 6,
+        max_step_tokens: int = 512,
+        max_model_len: int = 2048,
+        prefix_cache: bool = True,
+    ) -> None:
+        max_model_len = min(max_model_len, num_pages * 256)
+        layout = CacheLayout.build(transformer.config, Numerics.EXACT)
+        self.runner = Runner(transformer, CapacityPlan(layout, num_slots, num_pages, num_tails, max_model_len))
+        self.scheduler = Scheduler(
+            num_slots=num_slots,
+            num_pages=num_pages,
+            num_tails=num_tails,
+            max_model_len=max_model_len,
+            max_step_tokens=max_step_tokens,
+            eos_token_id=transformer.config.eos_token_id,
+            prefix_cache=prefix_cache,
+        )
+
+    def _poison(self) -> None:
+        """Overwrite what is free: byte 255 is NaN in float32, E4M3 and E8M0."""
+        pools, scheduler = self.runner.pools, self.scheduler
+        slots, pages, tails = (
+            [item for item in range(pool.size) if pool.count(item) == 0]
+            for pool in (scheduler._slots, scheduler._pages, scheduler._tails)
+        )
+        for layer, tail_rings in zip(pools.layers, pools._tail_rings, strict=True):
+            for ring in layer.rings():
+                ring.view(pools.num_slots + 1, -1)[slots] = 255
+            for ring in tail_rings:
+                ring[tails] = 255
+            if layer.c128_state is not None:
+                layer.c128_state[slots] = torch.nan
+            for plane in (layer.entries or ()) + (layer.index or ()):
+                plane.view(pools.num_pages + 1, -1)[pages] = 255
+
+    def run(
+        self,
+        requests: list[Request],
+        arrivals: dict[str, int] | None = None,
+        aborts: dict[str, int] | None = None,
+    ) -> dict[str, RequestOutput]:
+        """Serve `requests`, each added and aborted before the step named for it; outputs merged per request."""
+        arrivals, aborts = arrivals or {}, dict(aborts or {})
+        merged = {request.request_id: RequestOutput(request_id=request.request_id) for request in requests}
+        pending = sorted(requests, key=lambda request: arrivals.get(request.request_id, 0))
+        step = 0
+        while pending or any(output.finish_reason is None for output in merged.values()):
+            while pending and arrivals.get(pending[0].request_id, 0) <= step:
+                self.scheduler.add(pending.pop(0))
+            for name in [name for name, when in aborts.items() if when <= step]:
+                del aborts[name]
+                ended = self.scheduler.abort(name)
+                if ended is not None:
+                    _merge(merged[name], ended)
+            self._poison()
+            planned = self.scheduler.schedule()
+            outputs = [] if planned is None else self.scheduler.update(planned, self.runner.execute(planned))
+            for output in outputs:
+                _merge(merged[output.request_id], output)
+            step += 1
+            assert step < 5000, "the engine makes no progress"
+        return merged
+
+
+def _merge(total: RequestOutput, part: RequestOutput) -> None:
+    assert total.finish_reason is None, f"{part.request_id} has output after its end"
+    total.token_ids = total.token_ids + part.token_ids
+    total.logits = total.logits + part.logits
+    total.prompt_logits = total.prompt_logits + part.prompt_logits
+    total.finish_reason = part.finish_reason
+    if part.num_cached_tokens is not None:
+        assert total.num_cached_tokens is None
+        total.num_cached_tokens = part.num_cached_tokens
+
+
+def check_outputs(transformer: Transformer, requests: list[Request], outputs: dict[str, RequestOutput]) -> None:
+    """Every generated token is the argmax of its row (if greedy), every row is the oracle's on the same history."""
+    for request in requests:
+        output = outputs[request.request_id]
+        if not output.token_ids:
+            continue
+        rows = torch.stack([torch.frombuffer(bytearray(row), dtype=torch.float32) for row in output.logits])
+        assert len(rows) == len(output.token_ids)
+        if request.sampling.temperature == 0:
+            assert rows.argmax(-1).tolist() == output.token_ids
+        expected = oracle_logits(transformer, request.prompt_ids + output.token_ids[:-1])[len(request.prompt_ids) - 1 :]
+        assert (rows - expected).abs().max().item() < TOLERANCE, request.request_id
