@@ -1,0 +1,1 @@
+"""HTTP: routes, schemas, SSE, auth, limits, error bodies."""

@@ -1,0 +1,24 @@
+"""The HTTP application of one frontend."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from dsv4serve import __version__
+from dsv4serve.api import errors, routes_chat, routes_completions, routes_server, routes_tokens
+from dsv4serve.api.frontend import Engine, Frontend
+from dsv4serve.api.gate import Gate
+from dsv4serve.chat.tokenizer import ChatTokenizer
+from dsv4serve.config import EngineConfig
+
+
+def create_app(config: EngineConfig, client: Engine, tokenizer: ChatTokenizer) -> FastAPI:
+    """All routes over one engine client; the Frontend is at `app.state.frontend`. Does not start the client."""
+    app = FastAPI(title="dsv4serve", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.router.redirect_slashes = False
+    frontend = app.state.frontend = Frontend(config, client, tokenizer)
+    for routes in (routes_chat, routes_completions, routes_tokens, routes_server):
+        app.include_router(routes.router)
+    errors.install(app)
+    app.add_middleware(Gate, frontend=frontend)
+    return app

@@ -1,0 +1,109 @@
+"""What one frontend process knows: configuration, tokenizer, engine, and what it serves at this moment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import orjson
+
+from dsv4serve.chat.tokenizer import ChatTokenizer
+from dsv4serve.config import EngineConfig
+from dsv4serve.engine.messages import EngineInfo
+from dsv4serve.types import CheckpointError, EngineUnavailable, InvalidRequest, ModelNotFound, Request, RequestOutput
+
+T = TypeVar("T")
+TOKENIZE_THREADS = 2
+MAX_GENERATION_CONFIG_BYTES = 1 << 20
+
+
+class Engine(Protocol):
+    """The engine as the API sees it: engine.client.EngineClient, or a fake in tests."""
+
+    info: EngineInfo | None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can be submitted."""
+
+    async def is_alive(self) -> bool:
+        """Whether the step loop answers."""
+
+    def submit(self, request: Request) -> AsyncIterator[RequestOutput]:
+        """Outputs of a request, exactly one of them with a finish_reason; closing the iterator aborts."""
+
+    async def abort(self, request_id: str) -> None:
+        """End an open request with finish_reason abort."""
+
+
+class Frontend:
+    """Shared by all routes. Everything runs on one event loop, except tokenising."""
+
+    def __init__(self, config: EngineConfig, engine: Engine, tokenizer: ChatTokenizer) -> None:
+        self.config, self.engine, self.tokenizer = config, engine, tokenizer
+        self.default_temperature, self.default_top_p = read_generation_config(config.model)
+        self.draining = False
+        self.num_active = 0  # HTTP requests between their first byte and their end, probes not counted
+        self.running: set[str] = set()  # engine requests that are open
+        self._threads = ThreadPoolExecutor(TOKENIZE_THREADS, "tokenize")
+
+    def ready_info(self) -> EngineInfo:
+        """The engine's facts. Raises EngineUnavailable while there is no engine to serve a request."""
+        if not self.engine.is_ready or self.engine.info is None:
+            raise EngineUnavailable("the engine is not ready; it is starting or being restarted")
+        return self.engine.info
+
+    def check_model(self, name: str | None) -> str:
+        """The served model's name. Raises ModelNotFound when the request names another."""
+        served = self.config.model_name
+        if name not in (None, served):
+            raise ModelNotFound(f"the model {name!r} does not exist; this server serves {served!r}", "model")
+        return served
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Run rendering or tokenising off the event loop: a long prompt takes seconds."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def check_length(self, num_tokens: int, limit: int, at_least: bool = False) -> None:
+        """Raise InvalidRequest unless a prompt of `num_tokens` leaves room for one token of output."""
+        if num_tokens >= limit:
+            raise InvalidRequest(
+                f"the prompt has {'at least ' if at_least else ''}{num_tokens} tokens; "
+                f"prompt and output together may have {limit}",
+                "prompt",
+            )
+
+    async def abort_all(self) -> None:
+        """End every open request with finish_reason abort."""
+        for request_id in list(self.running):
+            await self.engine.abort(request_id)
+
+    def close(self) -> None:
+        """Free the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def read_generation_config(directory: Path) -> tuple[float, float]:
+    """Default (temperature, top_p) from `directory`/generation_config.json; 1.0 each where it says nothing."""
+    path = directory / "generation_config.json"
+    try:
+        with path.open("rb") as file:
+            raw = orjson.loads(file.read(MAX_GENERATION_CONFIG_BYTES))
+    except FileNotFoundError:
+        raw = {}
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    values = []
+    for name, highest in (("temperature", 2.0), ("top_p", 1.0)):
+        value = raw.get(name)
+        value = 1.0 if value is None else value
+        lowest_ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= highest
+        if not lowest_ok or (name == "top_p" and value == 0):
+            raise CheckpointError(f"{path}: {name} is {value!r}; expected a number up to {highest:g}")
+        values.append(float(value))
+    return values[0], values[1]

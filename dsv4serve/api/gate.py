@@ -1,0 +1,46 @@
+"""The door in front of all routes: keys, and no new work while the server drains. Plain ASGI, nothing per token."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from dsv4serve.api.auth import ApiKeys
+from dsv4serve.api.errors import error_response
+from dsv4serve.api.frontend import Frontend
+from dsv4serve.types import Dsv4Error, ShuttingDown
+
+PROBES = frozenset({"/health", "/ready"})
+
+
+class Unauthorized(Dsv4Error):
+    """No accepted API key."""
+
+    status = 401
+
+
+class Gate:
+    """Lets probes through, refuses the rest without a key or during a drain, and counts what is inside."""
+
+    def __init__(self, app: ASGIApp, frontend: Frontend) -> None:
+        self._app, self._frontend = app, frontend
+        self._keys = ApiKeys(frontend.config.api_key)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        if scope["type"] != "http" or scope["path"] in PROBES:
+            await self._app(scope, receive, send)
+            return
+        frontend = self._frontend
+        if not self._keys.accepts(dict(scope["headers"]).get(b"authorization")):
+            error = Unauthorized("no valid API key: send the header 'Authorization: Bearer KEY'")
+            await error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+            return
+        if frontend.draining:
+            refusal = error_response(ShuttingDown("the server is shutting down"), {"Connection": "close"})
+            await refusal(scope, receive, send)
+            return
+        frontend.num_active += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            frontend.num_active -= 1

@@ -1,0 +1,244 @@
+"""Bodies -> engine requests -> deltas: one Choice per sequence, all choices of a call merged into one stream."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from dsv4serve.api.errors import RequestFailed
+from dsv4serve.api.frontend import Frontend
+from dsv4serve.api.schemas import Sampling
+from dsv4serve.chat.output import Delta, OutputParser
+from dsv4serve.chat.reasoning import ReasoningSplitter
+from dsv4serve.engine.messages import EngineInfo
+from dsv4serve.types import (
+    EngineUnavailable,
+    FinishReason,
+    InvalidRequest,
+    QueueFull,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
+
+SEED_BITS = 2**63 - 1
+
+
+@dataclass(slots=True)
+class Choice:
+    """One sequence of a call. `copy` numbers the choices of one prompt."""
+
+    index: int
+    copy: int
+    request: Request
+    parser: OutputParser
+    include_stop: bool
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None  # the stop string or requested stop id that ended it
+    matched_stop: str | int | None = None  # the same, and EOS's id where that ended it
+    num_cached_tokens: int = 0
+
+    def feed(self, output: RequestOutput, eos_token_id: int) -> Delta:
+        """Take one engine output. Raises RequestFailed when it is an error."""
+        if output.num_cached_tokens is not None:
+            self.num_cached_tokens = output.num_cached_tokens
+        delta = self.parser.feed(output.token_ids, None if self.include_stop else output.stop_token_id)
+        if output.finish_reason is FinishReason.ERROR:
+            raise _failure(output)
+        if output.finish_reason is not None and self.parser.stopped_by is None:
+            rest = self.parser.finish()
+            delta.reasoning += rest.reasoning
+            delta.content += rest.content
+        if self.parser.stopped_by is not None:
+            self.finish_reason = FinishReason.STOP.value
+            self.stop_reason = self.matched_stop = self.parser.stopped_by
+        elif output.finish_reason is not None:
+            self.finish_reason = output.finish_reason.value
+            self.matched_stop = output.stop_token_id
+            self.stop_reason = None if output.stop_token_id == eos_token_id else output.stop_token_id
+        return delta
+
+
+@dataclass(slots=True)
+class Event:
+    """New text of one choice; `is_last` when it is the choice's end."""
+
+    choice: Choice
+    delta: Delta
+    is_last: bool
+
+
+@dataclass(slots=True)
+class Call:
+    """One HTTP request that generates."""
+
+    response_id: str
+    model: str
+    choices: list[Choice]
+    num_prompt_tokens: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts so far: each prompt once, outputs summed over the choices."""
+        num_output = sum(choice.parser.num_tokens for choice in self.choices)
+        num_cached = sum(choice.num_cached_tokens for choice in self.choices if choice.copy == 0)
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": num_output,
+            "total_tokens": self.num_prompt_tokens + num_output,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+            "completion_tokens_details": {
+                "reasoning_tokens": sum(choice.parser.num_reasoning_tokens for choice in self.choices)
+            },
+            "prompt_cache_hit_tokens": num_cached,
+            "prompt_cache_miss_tokens": self.num_prompt_tokens - num_cached,
+        }
+
+
+def build_call(
+    frontend: Frontend,
+    info: EngineInfo,
+    body: Sampling,
+    prompts: Sequence[list[int]],
+    max_tokens: int | None,
+    *,
+    prefix: str,
+    in_reasoning: bool | None,
+) -> Call:
+    """The engine requests of one HTTP request.
+
+    `max_tokens` None is the rest of the context; `prefix` starts the response id; `in_reasoning` None is a raw
+    completion. Raises InvalidRequest when lengths or ids do not fit the model.
+    """
+    model = frontend.check_model(body.model)
+    own_id = body.request_id or body.rid
+    response_id = f"{prefix}-{own_id or secrets.token_hex(12)}"
+    # What a client names itself may be in use already; the engine's ids must not be.
+    engine_id = f"{response_id}-{secrets.token_hex(4)}" if own_id else response_id
+    num_copies = body.n or 1
+    choices: list[Choice] = []
+    for prompt in prompts:
+        base = body.seed if body.seed is not None else secrets.randbits(63)
+        frontend.check_length(len(prompt), info.max_model_len)
+        for copy in range(num_copies):
+            index = len(choices)
+            parser = OutputParser(
+                frontend.tokenizer,
+                splitter=None if in_reasoning is None else ReasoningSplitter(in_reasoning),
+                stops=body.stops,
+                include_stop=bool(body.include_stop_str_in_output),
+                skip_special_tokens=body.skip_special_tokens is not False,
+            )
+            request = Request(
+                request_id=f"{engine_id}-{index}",
+                prompt_ids=prompt,
+                sampling=_sampling(frontend, info, body, len(prompt), max_tokens, derive_seed(base, copy)),
+                priority=body.priority or 0,
+            )
+            choices.append(Choice(index, copy, request, parser, bool(body.include_stop_str_in_output)))
+    return Call(response_id, model, choices, sum(map(len, prompts)))
+
+
+def derive_seed(base: int, copy: int) -> int:
+    """The seed of the `copy`-th choice: the base itself, then SplitMix64 (Steele, Lea, Flood 2014) of base and copy."""
+    if copy == 0:
+        return base
+    mixed = (base + copy * 0x9E3779B97F4A7C15) & (2**64 - 1)
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (mixed ^ (mixed >> 31)) & SEED_BITS
+
+
+async def run(frontend: Frontend, call: Call) -> AsyncGenerator[Event, None]:
+    """Events of all choices as they come. Closing it aborts what is open. Raises what ended a choice in error."""
+    if len(call.choices) == 1:  # the common case needs no task and no queue per token
+        async with aclosing(_run_choice(frontend, call.choices[0])) as events:
+            async for event in events:
+                yield event
+        return
+    queue: asyncio.Queue[Event | Exception] = asyncio.Queue()
+
+    async def pump(choice: Choice) -> None:
+        try:
+            async with aclosing(_run_choice(frontend, choice)) as events:
+                async for event in events:
+                    queue.put_nowait(event)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(choice)) for choice in call.choices]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            num_open -= item.is_last
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _run_choice(frontend: Frontend, choice: Choice) -> AsyncGenerator[Event, None]:
+    info, request = frontend.ready_info(), choice.request
+    stream = cast(AsyncGenerator[RequestOutput, None], frontend.engine.submit(request))
+    frontend.running.add(request.request_id)
+    try:
+        async with aclosing(stream):
+            async for output in stream:
+                delta = choice.feed(output, info.eos_token_id)
+                yield Event(choice, delta, choice.finish_reason is not None)
+                if choice.finish_reason is not None:
+                    return  # after a stop string the engine is still at it: closing the stream aborts it
+    finally:
+        frontend.running.discard(request.request_id)
+    raise EngineUnavailable("the engine ended the request without a result")
+
+
+def _sampling(
+    frontend: Frontend, info: EngineInfo, body: Sampling, num_prompt: int, max_tokens: int | None, seed: int
+) -> SamplingParams:
+    room = info.max_model_len - num_prompt
+    if max_tokens is not None and max_tokens > room:
+        raise InvalidRequest(
+            f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}; together they may have "
+            f"{info.max_model_len}",
+            "max_tokens",
+        )
+    max_tokens = max_tokens or room
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise InvalidRequest(f"min_tokens ({min_tokens}) is above max_tokens ({max_tokens})", "min_tokens")
+    for position, token_id in enumerate(body.stop_token_ids or ()):
+        if token_id >= info.vocab_size:
+            raise InvalidRequest(
+                f"id {token_id} is outside the vocabulary (0 to {info.vocab_size - 1})", f"stop_token_ids.{position}"
+            )
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=frontend.default_temperature if body.temperature is None else body.temperature,
+        top_p=frontend.default_top_p if body.top_p is None else body.top_p,
+        top_k=min(max(body.top_k or 0, 0), info.vocab_size),
+        min_p=body.min_p or 0.0,
+        seed=seed,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+    )
+
+
+def _failure(output: RequestOutput) -> Exception:
+    message = output.error or "the engine failed"
+    known: dict[int | None, Exception] = {
+        InvalidRequest.status: InvalidRequest(message),
+        QueueFull.status: QueueFull(message),
+        EngineUnavailable.status: EngineUnavailable(message),
+    }
+    return known.get(output.error_status) or RequestFailed(message, output.error_status)

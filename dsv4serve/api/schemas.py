@@ -1,0 +1,178 @@
+"""What clients may send. Strict: no number in a string, no boolean as a number, no unknown field."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dsv4serve.types import InvalidRequest
+
+MAX_TOKENS = 2**31 - 1
+MAX_N = 128
+MAX_PROMPTS = 1024
+MAX_STOPS, MAX_STOP_CHARS = 16, 1024
+MAX_STOP_IDS = 256
+RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
+
+# Fields of OpenAI's API that this server does not have yet, with the values that ask for nothing.
+NOT_YET: dict[str, tuple[Any, ...]] = {
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "frequency_penalty": (None, 0),
+    "function_call": (None, "none", "auto"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "logprobs": (None, False),
+    "modalities": (None, ["text"]),
+    "presence_penalty": (None, 0),
+    "prompt_logprobs": (None,),
+    "repetition_penalty": (None, 1),
+    "response_format": (None, {"type": "text"}),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+}
+# Accepted and without effect here.
+IGNORED = (
+    "metadata",
+    "parallel_tool_calls",
+    "prediction",
+    "prompt_cache_key",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+    "verbosity",
+)
+
+
+class Strict(BaseModel):
+    """Base of all bodies."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_out(cls, raw: Any) -> Any:
+        """Drop what is ignored; refuse what does not exist yet unless its value asks for nothing."""
+        if not isinstance(raw, dict):
+            return raw
+        for name, neutral in NOT_YET.items():
+            if name in raw and not any(type(raw[name]) is type(v) and raw[name] == v for v in _widen(neutral)):
+                raise InvalidRequest(f"{name} is not supported yet", name)
+        return {key: value for key, value in raw.items() if key not in NOT_YET and key not in IGNORED}
+
+
+class StreamOptions(Strict):
+    """OpenAI's stream_options."""
+
+    include_usage: bool | None = None
+
+
+class Thinking(Strict):
+    """DeepSeek's thinking switch."""
+
+    type: Literal["enabled", "disabled"]
+
+
+class TemplateKwargs(Strict):
+    """The switches that other engines take as chat_template_kwargs."""
+
+    thinking: bool | None = None
+    enable_thinking: bool | None = None
+    drop_thinking: bool | None = None
+
+
+class ChatSwitches(Strict):
+    """What decides how messages become a prompt. Precedence: see chat.render.resolve_thinking."""
+
+    thinking: Thinking | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    reasoning_effort: Effort | None = None
+
+
+class Sampling(Strict):
+    """What completions and chat completions share. Absent numbers come from generation_config.json."""
+
+    model: Annotated[str, Field(max_length=1024)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop: Any = None  # a string or a list of strings; checked below so that the message can say so
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_IDS)] | None = None
+    include_stop_str_in_output: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    request_id: RequestId | None = None
+    rid: RequestId | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @property
+    def wants_usage_chunk(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @model_validator(mode="after")
+    def _check(self) -> Sampling:
+        stops = [] if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
+        if not isinstance(stops, list) or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_CHARS for s in stops):
+            raise InvalidRequest(
+                f"stop: expected a string or a list of strings of 1 to {MAX_STOP_CHARS} characters", "stop"
+            )
+        if len(stops) > MAX_STOPS:
+            raise InvalidRequest(f"stop: {len(stops)} strings; at most {MAX_STOPS} are allowed", "stop")
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options is allowed only with stream true", "stream_options")
+        return self
+
+
+class CompletionBody(Sampling):
+    """POST /v1/completions."""
+
+    prompt: Any  # a string, a list of strings, a list of ids, or a list of lists of ids
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    add_special_tokens: bool | None = None
+
+
+class ChatBody(Sampling, ChatSwitches):
+    """POST /v1/chat/completions. Messages are checked by chat.messages."""
+
+    messages: list[Any]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+
+
+class TokenizeBody(ChatSwitches):
+    """POST /tokenize: a prompt as completions reads it, or messages as chat renders them."""
+
+    model: Annotated[str, Field(max_length=1024)] | None = None
+    prompt: str | None = None
+    messages: list[Any] | None = None
+    add_special_tokens: bool | None = None
+
+
+class DetokenizeBody(Strict):
+    """POST /detokenize."""
+
+    model: Annotated[str, Field(max_length=1024)] | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+    skip_special_tokens: bool | None = None
+
+
+def _widen(neutral: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A neutral number counts as int and as float."""
+    return neutral + tuple(float(value) for value in neutral if type(value) is int)

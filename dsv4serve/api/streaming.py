@@ -1,0 +1,134 @@
+"""The answer to a call that generates: one JSON body, or server-sent events while the tokens come.
+
+Nothing is sent before the engine's first output, so a request that it rejects gets a real HTTP status. A client that
+goes away cancels the work, which closes the engine's streams and so aborts the requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import orjson
+from fastapi import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from dsv4serve.api.errors import error_body, json_response
+from dsv4serve.api.frontend import Frontend
+from dsv4serve.api.generation import Call, Choice, Event, run
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Shape(Protocol):
+    """How a call's choices look on the wire: chat or completions."""
+
+    name: str  # `object` of the whole answer
+    chunk_name: str  # `object` of a chunk
+
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
+        """The choice part of the first chunk, before any text."""
+
+    def pieces(self, event: Event) -> list[dict[str, Any]]:
+        """The choice parts of the chunks that carry an event's text."""
+
+    def closing(self, choice: Choice) -> dict[str, Any]:
+        """The choice part of the chunk with the finish_reason."""
+
+    def whole(self, choice: Choice, reasoning: str, content: str) -> dict[str, Any]:
+        """The choice part of an answer that is not streamed."""
+
+
+class Generated(Response):
+    """Runs a call and sends what it gives."""
+
+    def __init__(self, frontend: Frontend, call: Call, shape: Shape, stream: bool, usage_chunk: bool) -> None:
+        super().__init__()
+        self._frontend, self._call, self._shape = frontend, call, shape
+        self._stream, self._usage_chunk = stream, usage_chunk
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI answer. Raises, before anything is sent, what the engine answered instead of a first output."""
+        work = asyncio.create_task(self._streamed(send) if self._stream else self._whole(scope, receive, send))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+        finally:
+            work.cancel()
+            gone.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = self._call
+        texts: list[tuple[list[str], list[str]]] = [([], []) for _ in call.choices]
+        async with aclosing(run(self._frontend, call)) as events:
+            async for event in events:
+                reasoning, content = texts[event.choice.index]
+                reasoning.append(event.delta.reasoning)
+                content.append(event.delta.content)
+        choices = [
+            self._shape.whole(choice, "".join(reasoning), "".join(content))
+            for choice, (reasoning, content) in zip(call.choices, texts, strict=True)
+        ]
+        body = {**_head(call, self._shape.name), "choices": choices, "usage": call.usage()}
+        await json_response(body, headers={"X-Request-Id": call.response_id})(scope, receive, send)
+
+    async def _streamed(self, send: Send) -> None:
+        async with aclosing(run(self._frontend, self._call)) as events:
+            first = await anext(events)
+            await send(_start(self._call))
+            async with aclosing(self._chunks(first, events)) as chunks:
+                async for chunk in chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+    async def _chunks(self, first: Event, events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
+        call, shape = self._call, self._shape
+        head = orjson.dumps(_head(call, shape.chunk_name))[:-1]
+        # With include_usage OpenAI puts "usage": null on every other chunk.
+        tail = b'],"usage":null}\n\n' if self._usage_chunk else b"]}\n\n"
+
+        def chunk(part: Mapping[str, Any]) -> bytes:
+            return b"data: " + head + b',"choices":[' + orjson.dumps(part) + tail
+
+        try:
+            opening = b"".join(chunk(part) for choice in call.choices if (part := shape.opening(choice)) is not None)
+            yield opening + b"".join(map(chunk, self._parts(first)))
+            async for event in events:
+                if data := b"".join(map(chunk, self._parts(event))):
+                    yield data
+            if self._usage_chunk:
+                usage = orjson.dumps(call.usage())
+                yield b"data: " + head + b',"choices":[],"usage":' + usage + b"}\n\n"
+        except Exception as error:  # the status is sent already: the stream itself has to say it
+            yield b"data: " + orjson.dumps(error_body(error)) + b"\n\n"
+
+    def _parts(self, event: Event) -> list[dict[str, Any]]:
+        parts = self._shape.pieces(event)
+        return [*parts, self._shape.closing(event.choice)] if event.is_last else parts
+
+
+def _head(call: Call, name: str) -> dict[str, Any]:
+    return {"id": call.response_id, "object": name, "created": call.created, "model": call.model}
+
+
+def _start(call: Call) -> Message:
+    headers = [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),  # proxies must not collect events
+        (b"x-request-id", call.response_id.encode()),
+    ]
+    return {"type": "http.response.start", "status": 200, "headers": headers}
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

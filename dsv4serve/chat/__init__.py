@@ -1,0 +1,1 @@
+"""Messages to prompt ids and generated ids back to text."""
