@@ -1,4 +1,4 @@
-"""The oracle's step: one whole sequence from position 0, explicit masks, no cache. Differentiable."""
+"""The oracle's step: whole sequences from position 0, explicit masks, no cache. Differentiable."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ KV_GROUP = 64
 
 
 class WholeSequence:
-    """StepContext of `length` tokens at positions 0 .. length - 1."""
+    """StepContext of `batch` sequences of `length` tokens each, at positions 0 .. length - 1; row = b * length + t."""
 
-    def __init__(self, length: int, observer: Observer | None = None) -> None:
-        self.positions = torch.arange(length)
+    def __init__(self, length: int, observer: Observer | None = None, batch: int = 1) -> None:
+        self.length, self.batch = length, batch
+        self.positions = torch.arange(length).repeat(batch)
         self._observer = observer
         self._ropes: dict[int, Tensor] = {}
 
@@ -40,42 +41,64 @@ class WholeSequence:
 
     def must_select(self, top_k: int) -> bool:
         """True when the last row sees more than `top_k` C4 entries."""
-        return len(self.positions) // C4 > top_k
+        return self.length // C4 > top_k
 
     def attend(self, layer: Attention, inputs: AttentionInputs) -> Tensor:
         """Window and visible compressed entries under one mask."""
-        config, positions = layer.config, self.positions
+        keys, entries = self.keys(layer, inputs)
+        positions = torch.arange(self.length)
         distance = positions.unsqueeze(1) - positions
-        keys = _quantize_kv(layer, inputs.kv)
-        mask = (distance >= 0) & (distance < config.sliding_window)
-        if layer.compressor is not None and inputs.compress is not None:
-            entries = _quantize_kv(layer, _entries(layer, layer.compressor, inputs.compress, inputs.kv.dtype))
-            keys = torch.cat([keys, entries])
-            mask = torch.cat([mask, self._visible_entries(layer, inputs, len(entries))], dim=1)
-        output = attend(inputs.q, keys, mask, layer.sink)
+        mask = ((distance >= 0) & (distance < layer.config.sliding_window)).expand(self.batch, -1, -1)
+        if entries is not None:
+            keys = torch.cat([keys, entries], dim=1)
+            mask = torch.cat([mask, self.visible_entries(layer, inputs, entries.shape[1])], dim=-1)
+        output = attend(self.split(inputs.q), keys, mask, layer.sink).flatten(0, 1)
         return apply_rope(output, self.rope(layer.frequencies), inverse=True)
 
-    def _visible_entries(self, layer: Attention, inputs: AttentionInputs, num_entries: int) -> Tensor:
-        """bool [rows, entries]: complete blocks, for C4 only the indexer's choice."""
-        visible = (self.positions + 1) // layer.ratio
-        mask = torch.arange(num_entries) < visible.unsqueeze(1)
-        if layer.index_compressor is None or inputs.index_q is None or inputs.index_weights is None:
+    def split(self, rows: Tensor) -> Tensor:
+        """Rows [batch * length, ..] -> [batch, length, ..]."""
+        return rows.unflatten(0, (self.batch, self.length))
+
+    def keys(self, layer: Attention, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
+        """Raw keys [batch, length, head_dim] and compressed entries [batch, length // ratio, head_dim] or None."""
+        raw = self.split(_quantize_kv(layer, inputs.kv))
+        if layer.compressor is None or inputs.compress is None:
+            return raw, None
+        entries = self._entries(layer, layer.compressor, inputs.compress, inputs.kv.dtype)
+        return raw, _quantize_kv(layer, entries)
+
+    def visible_entries(self, layer: Attention, inputs: AttentionInputs, num_entries: int) -> Tensor:
+        """bool [batch, length, entries]: complete blocks, for C4 only the indexer's choice."""
+        visible = (torch.arange(self.length) + 1) // layer.ratio
+        mask = (torch.arange(num_entries) < visible.unsqueeze(1)).expand(self.batch, -1, -1)
+        if inputs.index_q is None:
             return mask
+        chosen = self.choose(layer, inputs, visible)
+        self.observe(f"layers.{layer.index}.attn.selected", chosen.flatten(0, 1))
+        picked = torch.zeros(*chosen.shape[:2], num_entries + 1, dtype=torch.bool)
+        picked.scatter_(2, chosen.masked_fill(chosen < 0, num_entries), True)
+        return mask & picked[..., :-1]
+
+    def choose(self, layer: Attention, inputs: AttentionInputs, visible: Tensor) -> Tensor:
+        """The indexer's choice, int64 [batch, length, k], -1 where there are fewer; `visible` entries of each row."""
+        return select(self.scores(layer, inputs), visible.expand(self.batch, -1), layer.config.index_topk)
+
+    def scores(self, layer: Attention, inputs: AttentionInputs) -> Tensor:
+        """Index scores [batch, length, entries]."""
+        assert layer.index_compressor is not None
+        assert inputs.index_q is not None
+        assert inputs.index_weights is not None
         assert inputs.index_compress is not None
-        index_keys = layer.rotate_index(_entries(layer, layer.index_compressor, inputs.index_compress, inputs.kv.dtype))
-        scores = index_scores(inputs.index_q.unsqueeze(0), inputs.index_weights.unsqueeze(0), index_keys.unsqueeze(0))
-        chosen = select(scores, visible.unsqueeze(0), layer.config.index_topk)[0]
-        self.observe(f"layers.{layer.index}.attn.selected", chosen)
-        picked = torch.zeros(len(chosen), num_entries + 1, dtype=torch.bool)
-        picked.scatter_(1, chosen.masked_fill(chosen < 0, num_entries), True)
-        return mask & picked[:, :-1]
+        keys = self._entries(layer, layer.index_compressor, inputs.index_compress, inputs.kv.dtype)
+        queries, weights = self.split(inputs.index_q), self.split(inputs.index_weights)
+        return index_scores(queries, weights, layer.rotate_index(keys))
 
-
-def _entries(layer: Attention, compressor: Compressor, raw: Tensor, dtype: torch.dtype) -> Tensor:
-    kv, gate = raw.chunk(2, dim=-1)
-    pooled = pool_sequence(kv, gate, layer.ratio)
-    rotations = rope_table(torch.arange(len(pooled)) * layer.ratio, layer.frequencies)
-    return compressor.entries(pooled, rotations, dtype)
+    def _entries(self, layer: Attention, compressor: Compressor, raw: Tensor, dtype: torch.dtype) -> Tensor:
+        kv, gate = self.split(raw).chunk(2, dim=-1)
+        pooled = pool_sequence(kv, gate, layer.ratio)
+        num_entries = pooled.shape[1]
+        rotations = rope_table(torch.arange(num_entries) * layer.ratio, layer.frequencies).repeat(self.batch, 1)
+        return compressor.entries(pooled.flatten(0, 1), rotations, dtype).unflatten(0, (self.batch, num_entries))
 
 
 def _quantize_kv(layer: Attention, kv: Tensor) -> Tensor:
@@ -83,4 +106,4 @@ def _quantize_kv(layer: Attention, kv: Tensor) -> Tensor:
     if not layer.quantize:
         return kv
     nope = layer.config.nope_head_dim
-    return torch.cat([fake_quantize_fp8(kv[:, :nope], KV_GROUP), kv[:, nope:]], dim=-1)
+    return torch.cat([fake_quantize_fp8(kv[..., :nope], KV_GROUP), kv[..., nope:]], dim=-1)

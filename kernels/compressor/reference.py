@@ -17,8 +17,8 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 def pool(kv: Tensor, gate: Tensor) -> Tensor:
-    """Softmax over rows per channel, weighted sum: kv, gate f32 [n, rows, d] -> [n, d]. Gate -inf drops a row."""
-    return (torch.softmax(gate, dim=1) * kv).sum(dim=1)
+    """Softmax over rows per channel, weighted sum: kv, gate f32 [.., rows, d] -> [.., d]. Gate -inf drops a row."""
+    return (torch.softmax(gate, dim=-2) * kv).sum(dim=-2)
 
 
 def finish(pooled: Tensor, norm_weight: Tensor, eps: float, rotations: Tensor, dtype: torch.dtype) -> Tensor:
@@ -27,17 +27,20 @@ def finish(pooled: Tensor, norm_weight: Tensor, eps: float, rotations: Tensor, d
 
 
 def pool_sequence(kv: Tensor, gate: Tensor, ratio: int) -> Tensor:
-    """All complete entries of one sequence from raw rows f32 [T, coff * d] (ape already in gate): [T // ratio, d]."""
-    num_entries = kv.shape[0] // ratio
-    kv = kv[: num_entries * ratio].unflatten(0, (num_entries, ratio))
-    gate = gate[: num_entries * ratio].unflatten(0, (num_entries, ratio))
+    """All complete entries of whole sequences from raw rows f32 [.., T, coff * d] (ape already in gate):
+    [.., T // ratio, d]."""
+    num_entries = kv.shape[-2] // ratio
+    kv = kv[..., : num_entries * ratio, :].unflatten(-2, (num_entries, ratio))
+    gate = gate[..., : num_entries * ratio, :].unflatten(-2, (num_entries, ratio))
     if ratio != 4:
         return pool(kv, gate)
     # Overlap: an entry pools the early half of the block before it and the current half of its own block.
     dim = kv.shape[-1] // 2
-    early_kv = torch.cat([kv.new_zeros(1, ratio, dim), kv[:-1, :, :dim]])[:num_entries]
-    early_gate = torch.cat([gate.new_full((1, ratio, dim), -torch.inf), gate[:-1, :, :dim]])[:num_entries]
-    return pool(torch.cat([early_kv, kv[..., dim:]], dim=1), torch.cat([early_gate, gate[..., dim:]], dim=1))
+    first_kv, first_gate = torch.zeros_like(kv[..., :1, :, :dim]), torch.full_like(gate[..., :1, :, :dim], -torch.inf)
+    early_kv = torch.cat([first_kv, kv[..., :-1, :, :dim]], dim=-3)
+    early_gate = torch.cat([first_gate, gate[..., :-1, :, :dim]], dim=-3)
+    kv, gate = torch.cat([early_kv, kv[..., dim:]], dim=-2), torch.cat([early_gate, gate[..., dim:]], dim=-2)
+    return pool(kv, gate)
 
 
 def pool_c4(rows: Tensor, present: Tensor) -> Tensor:

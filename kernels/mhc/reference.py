@@ -17,14 +17,17 @@ def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
     transposed = kernel.transpose(1, 2)
     row_inv = torch.ones_like(logits[:, :, :1])
     column_inv = kernel.sum(dim=1).unsqueeze(2) + eps
-    # Without gradients the loop reuses three buffers: a third of its time is allocation.
-    keep = logits.requires_grad
-    spare = None if keep else torch.empty_like(row_inv)
+    if logits.requires_grad:  # elementwise, so that a compiler can fuse the loop and its gradient
+        for _ in range(iters - 1):
+            row_inv = (kernel / column_inv.transpose(1, 2)).sum(-1, keepdim=True) + eps * row_inv
+            column_inv = (transposed / row_inv.transpose(1, 2)).sum(-1, keepdim=True) + eps * column_inv
+        return kernel / (row_inv * column_inv.transpose(1, 2))
+    spare = torch.empty_like(row_inv)  # buffers are reused: a third of the loop's time would be allocation
     for _ in range(iters - 1):
-        column = torch.reciprocal(column_inv, out=spare)
-        row_inv = torch.baddbmm(row_inv, kernel, column, beta=eps, out=None if keep else row_inv)
-        row = torch.reciprocal(row_inv, out=spare)
-        column_inv = torch.baddbmm(column_inv, transposed, row, beta=eps, out=None if keep else column_inv)
+        torch.reciprocal(column_inv, out=spare)
+        torch.baddbmm(row_inv, kernel, spare, beta=eps, out=row_inv)
+        torch.reciprocal(row_inv, out=spare)
+        torch.baddbmm(column_inv, transposed, spare, beta=eps, out=column_inv)
     return kernel / (row_inv * column_inv.transpose(1, 2))
 
 

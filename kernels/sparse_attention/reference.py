@@ -22,24 +22,26 @@ class Keys:
 
 
 def attend(q: Tensor, keys: Tensor, mask: Tensor, sink: Tensor) -> Tensor:
-    """One softmax over the given keys, which are also the values.
+    """One softmax over the given keys, which are also the values. Rows that share their keys form a group.
 
     Args:
-        q: [rows, heads, d]; keys: [rows, n, d] or shared [n, d]; mask: bool [rows, n], True = visible.
+        q: [.., rows, heads, d]; keys: [.., n, d]; mask: bool [.., rows, n], True = visible.
         sink: f32 [heads], a logit that only enlarges the denominator.
 
     Returns:
-        [rows, heads, d] in q.dtype. Scores and sums are float32, probabilities are rounded to q.dtype for the value
+        [.., rows, heads, d] in q.dtype. Scores and sums are float32, probabilities are rounded to q.dtype for the value
         product (a no-op in float32) while the row sum is taken from the unrounded ones.
     """
     keys = keys.float()
-    scores = torch.matmul(q.float(), keys.transpose(-1, -2)) * q.shape[-1] ** -0.5
-    scores = torch.where(mask.unsqueeze(1), scores, -torch.inf)
-    sink = sink.view(1, -1, 1)
+    num_heads = q.shape[-2]
+    scores = torch.matmul(q.float().flatten(-3, -2), keys.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    scores = scores.unflatten(-2, (-1, num_heads)).masked_fill(~mask.unsqueeze(-2), -torch.inf)
+    sink = sink.view(-1, 1)
     top = torch.maximum(scores.amax(dim=-1, keepdim=True), sink)
     probs = torch.exp(scores - top)
     total = probs.sum(dim=-1, keepdim=True) + torch.exp(sink - top)
-    return (torch.matmul(probs.to(q.dtype).float(), keys) / total).to(q.dtype)
+    values = torch.matmul(probs.to(q.dtype).float().flatten(-3, -2), keys).unflatten(-2, (-1, num_heads))
+    return (values / total).to(q.dtype)
 
 
 def sparse_attention(q: Tensor, sources: Sequence[Keys], sink: Tensor, rotations: Tensor) -> Tensor:
@@ -55,7 +57,8 @@ def sparse_attention(q: Tensor, sources: Sequence[Keys], sink: Tensor, rotations
         rows = slice(first, first + block)
         tables = [source.table[rows] for source in sources]
         keys = _join([source.read(table) for source, table in zip(sources, tables, strict=True)])
-        outputs.append(attend(q[rows], keys, _join(tables) >= 0, sink))
+        mask = _join(tables) >= 0
+        outputs.append(attend(q[rows].unsqueeze(1), keys, mask.unsqueeze(1), sink).squeeze(1))
     output = _join(outputs, dim=0) if outputs else torch.empty_like(q)
     return apply_rope(output, rotations, inverse=True)
 
