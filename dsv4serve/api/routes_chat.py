@@ -77,7 +77,7 @@ async def chat_ids(
     )
 
     def work() -> list[int]:
-        segments = render(parse_messages(messages), thinking, kwargs.drop_thinking is not False)
+        segments = render(parse_messages(messages), thinking, drop_thinking=kwargs.drop_thinking is not False)
         if limit is not None:
             frontend.check_length(frontend.tokenizer.min_tokens("".join(segments)), limit, at_least=True)
         return frontend.tokenizer.encode_segments(segments)

@@ -29,6 +29,15 @@ class ControlToken(StrEnum):
     ASSISTANT = "<\uff5cAssistant\uff5c>"
     THINK = "<think>"
     END_THINK = "</think>"
+    DSML = "\uff5cDSML\uff5c"
+    LATEST_REMINDER = "<\uff5clatest_reminder\uff5c>"
+    ACTION = "<\uff5caction\uff5c>"
+    QUERY = "<\uff5cquery\uff5c>"
+    AUTHORITY = "<\uff5cauthority\uff5c>"
+    DOMAIN = "<\uff5cdomain\uff5c>"
+    TITLE = "<\uff5ctitle\uff5c>"
+    EXTRACTED_URL = "<\uff5cextracted_url\uff5c>"
+    READ_URL = "<\uff5cread_url\uff5c>"
 
 
 Segment = str | ControlToken  # a ControlToken is a str too: test for it first

@@ -103,7 +103,7 @@ def test_every_wrong_field_is_a_400_that_names_it(server, route):
         (b'"max_completion_tokens": 0', "max_completion_tokens"),
         (b'"messages": []', "messages"),
         (b'"messages": "hi"', "messages"),
-        (b'"messages": [{"role": "tool", "content": "x"}]', "messages.0.role"),
+        (b'"messages": [{"role": "function", "content": "x"}]', "messages.0.role"),
     ],
 )
 def test_wrong_chat_fields(server, fields, param):

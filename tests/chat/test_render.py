@@ -7,11 +7,12 @@ from dsv4serve.chat.render import render, resolve_thinking
 from dsv4serve.chat.tokenizer import ControlToken, join_texts
 from dsv4serve.types import InvalidRequest
 
-B, E, U, A, T, N = ControlToken
+B, E, U, A = ControlToken.BOS, ControlToken.EOS, ControlToken.USER, ControlToken.ASSISTANT
+T, N, D, R = ControlToken.THINK, ControlToken.END_THINK, ControlToken.DSML, ControlToken.LATEST_REMINDER
 
 
 def text_of(raw, thinking=False, drop=True):
-    return "".join(render(parse_messages(raw), thinking, drop))
+    return "".join(render(parse_messages(raw), thinking, drop_thinking=drop))
 
 
 def user(content):
@@ -64,7 +65,7 @@ def test_an_answer_can_be_sent_back_as_the_openai_client_dumps_it():
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "tool", "content": "x"}, "messages.1.role"),
+        ({"role": "function", "content": "x"}, "messages.1.role"),
         ({"role": "alien", "content": "x"}, "messages.1.role"),
         ({"role": ["user"], "content": "x"}, "messages.1.role"),
         ({"content": "x"}, "messages.1.role"),
@@ -77,8 +78,21 @@ def test_an_answer_can_be_sent_back_as_the_openai_client_dumps_it():
         ({"role": "user", "content": ["x"]}, "messages.1.content.0"),
         ({"role": "user", "content": "x", "foo": 1}, "messages.1.foo"),
         ({"role": "assistant", "content": "x", "reasoning": 1}, "messages.1.reasoning"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "a"}]}, "messages.1.tool_calls"),
-        ({"role": "assistant", "content": "x", "prefix": True}, "messages.1.prefix"),
+        ({"role": "user", "content": "x", "prefix": True}, "messages.1.prefix"),
+        ({"role": "assistant", "content": "x", "prefix": 1}, "messages.1.prefix"),
+        ({"role": "user", "content": "x", "task": "title"}, "messages.1.task"),
+        ({"role": "assistant", "content": "x", "task": "query"}, "messages.1.task"),
+        ({"role": "developer", "content": "x", "task": "query"}, "messages.1.task"),
+        ({"role": "user", "content": "x", "tools": [{}]}, "messages.1.tools"),
+        ({"role": "system", "content": "x", "tools": [{}]}, "messages.1.tools.0.function"),
+        ({"role": "user", "content": "x", "tool_calls": [{"id": "a"}]}, "messages.1.tool_calls"),
+        ({"role": "assistant", "tool_calls": {"a": 1}}, "messages.1.tool_calls"),
+        ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "messages.1.tool_calls.0.name"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": 'a"b'}}]}, "messages.1.tool_calls.0.function.name"),
+        ({"role": "assistant", "tool_calls": [{"id": 1, "name": "f"}]}, "messages.1.tool_calls.0.id"),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": 1}]}, "messages.1.tool_calls.0.arguments"),
+        ({"role": "tool", "content": "x", "tool_call_id": 1}, "messages.1.tool_call_id"),
+        ({"role": "tool", "content": [1]}, "messages.1.content.0"),
     ],
 )
 def test_a_wrong_message_is_named(message, param):
@@ -109,7 +123,7 @@ def test_thinking_switch_precedence(switches, expected):
     assert resolve_thinking(**switches) is expected
 
 
-SPELLINGS = st.sampled_from([*(token.value for token in ControlToken), "｜DSML｜", "<", "｜", "User", "｜>", "\n", " "])
+SPELLINGS = st.sampled_from([*(token.value for token in ControlToken), "<", "｜", "User", "｜>", "\n", " "])
 TEXTS = st.lists(st.one_of(SPELLINGS, st.text(max_size=8)), max_size=6).map("".join)
 MESSAGES = st.lists(
     st.one_of(
@@ -124,7 +138,7 @@ MESSAGES = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(raw=MESSAGES, thinking=st.booleans(), drop=st.booleans())
 def test_what_a_client_writes_never_becomes_a_control_token(tokenizer, raw, thinking, drop):
-    segments = render(parse_messages(raw), thinking, drop)
+    segments = render(parse_messages(raw), thinking, drop_thinking=drop)
     ids = tokenizer.encode_segments(segments)
     controls = [tokenizer.control_ids[s] for s in segments if isinstance(s, ControlToken)]
     added = set(tokenizer._full.get_added_tokens_decoder())
