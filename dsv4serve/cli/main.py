@@ -17,6 +17,7 @@ from dsv4serve.types import Dsv4Error
 # that was asked for is imported: some bring torch, and none may break the others.
 COMMANDS = {
     "launch": "serve a checkpoint over HTTP",
+    "chat": "chat in the terminal with a running server or a private one",
     "generate": "generate offline, without a server",
     "check": "show environment and capacity plan, verify a checkpoint or golden vectors",
     "bench": "load a running server and measure it",
