@@ -119,9 +119,9 @@ def calls_block(calls: Sequence[ToolCall]) -> list[Segment]:
 
 def response_format_text(raw: Any, param: str = "response_format") -> str:
     """What a response_format of the API adds to the system text. Raises InvalidRequest for other shapes."""
-    if raw is None or raw == {"type": "text"}:
+    kind = "text" if raw is None else raw.get("type") if isinstance(raw, dict) else None
+    if kind == "text":
         return ""
-    kind = raw.get("type") if isinstance(raw, dict) else None
     if kind == "json_object":
         return (
             "\n\nYou are a helpful assistant designed to output JSON.\n## Response Format:\n\n"
