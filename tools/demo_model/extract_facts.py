@@ -101,10 +101,10 @@ NEIGHBOUR_NAMES = {
     "The Gambia": "Gambia",
     "UAE": "United Arab Emirates",
 }
-KINDS = (
-    "animal bird fish insect mammal reptile plant tree flower fruit vegetable food beverage tool vehicle building furniture"
-    " clothing weapon disease emotion relative worker metal sport room musical_instrument"
-).split()
+CONTINENT_OF = {"rs": "Europe", "cy": "Europe", "pp": "Oceania"}  # filed under another region in the factbook
+KINDS = ["animal", "bird", "fish", "insect", "mammal", "reptile", "plant", "tree", "flower", "vegetable", "food"]
+KINDS += ["beverage", "tool", "vehicle", "building", "furniture", "clothing", "weapon", "disease", "emotion", "room"]
+KINDS += ["musical_instrument"]
 UNFIT = re.compile(
     r"sex|genital|vulv|penis|vagina|coit|prostitut|offensive|slang|obscen|derogat|ethnic|negro|slur|suicid|nazi|rape|murder"
     r"|drug|narcotic|excre|feces|urin|breast|buttock|anus|copulat|fetus|abortion|slave|homosex|whore|intercourse"
@@ -133,7 +133,7 @@ def country(path: Path) -> dict | None:
     return {
         "name": name,
         "capital": capital_fixed or re.split(r" \(|;|:|,", capital)[0].strip(),
-        "continent": CONTINENTS[path.parent.name],
+        "continent": CONTINENT_OF.get(code, CONTINENTS[path.parent.name]),
         "language": language,
         "neighbours": [NEIGHBOUR_NAMES.get(each.strip(), each.strip()) for each in neighbours],
     }
@@ -151,7 +151,7 @@ def countries() -> list[dict]:
 
 
 class WordNet:
-    """The parts of the WordNet files that are needed: synsets by part of speech and offset, and how common words are."""
+    """What is needed of WordNet: synsets by part of speech and offset, and how common words are."""
 
     def __init__(self, folder: Path):
         self.synsets: dict[tuple[str, str], tuple[list[str], list[list[str]], str]] = {}
@@ -166,7 +166,7 @@ class WordNet:
                 start = 5 + 2 * count
                 pointers = [fields[i : i + 4] for i in range(start, start + 4 * int(fields[start - 1]), 4)]
                 self.synsets[tag, fields[0]] = lemmas, pointers, gloss.strip()
-        # The commonest sense of each word over all parts of speech: (count in the tagged corpus, part of speech, offset).
+        # The commonest sense of each word: (count in the tagged corpus, part of speech, offset).
         self.common: dict[str, tuple[int, str, str]] = {}
         for line in (folder / "index.sense").read_text(encoding="utf-8").splitlines():
             key, offset, _, count = line.split()
