@@ -182,7 +182,7 @@ class WordNet:
             lemmas, _, gloss = self.synsets[tag, offset]
             if word not in lemmas:  # a name or an abbreviation, which has capitals
                 continue
-            gloss = re.sub(r"^\([^)]*\) *", "", re.split(r'; |: |"', gloss)[0]).replace("`", "'").strip(" ;,")
+            gloss = re.sub(r"^\([^)]*\) *", "", re.split(r'; |: |"', gloss)[0]).replace("`", "'").strip(" ;,.")
             plain = "(" not in gloss and word not in re.findall("[a-z]+", gloss) and gloss[:1].islower()
             if plain and 12 <= len(gloss) <= 80 and tag in "nva" and not UNFIT.search(word + " " + gloss):
                 found[word] = tag, gloss
