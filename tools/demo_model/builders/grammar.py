@@ -38,7 +38,7 @@ def sections(name: str) -> dict[str, list[str]]:
 
 def words(name: str) -> dict[str, list[str]]:
     """The comma-separated words of each section of a text file in this folder."""
-    joined = {section: ",".join(lines) for section, lines in sections(name).items()}
+    joined = {section: " ".join(lines) for section, lines in sections(name).items()}
     return {section: [word.strip() for word in text.split(",") if word.strip()] for section, text in joined.items()}
 
 
