@@ -28,7 +28,7 @@ class Compressor:
 
     def add_ape(self, raw: Tensor, positions: Tensor) -> Tensor:
         """Raw rows f32 [rows, 2 * width] (kv | gate) plus the position bias of the gates."""
-        return raw + self.bias[positions % self.ratio]
+        return raw + torch.nn.functional.embedding(positions % self.ratio, self.bias)
 
     def entries(self, pooled: Tensor, rotations: Tensor, dtype: torch.dtype) -> Tensor:
         """Pooled values f32 [n, d] -> entries [n, d] in `dtype`. `rotations` are those of each block's first token."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from dsv4_kernels.gemm import linear
@@ -34,7 +35,8 @@ class MtpBlock:
         token i + 2.
         """
         eps = self.config.rms_norm_eps
-        token = rms_norm(self.embedding[next_ids].to(streams.dtype), self.e_norm, eps)
+        embedded = torch.nn.functional.embedding(next_ids, self.embedding).to(streams.dtype)
+        token = rms_norm(embedded, self.e_norm, eps)
         token = linear(token, self.e_proj, quantize=self.quantize)
         hidden = linear(rms_norm(streams, self.h_norm, eps), self.h_proj, quantize=self.quantize)
         streams = self.block(token.unsqueeze(1) + hidden, next_ids, step)

@@ -40,7 +40,7 @@ class Transformer:
 
     def __call__(self, token_ids: Tensor, step: StepContext) -> Tensor:
         """token_ids int64 [rows] -> streams [rows, hc_mult, hidden] after the last layer."""
-        embedded = self.embedding[token_ids].to(self.dtype)
+        embedded = torch.nn.functional.embedding(token_ids, self.embedding).to(self.dtype)
         streams = embedded.unsqueeze(1).expand(-1, self.config.hc_mult, -1)
         step.observe("embedding", streams)
         for block in self.blocks:

@@ -57,18 +57,20 @@ def mhc_pre(
     gates = torch.sigmoid(mixes[:, : 2 * num_streams])
     pre, post = gates[:, :num_streams] + hc_eps, 2.0 * gates[:, num_streams:]
     comb = mixes[:, 2 * num_streams :].unflatten(-1, (num_streams, num_streams))
-    merged = torch.bmm(pre.unsqueeze(1), values).squeeze(1).to(streams.dtype)
+    merged = (pre.unsqueeze(2) * values).sum(dim=1).to(streams.dtype)
     return merged, post, sinkhorn(comb, sinkhorn_iters, hc_eps)
 
 
 def mhc_post(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """New streams [T, c, D]: post_j * output + sum_i comb[i, j] * streams_i, float32 inside, rounded once."""
-    added = post.unsqueeze(2) * output.float().unsqueeze(1)
-    return torch.baddbmm(added, comb.transpose(1, 2), streams.float()).to(streams.dtype)
+    result = post.unsqueeze(2) * output.float().unsqueeze(1)
+    for stream, weights in zip(streams.float().unbind(1), comb.unbind(1), strict=True):
+        result = torch.addcmul(result, weights.unsqueeze(2), stream.unsqueeze(1))
+    return result.to(streams.dtype)
 
 
 def mhc_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, hc_eps: float, norm_eps: float) -> Tensor:
     """Final collapse [T, c, D] -> [T, D]: sigmoid weights, no Sinkhorn. fn float32 [c, c*D], base [c], scale [1]."""
     values, mixes = _mixes(streams, fn, norm_eps)
     pre = torch.sigmoid(torch.addcmul(base, mixes, scale)) + hc_eps
-    return torch.bmm(pre.unsqueeze(1), values).squeeze(1).to(streams.dtype)
+    return (pre.unsqueeze(2) * values).sum(dim=1).to(streams.dtype)

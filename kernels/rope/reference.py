@@ -51,7 +51,17 @@ def apply_rope(x: Tensor, rotations: Tensor, inverse: bool = False) -> Tensor:
         rotations = rotations.conj()
     if x.dim() > 2:
         rotations = rotations.view(rotations.shape[0], *(1,) * (x.dim() - 2), half)
+    first = x.shape[-1] - 2 * half
+    if x.requires_grad:
+        return torch.cat([x[..., :first], _rotate(x[..., first:], rotations.real, rotations.imag)], dim=-1)
     rotated = x.to(torch.float32, copy=True)  # rotated in place: half the calls of taking it apart and together
-    pairs = torch.view_as_complex(rotated[..., x.shape[-1] - 2 * half :].unflatten(-1, (half, 2)))
+    pairs = torch.view_as_complex(rotated[..., first:].unflatten(-1, (half, 2)))
     pairs.mul_(rotations)
     return rotated.to(x.dtype)
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The same in real arithmetic, whose gradient a compiler can fuse: x [.., 2 * half]."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)

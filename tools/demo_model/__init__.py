@@ -1,1 +1,1 @@
-"""Builds the embedded demo model: data, tokenizer, training, quantisation, export, evaluation. Not part of the wheel."""
+"""Builds the embedded demo model: data, tokenizer, training, export, evaluation. Not part of the wheel."""

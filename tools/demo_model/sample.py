@@ -21,8 +21,8 @@ class Sample:
     """One training document: raw text, or a chat whose last message is the assistant's answer to learn.
 
     Exactly one of `text` and `messages` is given. Chat messages are OpenAI-shaped dicts (role, content,
-    reasoning_content, tool_calls, tool_call_id); `tools` are OpenAI function tools. In chat mode (`thinking` False) every
-    assistant message is learnt, in thinking mode only the last one, because earlier reasoning is not rendered.
+    reasoning_content, tool_calls, tool_call_id); `tools` are OpenAI function tools. In chat mode (`thinking` False)
+    every assistant message is learnt, in thinking mode only the last, because earlier reasoning is not rendered.
     """
 
     category: str

@@ -1,0 +1,81 @@
+"""The trainer computes the model that serves: blockwise step, gradient forms, rounding, schedule."""
+
+import pytest
+import torch
+from support.models import random_ids, small_config, small_transformer
+
+from dsv4_kernels.mhc.reference import sinkhorn
+from dsv4_kernels.quant import (
+    dequantize_fp4_weight,
+    dequantize_fp8_blocks,
+    quantize_fp4_weight,
+    quantize_fp8_blocks,
+)
+from dsv4_kernels.rope import apply_rope, rope_table
+from dsv4serve.model.whole import WholeSequence
+from tools.demo_model.config import model_config
+from tools.demo_model.muon import orthogonalize
+from tools.demo_model.network import initial_weights
+from tools.demo_model.rounding import rounded, stored_dtypes
+from tools.demo_model.schedule import DECAY, PHASES, RATE, phase_at, rate_at
+from tools.demo_model.step import TrainingStep
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("select", [True, False])
+def test_training_step_computes_the_whole_sequence_model(select):
+    config = small_config()
+    transformer = small_transformer(config, 3)
+    length = 8 * config.sliding_window
+    batch = [random_ids(config, length, seed) for seed in (1, 2)]
+    step = TrainingStep(2, length, config.n_routed_experts, select, num_taught=1)
+    found = transformer(torch.tensor(batch).flatten(), step).unflatten(0, (2, length))
+    for ids, streams in zip(batch, found, strict=True):
+        whole = WholeSequence(length)
+        if not select:
+            whole.must_select = lambda top_k: False
+        torch.testing.assert_close(streams, transformer(torch.tensor(ids), whole), atol=2e-5, rtol=1e-5)
+    assert all(torch.isfinite(loss) and loss > 0 for loss in step.index_losses)
+    assert {int(load.sum()) for load in step.loads.values()} == {2 * length * config.num_experts_per_tok}
+
+
+def test_gradient_forms_compute_the_same_values():
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 4, 4, generator=draw)
+    torch.testing.assert_close(sinkhorn(logits.clone().requires_grad_(), 20, 1e-6).detach(), sinkhorn(logits, 20, 1e-6))
+    rotations = rope_table(torch.arange(5), torch.rand(8, dtype=torch.float64, generator=draw))
+    x = torch.randn(5, 3, 20, generator=draw)
+    for inverse in (False, True):
+        with_gradient = apply_rope(x.clone().requires_grad_(), rotations, inverse).detach()
+        torch.testing.assert_close(with_gradient, apply_rope(x, rotations, inverse))
+
+
+def test_rounded_weights_are_those_a_checkpoint_holds_and_pass_gradients():
+    config = model_config()
+    weights = initial_weights(config, 1)
+    name = "layers.0.ffn.experts.w2"
+    weights[name].requires_grad_()
+    found = rounded(weights, stored_dtypes(config, weights))
+    expected = dequantize_fp4_weight(*quantize_fp4_weight(weights[name].detach()))
+    torch.testing.assert_close(found[name].detach(), expected, rtol=1e-6, atol=0)
+    dense = weights["layers.0.attn.wq_a.weight"]
+    torch.testing.assert_close(
+        found["layers.0.attn.wq_a.weight"], dequantize_fp8_blocks(*quantize_fp8_blocks(dense)), rtol=1e-6, atol=0
+    )
+    assert torch.equal(found["embed.weight"], weights["embed.weight"].bfloat16().float())
+    found[name].sum().backward()
+    assert torch.equal(weights[name].grad, torch.ones_like(weights[name]))
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    updates = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
+    for matrices in (updates, updates.transpose(1, 2)):
+        values = torch.linalg.svdvals(orthogonalize(matrices))
+        assert 0.5 < values.min() < values.max() < 1.4
+
+
+def test_schedule_covers_every_step():
+    assert [phase_at(step, 1000) for step in (0, 449, 450, 999)] == [PHASES[0], PHASES[0], PHASES[1], PHASES[-1]]
+    rates = [rate_at(step, 1000) for step in range(1000)]
+    assert rates[0] < rates[149] == RATE == rates[int(1000 * DECAY)]
+    assert 0 < rates[-1] < RATE / 100

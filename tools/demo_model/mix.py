@@ -1,0 +1,75 @@
+"""Which samples make a batch: shares of tokens by builder, and documents packed into rows.
+
+The documents of a batch depend on seed and step alone, not on how many processes make them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+
+from tools.demo_model.encoding import Document, SampleEncoder
+from tools.demo_model.sample import Sample
+from tools.demo_model.schedule import CATEGORIES
+
+MIXES: dict[str, tuple[float, ...]] = {  # in the order of CATEGORIES
+    "base": (0.26, 0.20, 0.15, 0.09, 0.05, 0.09, 0.16),
+    "chat": (0.20, 0.20, 0.16, 0.11, 0.06, 0.17, 0.10),
+}
+PAD_ID = 2
+POOL = 24  # documents that wait for a place
+MIN_CUT = 64  # a shorter gap at the end of a row is padded rather than filled with a cut text
+
+
+def batch(
+    encoder: SampleEncoder, seed: int, step: int, rows: int, width: int, mix: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens uint16 and categories uint8, both [rows, width]. Category 0 is not learnt, others are 1 + index in
+    CATEGORIES."""
+    documents = _documents(encoder, random.Random(f"{seed}:{step}"), mix, width)
+    pool: list[Document] = []
+    tokens = np.full((rows, width), PAD_ID, dtype=np.uint16)
+    categories = np.zeros((rows, width), dtype=np.uint8)
+    for row in range(rows):
+        filled = 0
+        while filled < width:
+            while len(pool) < POOL:
+                pool.append(next(documents))
+            space = width - filled
+            index = next((i for i, document in enumerate(pool) if len(document.ids) <= space), None)
+            if index is None:
+                if space < MIN_CUT:
+                    break
+                index = next((i for i, document in enumerate(pool) if document.is_text), None)
+                if index is None:
+                    break
+            document = pool.pop(index)
+            end = min(width, filled + len(document.ids))
+            tokens[row, filled:end] = document.ids[: end - filled]
+            categories[row, filled:end] = document.learnt[: end - filled]
+            filled = end
+    return tokens, categories
+
+
+def _documents(encoder: SampleEncoder, draw: random.Random, mix: str, width: int) -> Iterator[Document]:
+    """Endless: always the builder that lags furthest behind its share of tokens."""
+    shares = MIXES[mix]
+    sources = [_samples(name, random.Random(draw.random()), width) for name in CATEGORIES]
+    counts = [draw.random() * 200.0 for _ in CATEGORIES]  # so that rows do not all begin with the same kind
+    while True:
+        index = min(range(len(shares)), key=lambda i: counts[i] / shares[i])
+        document = encoder.encode(next(sources[index]), index + 1)
+        counts[index] += len(document.ids)
+        if len(document.ids) <= width or document.is_text:
+            yield document
+
+
+def _samples(name: str, draw: random.Random, width: int) -> Iterator[Sample]:
+    builder = importlib.import_module(f"tools.demo_model.builders.{name}")
+    samples: Iterator[Sample] = (
+        builder.samples(draw, max_tokens=width - 100) if name == "recall" else builder.samples(draw)
+    )
+    return samples

@@ -1,0 +1,41 @@
+"""The recipe: phases of training and the learning rate, by share of all steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Modules of builders/.
+CATEGORIES = ("stories", "facts", "arithmetic", "tools", "json_answers", "recall", "natural")
+STEP_TOKENS = 65536
+RATE = 4e-3  # peak learning rate
+WARM_UP = 150  # steps
+DECAY = 0.5  # over the last so much of all steps the rate falls linearly to zero
+
+
+@dataclass(frozen=True)
+class Phase:
+    """From this share of all steps on: sequence length, what C4 layers see, whether weights are rounded, which mix."""
+
+    start: float
+    length: int
+    select: bool
+    round_weights: bool
+    mix: str
+
+
+PHASES = (
+    Phase(0.0, 1024, select=False, round_weights=False, mix="base"),
+    Phase(0.45, 1024, select=True, round_weights=True, mix="base"),
+    Phase(0.6, 2048, select=True, round_weights=True, mix="chat"),
+    Phase(0.8, 4096, select=True, round_weights=True, mix="chat"),
+)
+
+
+def phase_at(step: int, steps: int) -> Phase:
+    """The phase of a step."""
+    return [phase for phase in PHASES if phase.start * steps <= step][-1]
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Learning rate of a step: warm-up, constant, linear to zero."""
+    return RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY * steps))

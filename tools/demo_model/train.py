@@ -1,0 +1,110 @@
+"""Trains the demo model on one GPU and writes the official checkpoint and its BF16 master.
+
+    python -m tools.demo_model.train OUT --tokenizer DIR --steps 6000
+
+The same command and seed see the same data in the same order; GPU sums are not bit-reproducible. Progress goes to
+OUT/log.jsonl, one line every LOG_EVERY steps. Facts and choices: docs/demo-model.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4serve.weights.export import write_checkpoint
+from dsv4serve.weights.layout import official_view
+from tools.demo_model.compiled import compile_operations
+from tools.demo_model.config import CONFIG, model_config
+from tools.demo_model.data import Batches
+from tools.demo_model.schedule import CATEGORIES, STEP_TOKENS, phase_at, rate_at
+from tools.demo_model.trainer import Trainer
+
+LOG_EVERY = 50
+SHARD_BYTES = 15 << 20
+
+
+class Log:
+    """Averages of LOG_EVERY steps as JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._sums: list[dict[str, Tensor]] = []
+        self._start = self._last = time.monotonic()
+
+    def add(self, step: int, sums: dict[str, Tensor], tokens: int, **facts: Any) -> None:
+        """Collect; the device is only waited for when a line is written."""
+        self._sums.append(sums)
+        if len(self._sums) < LOG_EVERY:
+            return
+        total = {key: sum(item[key].double() for item in self._sums).cpu() for key in sums}
+        now = time.monotonic()
+        line: dict[str, Any] = {"step": step, "elapsed_s": round(now - self._start, 1), **facts}
+        line["tokens_per_s"] = round(tokens * LOG_EVERY / (now - self._last))
+        for name in ("main", "mtp"):
+            nats, count = total[f"{name}_nats"], total[f"{name}_tokens"]
+            line[name] = round(float(nats[1:].sum() / count[1:].sum()), 4)
+            line[f"{name}_by_category"] = {
+                category: round(float(nats[i] / count[i]), 4)
+                for i, category in enumerate(CATEGORIES, start=1)
+                if count[i]
+            }
+        line |= {key: round(float(total[key]) / LOG_EVERY, 4) for key in ("index", "norm", "imbalance")}
+        print(json.dumps(line), file=self._file, flush=True)
+        print(json.dumps({key: value for key, value in line.items() if "category" not in key}), flush=True)
+        self._sums, self._last = [], now
+
+
+def export(weights: dict[str, Tensor], out: Path) -> None:
+    """OUT/official (FP8 and FP4) and OUT/master (BF16, in shards)."""
+    values = {name: weight.detach().cpu() for name, weight in weights.items()}
+    read = functools.partial(official_view, values)
+    write_checkpoint(out / "official", CONFIG, read, quantized=True)
+    write_checkpoint(out / "master", CONFIG, read, quantized=False, max_shard_bytes=SHARD_BYTES)
+
+
+def train(out: Path, batches: Batches, steps: int, seed: int, device: str, compiled: bool) -> None:
+    """Run all phases and export."""
+    torch.set_default_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    if compiled:
+        compile_operations()
+    with torch.device("cpu"):
+        config = model_config()
+    out.mkdir(parents=True)
+    trainer, log = Trainer(config, seed, device), Log(out / "log.jsonl")
+    for step in range(steps):
+        phase, rate = phase_at(step, steps), rate_at(step, steps)
+        tokens, categories = (torch.from_numpy(part).to(device, non_blocking=True) for part in batches.next())
+        sums = trainer.step(tokens.long(), categories, phase, rate)
+        log.add(step + 1, sums, STEP_TOKENS, rate=round(rate, 6), length=phase.length)
+    torch.set_default_device("cpu")
+    export(trainer.weights, out)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Train the demo model.", allow_abbrev=False)
+    parser.add_argument("out", type=Path, help="new folder for log and checkpoints")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
+    parser.add_argument("--steps", type=int, default=6000, help=f"updates of {STEP_TOKENS} tokens each")
+    parser.add_argument("--seed", type=int, default=20261123)
+    parser.add_argument("--workers", type=int, default=14, help="processes that make data")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+    batches = Batches(args.tokenizer, args.seed, args.workers, args.steps, STEP_TOKENS)
+    try:
+        train(args.out, batches, args.steps, args.seed, args.device, args.compile)
+    finally:
+        batches.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Weights, optimisers and one update of the demo model's training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4serve.config import ModelConfig
+from tools.demo_model.muon import Muon
+from tools.demo_model.network import initial_weights, losses, total_loss
+from tools.demo_model.rounding import rounded, stored_dtypes
+from tools.demo_model.schedule import CATEGORIES, Phase
+
+EMBEDDING_RATE = 4.0  # times the learning rate: its rows are seen rarely
+MAX_NORM = 1.0
+BIAS_RATE = 1e-3  # of the routers' balancing biases
+
+
+def is_matrix(name: str, weight: Tensor) -> bool:
+    """What Muon trains: dense and expert matrices. Embedding, head, routers, mixes and vectors go to AdamW."""
+    others = ("embed.", "head.", ".gate.", "hc_", ".ape", ".weights_proj.", "norm.")
+    return weight.ndim >= 2 and weight.is_floating_point() and not any(part in name for part in others)
+
+
+class Trainer:
+    """Weights, optimisers and the step."""
+
+    def __init__(self, config: ModelConfig, seed: int, device: str) -> None:
+        self.config = config
+        weights = initial_weights(config, seed)
+        self.dtypes = stored_dtypes(config, weights)
+        self.weights = {name: weight.to(device).contiguous() for name, weight in weights.items()}
+        self.learnt = {
+            name: weight.requires_grad_()
+            for name, weight in self.weights.items()
+            if weight.is_floating_point() and not name.endswith("gate.bias")
+        }
+        matrices, others = [], []
+        for name, weight in self.learnt.items():
+            if name != "embed.weight":
+                (matrices if is_matrix(name, weight) else others).append(weight)
+        self.muon = Muon(matrices, weight_decay=0.02)
+        groups = [{"params": others, "scale": 1.0}, {"params": [self.weights["embed.weight"]], "scale": EMBEDDING_RATE}]
+        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=device == "cuda")
+
+    def step(self, tokens: Tensor, categories: Tensor, phase: Phase, rate: float) -> dict[str, Tensor]:
+        """One update. `categories` uint8 [batch, length + 2]: 0 where a token is not learnt. Returns sums to log."""
+        weights = rounded(self.weights, self.dtypes) if phase.round_weights else self.weights
+        found = losses(self.config, weights, tokens, phase.select)
+        total_loss(found, categories > 0).backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(self.learnt.values()), MAX_NORM)
+        for group in self.adam.param_groups:
+            group["lr"] = rate * group["scale"]
+        self.adam.step()
+        self.muon.step(rate)
+        for weight in self.learnt.values():
+            weight.grad = None
+        self._balance(found.loads)
+        return self._sums(found.main.detach(), found.mtp.detach(), categories) | {
+            "index": found.index.detach(),
+            "norm": norm,
+            "imbalance": torch.stack([load.max() / load.float().mean() for load in found.loads.values()]).max(),
+        }
+
+    @torch.no_grad()
+    def _balance(self, loads: dict[str, Tensor]) -> None:
+        """Auxiliary-loss-free balancing: experts with too many tokens become less likely, the others more."""
+        for name, load in loads.items():
+            bias = self.weights.get(f"{name}.gate.bias")
+            if bias is not None:
+                bias.add_(torch.sign(load.float().mean() - load), alpha=BIAS_RATE)
+
+    def _sums(self, main: Tensor, mtp: Tensor, categories: Tensor) -> dict[str, Tensor]:
+        length, bins = main.shape[1], len(CATEGORIES) + 1
+        result = {}
+        for name, values, shift in (("main", main, 1), ("mtp", mtp, 2)):
+            index = categories[:, shift : length + shift].flatten().long()
+            zero = torch.zeros(bins, device=values.device)
+            result[f"{name}_nats"] = zero.index_add(0, index, values.flatten())
+            result[f"{name}_tokens"] = zero.index_add(0, index, torch.ones_like(values.flatten()))
+        return result
