@@ -35,7 +35,7 @@ class SampleEncoder:
             ids = [self._bos, *self._tokenizer.encode_segments([sample.text]), self._eos]
             return Document(ids, [0] + [category] * (len(ids) - 1), True)
         messages = parse_messages(sample.messages)
-        segments = render(messages, sample.thinking, tools=parse_tools(sample.tools))
+        segments = render(messages, sample.thinking, tools=parse_tools(sample.tools), effort=sample.effort)
         ids = self._tokenizer.encode_segments(segments[:-2])  # without the header of one more answer
         return Document(ids, self._answers(ids, category, sample.thinking), False)
 

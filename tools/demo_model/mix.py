@@ -5,12 +5,14 @@ The documents of a batch depend on seed and step alone, not on how many processe
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import random
 from collections.abc import Iterator
 
 import numpy as np
 
+from dsv4serve.chat.effort import TEXTS
 from tools.demo_model.encoding import Document, SampleEncoder
 from tools.demo_model.sample import Sample
 from tools.demo_model.schedule import CATEGORIES
@@ -21,6 +23,8 @@ MIXES: dict[str, tuple[float, ...]] = {  # in the order of CATEGORIES
 }
 PAD_ID = 2
 POOL = 24  # documents that wait for a place
+EFFORT_SHARE = 0.2  # of thinking chats
+EFFORT_TEXTS = sorted({text for texts in TEXTS.values() for text in texts.values() if text})
 MIN_CUT = 64  # a shorter gap at the end of a row is padded rather than filled with a cut text
 
 
@@ -61,10 +65,17 @@ def _documents(encoder: SampleEncoder, draw: random.Random, mix: str, width: int
     counts = [draw.random() * 200.0 for _ in CATEGORIES]  # so that rows do not all begin with the same kind
     while True:
         index = min(range(len(shares)), key=lambda i: counts[i] / shares[i])
-        document = encoder.encode(next(sources[index]), index + 1)
+        document = encoder.encode(_with_effort(next(sources[index]), draw), index + 1)
         counts[index] += len(document.ids)
         if len(document.ids) <= width or document.is_text:
             yield document
+
+
+def _with_effort(sample: Sample, draw: random.Random) -> Sample:
+    """Some thinking chats get the text of a higher effort, which one of the two contracts has even by default."""
+    if not sample.thinking or draw.random() > EFFORT_SHARE:
+        return sample
+    return dataclasses.replace(sample, effort=draw.choice(EFFORT_TEXTS))
 
 
 def _samples(name: str, draw: random.Random, width: int) -> Iterator[Sample]:

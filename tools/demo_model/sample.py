@@ -30,6 +30,7 @@ class Sample:
     messages: list[dict[str, Any]] = field(default_factory=list)
     tools: list[dict[str, Any]] = field(default_factory=list)
     thinking: bool = False
+    effort: str = ""  # text of a reasoning effort, in thinking mode
 
 
 @dataclass(frozen=True)
