@@ -37,14 +37,15 @@ class SampleEncoder:
         messages = parse_messages(sample.messages)
         segments = render(messages, sample.thinking, tools=parse_tools(sample.tools), effort=sample.effort)
         ids = self._tokenizer.encode_segments(segments[:-2])  # without the header of one more answer
-        return Document(ids, self._answers(ids, category, sample.thinking), False)
+        drops_reasoning = sample.thinking and not sample.tools
+        return Document(ids, self._answers(ids, category, only_last=drops_reasoning), False)
 
-    def _answers(self, ids: list[int], category: int, thinking: bool) -> list[int]:
-        """What the model writes: from after `<Assistant><think>` or `<Assistant></think>` to EOS. With thinking only
-        the last answer, because earlier ones are rendered without their reasoning."""
+    def _answers(self, ids: list[int], category: int, only_last: bool) -> list[int]:
+        """What the model writes: from after `<Assistant><think>` or `<Assistant></think>` to EOS. `only_last` where
+        earlier answers are rendered without their reasoning."""
         learnt = [0] * len(ids)
         starts = [i for i, token in enumerate(ids) if token == self._assistant]
-        for start in starts[-1:] if thinking else starts:
+        for start in starts[-1:] if only_last else starts:
             for i in range(start + 2, len(ids)):
                 learnt[i] = category
                 if ids[i] == self._eos:

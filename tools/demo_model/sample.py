@@ -22,7 +22,7 @@ class Sample:
 
     Exactly one of `text` and `messages` is given. Chat messages are OpenAI-shaped dicts (role, content,
     reasoning_content, tool_calls, tool_call_id); `tools` are OpenAI function tools. In chat mode (`thinking` False)
-    every assistant message is learnt, in thinking mode only the last, because earlier reasoning is not rendered.
+    and with tools every assistant message is learnt; else only the last, because earlier reasoning is not rendered.
     """
 
     category: str

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 # Modules of builders/.
 CATEGORIES = ("stories", "facts", "arithmetic", "tools", "json_answers", "recall", "natural")
-STEP_TOKENS = 65536
+STEP_TOKENS = 131072
 RATE = 4e-3  # peak learning rate
 WARM_UP = 150  # steps
 DECAY = 0.5  # over the last so much of all steps the rate falls linearly to zero
