@@ -156,22 +156,16 @@ def calendar(draw: random.Random) -> Puzzle:
         asked = f"Which month is {steps} month{'s' * (steps > 1)} after {MONTHS[start]}?"
         return asked, f"It is {month}.", f"From {MONTHS[start]}: {', '.join(walk)}."
     if case == 2:
-        month = draw.randrange(12)
-        note = " In a leap year it has 29." if month == 1 else ""
-        asked = draw.choice(("How many days does {} have?", "How many days are in {}?")).format(MONTHS[month])
-        return (
-            asked,
-            f"{MONTHS[month]} has {LENGTHS[month]} days.{note}",
-            f"{MONTHS[month]} is month {month + 1} of the year.",
-        )
-    start, day = draw.randrange(7), draw.randint(1, 20)
-    later = (start + steps) % 7
-    asked = f"If the {_ordinal(day)} is a {DAYS[start]}, what day is the {_ordinal(day + steps)}?"
-    return (
-        asked,
-        f"It is a {DAYS[later]}.",
-        f"{day + steps} - {day} = {steps}. {steps} days after {DAYS[start]} is {DAYS[later]}.",
-    )
+        number = draw.randrange(12)
+        note = " In a leap year it has 29." if number == 1 else ""
+        asked = draw.choice(("How many days does {} have?", "How many days are in {}?")).format(MONTHS[number])
+        answer = f"{MONTHS[number]} has {LENGTHS[number]} days.{note}"
+        return asked, answer, f"{MONTHS[number]} is month {number + 1} of the year."
+    start, date = draw.randrange(7), draw.randint(1, 20)
+    walk = [DAYS[(start + i) % 7] for i in range(1, steps + 1)]
+    asked = f"If the {_ordinal(date)} is a {DAYS[start]}, what day is the {_ordinal(date + steps)}?"
+    way = f"{date + steps} - {date} = {steps}. From {DAYS[start]}: {', '.join(walk)}."
+    return asked, f"It is a {walk[-1]}.", way
 
 
 def _ordinal(number: int) -> str:
