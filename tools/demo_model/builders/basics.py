@@ -135,7 +135,7 @@ def plurals(draw: random.Random) -> Fact:
     many = plural(noun)
     if draw.random() < 0.25:
         return Fact(f"What is the singular of {many}?", f"The singular of {many} is {noun}.", noun)
-    question = draw.choice(("What is the plural of {}?", "Give me the plural of {}.", "More than one {}: what is it?"))
+    question = draw.choice(("What is the plural of {}?", "Give me the plural of {}.", "What is the plural form of {}?"))
     return Fact(question.format(noun), f"The plural of {noun} is {many}.", many)
 
 
