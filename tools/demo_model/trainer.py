@@ -12,6 +12,7 @@ from tools.demo_model.rounding import rounded, stored_dtypes
 from tools.demo_model.schedule import CATEGORIES, Phase
 
 EMBEDDING_RATE = 4.0  # times the learning rate: its rows are seen rarely
+MIX_RATE = 0.2  # times the learning rate: the mixes of mHC sum over all streams
 MAX_NORM = 1.0
 BIAS_RATE = 1e-3  # of the routers' balancing biases
 
@@ -35,13 +36,16 @@ class Trainer:
             for name, weight in self.weights.items()
             if weight.is_floating_point() and not name.endswith("gate.bias")
         }
-        matrices, others = [], []
+        matrices, groups = [], {scale: [] for scale in (1.0, EMBEDDING_RATE, MIX_RATE)}
         for name, weight in self.learnt.items():
-            if name != "embed.weight":
-                (matrices if is_matrix(name, weight) else others).append(weight)
+            if is_matrix(name, weight):
+                matrices.append(weight)
+            else:
+                scale = EMBEDDING_RATE if name == "embed.weight" else MIX_RATE if name.endswith("_fn") else 1.0
+                groups[scale].append(weight)
         self.muon = Muon(matrices, weight_decay=0.02)
-        groups = [{"params": others, "scale": 1.0}, {"params": [self.weights["embed.weight"]], "scale": EMBEDDING_RATE}]
-        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=device == "cuda")
+        scaled = [{"params": weights, "scale": scale} for scale, weights in groups.items()]
+        self.adam = torch.optim.AdamW(scaled, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=device == "cuda")
 
     def step(self, tokens: Tensor, categories: Tensor, phase: Phase, rate: float) -> dict[str, Tensor]:
         """One update. `categories` uint8 [batch, length + 2]: 0 where a token is not learnt. Returns sums to log."""
