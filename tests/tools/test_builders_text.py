@@ -22,7 +22,12 @@ TABLES = {
     ],
     "definitions": {"jacket": ["n", "a short coat"], "quit": ["v", "put an end to a state"]},
     "opposites": {"dry": "wet", "wet": "dry"},
-    "kinds": {word: ["bird", "animal"] for word in ("crow", "dove", "eagle", "owl", "robin")},
+    "kinds": {
+        **{word: ["bird", "animal"] for word in ("crow", "dove", "eagle", "owl", "robin")},
+        "kitten": ["animal"],
+        "cow": ["mammal", "animal"],
+        "hut": ["building"],
+    },
 }
 
 
@@ -132,6 +137,11 @@ def test_fact_probes_want_the_exact_words():
         (gloss,) = (gloss for word, (_, gloss) in TABLES["definitions"].items() if word in probe.messages[0]["content"])
         assert probe.check(answer(f"It means: {gloss}."))["right"]
         assert not probe.check(answer(f"It means: {gloss[:-3]}."))["right"]
+
+
+def test_a_denial_is_certain():
+    assert facts.denied(["animal"]) == ["building"]  # a kitten is a mammal, even where WordNet says only "animal"
+    assert facts.denied(["bird", "animal"]) == ["mammal", "building"]
 
 
 def test_basic_facts():

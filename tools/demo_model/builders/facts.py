@@ -41,6 +41,14 @@ CAPITALS = (
     "capital of {}?",
     "Do you know the capital of {}?",
 )
+# WordNet may miss a link inside a family (a kitten is under "animal", not under "mammal"), so that a denial needs
+# another family, or another of the classes of animals that exclude each other.
+CLASSES = {"bird", "fish", "insect", "mammal", "reptile"}
+FAMILIES = (
+    {"animal", *CLASSES, "plant", "tree", "flower", "vegetable", "food", "beverage"},
+    {"building", "room"},
+    {"tool", "weapon", "vehicle"},
+)
 MASS = ("clothing", "furniture", "food")
 # Country names that take the article inside a sentence.
 WITH_THE = re.compile("Republic|Islands|United|Netherlands|Philippines|Bahamas|Maldives|Comoros|Seychelles|Gambia")
@@ -152,7 +160,7 @@ def kind_fact(draw: random.Random) -> Fact:
     kinds = table["kinds"][word]
     choice = draw.random()
     if choice < 0.5:
-        kind = draw.choice(kinds if draw.random() < 0.5 else list(table["members"]))
+        kind = draw.choice(kinds if draw.random() < 0.5 else denied(kinds))
         yes = kind in kinds
         question = draw.choice(("Is {} {}?", "Tell me: is {} {}?", "Yes or no: is {} {}?"))
         verb = "is" if yes else "is not"
@@ -169,6 +177,13 @@ def kind_fact(draw: random.Random) -> Fact:
     plural = basics.plural(kind)
     number = basics.number_word(count)
     return Fact(question.format(number, plural), f"{capital(number)} {plural} are {listed(names)}.")
+
+
+def denied(kinds: list[str]) -> list[str]:
+    """What a thing of these kinds is certainly not."""
+    related = set(kinds).union(*(family for family in FAMILIES if family.intersection(kinds)))
+    excluded = CLASSES.difference(kinds) if CLASSES.intersection(kinds) else set()
+    return [kind for kind in tables()["members"] if kind not in related or kind in excluded]
 
 
 def noun(word: str) -> str:

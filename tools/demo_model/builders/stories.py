@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Iterator
 
-from tools.demo_model.builders.grammar import Frame, a, capital, sections, words
+from tools.demo_model.builders.grammar import Frame, a, sections, words
 from tools.demo_model.sample import Answer, Probe, Sample
 
 WORDS = words("words.txt")
@@ -204,7 +204,7 @@ def samples(draw: random.Random) -> Iterator[Sample]:
         story = Story(draw)
         if draw.random() < 0.5:
             text = story.write(draw.randrange(8)) if draw.random() < 0.95 else story.write_short()
-            title = f"The {capital(story.animal)} and the {capital(story.thing)}\n\n" if draw.random() < 0.25 else ""
+            title = f"The {story.animal.title()} and the {story.thing.title()}\n\n" if draw.random() < 0.25 else ""
             yield Sample("stories", text=title + text)
             continue
         request, text = tell(draw, story)
