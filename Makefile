@@ -35,11 +35,13 @@ clean:
 	.venv/bin/python -m pip install -qq --disable-pip-version-check "$(TORCH)"
 	touch $@
 
-# Installed anew only when pyproject.toml changes: the code itself is used in place.
-.venv/installed: pyproject.toml .venv/torch
+# Installed anew only when pyproject.toml or a C source changes: the Python code is used in place.
+KERNELS := $(wildcard csrc/cpu/*)
+
+.venv/installed: pyproject.toml $(KERNELS) .venv/torch
 	.venv/bin/python -m pip install -qq --disable-pip-version-check -e .
 	touch $@
 
-.venv/installed-dev: pyproject.toml .venv/torch
+.venv/installed-dev: pyproject.toml $(KERNELS) .venv/torch
 	.venv/bin/python -m pip install -qq --disable-pip-version-check -e ".[dev]"
 	touch $@ .venv/installed

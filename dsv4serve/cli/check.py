@@ -101,7 +101,14 @@ def _environment(console: Console) -> None:
 
 
 def _kernels(console: Console) -> None:
-    rows = [(operation, "reference (torch, CPU)") for operation in OPERATIONS]
+    from dsv4_kernels import cpu
+
+    if cpu.library is None:
+        console.print("The C kernels are not built: install from the source with a C compiler to have them")
+    rows = [
+        (operation, "C for float32, else reference" if cpu.takes(operation) else "reference (torch, CPU)")
+        for operation in OPERATIONS
+    ]
     _print_table(console, "Kernels", ("operation", "backend"), rows)
 
 

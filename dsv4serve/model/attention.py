@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.gemm import linear
-from dsv4_kernels.norm import rms_norm
+from dsv4_kernels.norm import head_norm, rms_norm
 from dsv4_kernels.out_proj import grouped_out_proj
 from dsv4_kernels.quant import fake_quantize_fp4, hadamard
 from dsv4_kernels.rope import apply_rope, rope_frequencies
@@ -51,7 +51,8 @@ class Attention:
         self.q_norm = params[attn + "q_norm.weight"]
         self.kv_norm = params[attn + "kv_norm.weight"]
         self.sink = params[attn + "attn_sink"]
-        self.wo_a, self.wo_b = params[attn + "wo_a.weight"], params[attn + "wo_b.weight"]
+        self.wo_a = params[attn + "wo_a.weight"].mT.contiguous().mT  # column by column, as the loader stores the others
+        self.wo_b = params[attn + "wo_b.weight"]
         # One product over the layer input for everything that takes it quantised, one for what takes it as it is.
         self.w_latent = _stack([params[attn + "wq_a.weight"], params[attn + "wkv.weight"]])
         w_query = [params[attn + "wq_b.weight"]]
@@ -86,8 +87,7 @@ class Attention:
         must_select = self.index_compressor is not None and step.must_select(config.index_topk)
         queries = linear(q_latent, self.w_query if must_select else self.w_query[:q_dim], quantize=self.quantize)
         q = queries[:, :q_dim].unflatten(-1, (config.num_attention_heads, config.head_dim))
-        # Per-head RMS in the activation dtype: the official code rounds the square and the product to BF16.
-        q = apply_rope(q * torch.rsqrt(q.square().mean(-1, keepdim=True) + eps), rotations)
+        q = apply_rope(head_norm(q, eps), rotations)
         if self.compressor is None or self.w_raw is None:
             return AttentionInputs(q, kv)
         raw = linear(x, self.w_raw, out_dtype=torch.float32)

@@ -6,14 +6,12 @@ is visible to that token (docs/model.md section 5).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from dsv4_kernels.compressor import online_update, pool_c4
 from dsv4_kernels.indexer import select_entries
-from dsv4_kernels.kv_store import Planes, RowFormat, decode, encode, load, store, take_rows
+from dsv4_kernels.kv_store import Format, Planes, RowFormat, decode, encode, load, store, take_rows
 from dsv4_kernels.metadata import C4, C128, HistoryTable, StepMetadata
 from dsv4_kernels.rope import rope_table
 from dsv4_kernels.sparse_attention import Keys, sparse_attention
@@ -78,17 +76,17 @@ class PagedStep:
         # The MTP layer's ring has room for drafts; the window itself is what the model was trained with.
         history = self.metadata.window(ring_rows, ring_rows - self.pools.layout.num_draft_tokens)
         rows = encode(kv, layout.window)
-        return Keys(history.table, self._read_history(cache.window, rows, layout.window, history, ring_rows))
+        return self._history_keys(cache.window, rows, layout.window, history, ring_rows)
 
-    def _read_history(
+    def _history_keys(
         self, ring: Planes, rows: Planes, row_format: RowFormat, history: HistoryTable, ring_rows: int
-    ) -> Callable[[Tensor], Tensor]:
-        """A reader of `history`'s row numbers; commits the step's rows to the ring (see HistoryTable)."""
+    ) -> Keys:
+        """The rows of `history`; commits the step's rows to the ring (see HistoryTable)."""
         source, target = self.metadata.commit(ring_rows)
         committed = rows if len(source) == len(rows[0]) else tuple(plane[source] for plane in rows)
         if not history.local:
             store(ring, target, committed)
-            return lambda table: load(ring, table, row_format)
+            return _stored_keys(history.table, ring, row_format)
         slots = self.metadata.slots
         local = tuple(
             torch.cat([plane.view(-1, ring_rows, plane.shape[1])[slots].flatten(0, 1), new])
@@ -97,7 +95,7 @@ class PagedStep:
         values = decode(local, row_format)
         values = torch.cat([values, values.new_zeros(1, values.shape[1])])  # -1 reads the zero row
         store(ring, target, committed)
-        return lambda table: take_rows(values, table)
+        return Keys(history.table, lambda table: take_rows(values, table), values)
 
     def _c4(self, layer: Attention, cache: LayerCache, inputs: AttentionInputs) -> Keys:
         assert layer.compressor is not None
@@ -142,8 +140,8 @@ class PagedStep:
             _, target = self.metadata.commit(ring_rows)
             store(ring, target, rows)
             return None
-        read = self._read_history(ring, rows, row_format, closings.history, ring_rows)
-        pooled = pool_c4(read(closings.history.table), closings.history.table >= 0)
+        history = self._history_keys(ring, rows, row_format, closings.history, ring_rows)
+        pooled = pool_c4(history.read(history.table), history.table >= 0)
         rotations = self._rope(layer.frequencies, C4, closings.entry_ids * C4)
         return compressor.entries(pooled, rotations, inputs.kv.dtype)
 
@@ -196,4 +194,10 @@ class PagedStep:
         planes, row_format = cache.entries, cache.layout.entry
         assert planes is not None
         assert row_format is not None
-        return Keys(table, lambda rows: load(planes, rows, row_format))
+        return _stored_keys(table, planes, row_format)
+
+
+def _stored_keys(table: Tensor, planes: Planes, row_format: RowFormat) -> Keys:
+    """Keys that lie in the cache."""
+    values = decode(planes, row_format) if row_format.format is Format.F32 else None
+    return Keys(table, lambda rows: load(planes, rows, row_format), values)

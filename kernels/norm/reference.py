@@ -9,3 +9,11 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x * rsqrt(mean(x^2) + eps) * weight over the last dim: [.., D] -> x.dtype, float32 inside, rounded once."""
     return torch.nn.functional.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
+
+
+def head_norm(q: Tensor, eps: float) -> Tensor:
+    """RMS of each head without a weight: q [T, heads, d] -> the same shape and dtype.
+
+    In the activation dtype: the official code rounds the square and the product to BF16.
+    """
+    return q * torch.rsqrt(q.square().mean(-1, keepdim=True) + eps)

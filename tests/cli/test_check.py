@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsv4_kernels import cpu
 from dsv4serve.cli.main import main
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny-random"
@@ -23,9 +24,20 @@ def test_prints_plans_and_verifies_the_embedded_checkpoint(capsys: pytest.Captur
         "projection",
         "bytes per slot",
         "sparse_attention",
+        "C for float32, else reference",
         "is right",
     ):
         assert expected in text
+
+
+def test_says_when_the_c_kernels_are_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu, "library", None)
+    assert main(["check"]) == 0
+    text = capsys.readouterr().out
+    assert "C kernels are not built" in text
+    assert "C for float32" not in text
 
 
 def test_golden_passes(capsys: pytest.CaptureFixture[str]) -> None:
