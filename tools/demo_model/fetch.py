@@ -130,8 +130,8 @@ def archive_files(package: Package, data: bytes) -> Iterator[tuple[str, bytes]]:
         return
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as tarball:
         for member in tarball:
-            if member.isfile():
-                yield member.name.removeprefix("package/"), tarball.extractfile(member).read()
+            if member.isfile() and (file := tarball.extractfile(member)):
+                yield member.name.removeprefix("package/"), file.read()
 
 
 def extract(package: Package, data: bytes, folder: Path) -> None:

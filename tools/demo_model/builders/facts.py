@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from tools.demo_model.builders import basics
 from tools.demo_model.builders.basics import Fact
@@ -55,11 +56,11 @@ WITH_THE = re.compile("Republic|Islands|United|Netherlands|Philippines|Bahamas|M
 
 
 @functools.cache
-def tables() -> dict:
+def tables() -> dict[str, Any]:
     """The tables of facts.json; FileNotFoundError with what to run when they were not extracted."""
     if not FACTS.exists():
         raise FileNotFoundError(f"{FACTS} is missing: run `python -m tools.demo_model.extract_facts`")
-    found = json.loads(FACTS.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(FACTS.read_text(encoding="utf-8"))
     found["words"] = sorted(found["definitions"])
     found["antonyms"] = sorted(found["opposites"])
     found["members"] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from tools.demo_model.builders import memory, small_talk
 from tools.demo_model.builders.basics import WORDS
@@ -73,7 +74,7 @@ def reason(draw: random.Random, asked: Memory) -> str:
     return form.format(asked.statement, asked.value)
 
 
-def read_and_ask(draw: random.Random, asked: Memory, text: str) -> list[dict]:
+def read_and_ask(draw: random.Random, asked: Memory, text: str) -> list[dict[str, Any]]:
     """The text and the question for one memory, in one user turn or two; the last message is the question."""
     start, question = draw.choice(READ_THIS), draw.choice(QUESTION).format(asked.question)
     text = f"{start}\n\n{text}".strip()
@@ -113,7 +114,7 @@ def absent(draw: random.Random, found: list[Memory]) -> Memory:
 
 def told(draw: random.Random, tokens: int) -> Sample:
     """A chat in which the user says some things and asks later; up to a third of `tokens` lies between."""
-    messages: list[dict] = []
+    messages: list[dict[str, Any]] = []
     found: dict[str, Memory] = {}
     for _ in range(draw.randint(1, 4)):
         each = memory.own(draw)

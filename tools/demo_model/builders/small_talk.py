@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 from tools.demo_model.builders import basics, stories
 from tools.demo_model.builders.grammar import Frame, a, capital, sections
@@ -48,19 +49,19 @@ class Words:
         return self.slots[slot]
 
 
-def turn(question: str, answer: str) -> list[dict]:
+def turn(question: str, answer: str) -> list[dict[str, Any]]:
     """A question of the user and its answer."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def talk(draw: random.Random) -> list[dict]:
+def talk(draw: random.Random) -> list[dict[str, Any]]:
     """One exchange of small talk."""
     question, answer = draw.choice(PAIRS)
     words = Words(draw)
     return turn(question.fill(draw, words), answer.fill(draw, words))
 
 
-def aside(draw: random.Random) -> list[dict]:
+def aside(draw: random.Random) -> list[dict[str, Any]]:
     """One exchange about something else, to stand between a fact and the question for it."""
     kind = draw.random()
     if kind < 0.45:
@@ -73,7 +74,7 @@ def aside(draw: random.Random) -> list[dict]:
     return turn(f"Tell me a two sentence story about {what}.", story.write_short())
 
 
-def about_story(draw: random.Random) -> list[dict]:
+def about_story(draw: random.Random) -> list[dict[str, Any]]:
     """A story on request, then one to three questions about it."""
     story = stories.Story(draw)
     request, text = stories.tell(draw, story)
@@ -92,7 +93,7 @@ def about_story(draw: random.Random) -> list[dict]:
     return messages
 
 
-def named(draw: random.Random) -> list[dict]:
+def named(draw: random.Random) -> list[dict[str, Any]]:
     """A system prompt that gives the assistant a name or a job, and questions about it."""
     name, job = draw.choice(WORDS["girls"] + WORDS["boys"]), draw.choice(WORDS["people"])
     kind = draw.randrange(3)
@@ -111,7 +112,7 @@ def named(draw: random.Random) -> list[dict]:
     return [*messages, *turn(question, answer)]
 
 
-def styled(draw: random.Random) -> list[dict]:
+def styled(draw: random.Random) -> list[dict[str, Any]]:
     """A system prompt that sets how every answer must look."""
     word = draw.choice(("Well", "Yes, sir", "Ahoy", "Dear friend", "Of course", "Hm", *WORDS["girls"][:20]))
     styles: tuple[tuple[str, Callable[[str], str]], ...] = (
@@ -129,13 +130,13 @@ def styled(draw: random.Random) -> list[dict]:
     return messages
 
 
-def plain(draw: random.Random) -> list[dict]:
+def plain(draw: random.Random) -> list[dict[str, Any]]:
     """One to four exchanges of small talk and simple questions."""
     exchanges = [talk(draw) if draw.random() < 0.7 else aside(draw) for _ in range(draw.choice((1, 1, 2, 3, 4)))]
     return [message for exchange in exchanges for message in exchange]
 
 
-def with_system(draw: random.Random, messages: list[dict]) -> list[dict]:
+def with_system(draw: random.Random, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The chat, in two of five cases with a system prompt unless it has one."""
     if messages[0]["role"] == "system" or draw.random() > 0.4:
         return messages
