@@ -170,9 +170,9 @@ class WordNet:
         # The commonest sense of each word: (count in the tagged corpus, part of speech, offset).
         self.common: dict[str, tuple[int, str, str]] = {}
         for line in (folder / "index.sense").read_text(encoding="utf-8").splitlines():
-            key, offset, _, count = line.split()
+            key, offset, _, tagged = line.split()
             word, sense = key.split("%")
-            entry = int(count), "nvars"[int(sense[0]) - 1].replace("s", "a"), offset
+            entry = int(tagged), "nvars"[int(sense[0]) - 1].replace("s", "a"), offset
             if re.fullmatch("[a-z]{3,12}", word) and entry[0] > self.common.get(word, (0, "", ""))[0]:
                 self.common[word] = entry
 
