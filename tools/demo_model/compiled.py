@@ -24,7 +24,7 @@ _USERS = ("dsv4_kernels", "dsv4serve.model", "tools.demo_model")
 
 
 def compile_operations() -> None:
-    """Replace each operation by its compiled form in every module that imported it."""
+    """Replace each operation by its compiled reference in every module that imported it, or the choice that wraps it."""
     torch._dynamo.config.cache_size_limit = 64
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is written
     for module_name, names in OPERATIONS.items():
@@ -32,5 +32,6 @@ def compile_operations() -> None:
             original = getattr(sys.modules[module_name], name)
             compiled = torch.compile(original, dynamic=False)
             for user, module in list(sys.modules.items()):
-                if user.startswith(_USERS) and getattr(module, name, None) is original:
+                used = getattr(module, name, None) if user.startswith(_USERS) else None
+                if used is not None and original in (used, getattr(used, "__wrapped__", None)):
                     setattr(module, name, compiled)
