@@ -24,7 +24,7 @@ _USERS = ("dsv4_kernels", "dsv4serve.model", "tools.demo_model")
 
 
 def compile_operations() -> None:
-    """Replace each operation by its compiled reference in every module that imported it, or the choice that wraps it."""
+    """Replace each operation, or what wraps its reference, by the compiled reference in all modules that use it."""
     torch._dynamo.config.cache_size_limit = 64
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is written
     for module_name, names in OPERATIONS.items():
