@@ -84,10 +84,13 @@ def read_and_ask(draw: random.Random, asked: Memory, text: str) -> list[dict[str
 
 
 def needle(draw: random.Random, tokens: int) -> Sample:
-    """A long text with one to six needles; one is asked for, at times others after it, or something not in the text."""
-    found = memory.needles(draw, draw.choice((1, 1, 2, 3, 4, 6)))
+    """A long text with needles; one is asked for, mostly others after it, or something that is not in the text.
+
+    Longer texts hold more needles and more questions, or almost nothing of them would be learnt.
+    """
+    found = memory.needles(draw, draw.randint(1, max(4, min(24, tokens // 120))))
     first, *others = draw.sample(found, len(found))
-    others = others[: draw.randint(0, len(others))] if draw.random() < 0.5 else []
+    others = others[: draw.randint(0, min(10, len(others)))] if draw.random() < 0.8 else []
     text = haystack(draw, found, int(tokens / TOKENS_PER_WORD) - 25 - 16 * len(others))
     if draw.random() < 0.1:
         return Sample("recall", text=f"{text}\n\nQuestion: {first.question}\nAnswer: {first.answer}")
