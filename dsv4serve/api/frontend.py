@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 import orjson
 
+from dsv4serve.chat.effort import resolve_contract
 from dsv4serve.chat.tokenizer import ChatTokenizer
 from dsv4serve.config import EngineConfig
 from dsv4serve.engine.messages import EngineInfo
@@ -44,6 +45,7 @@ class Frontend:
 
     def __init__(self, config: EngineConfig, engine: Engine, tokenizer: ChatTokenizer) -> None:
         self.config, self.engine, self.tokenizer = config, engine, tokenizer
+        self.effort_contract = resolve_contract(config.effort_contract, config.model)
         self.default_temperature, self.default_top_p = read_generation_config(config.model)
         self.draining = False
         self.num_active = 0  # HTTP requests between their first byte and their end, probes not counted

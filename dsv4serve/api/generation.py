@@ -13,8 +13,10 @@ from typing import Any, cast
 from dsv4serve.api.errors import RequestFailed
 from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.schemas import Sampling
-from dsv4serve.chat.output import Delta, OutputParser
-from dsv4serve.chat.reasoning import ReasoningSplitter
+from dsv4serve.chat.output import OutputParser
+from dsv4serve.chat.render import OutputStart
+from dsv4serve.chat.reply import Delta
+from dsv4serve.chat.tools import Tool
 from dsv4serve.engine.messages import EngineInfo
 from dsv4serve.types import (
     EngineUnavailable,
@@ -50,17 +52,19 @@ class Choice:
         delta = self.parser.feed(output.token_ids, None if self.include_stop else output.stop_token_id)
         if output.finish_reason is FinishReason.ERROR:
             raise _failure(output)
-        if output.finish_reason is not None and self.parser.stopped_by is None:
-            rest = self.parser.finish()
-            delta.reasoning += rest.reasoning
-            delta.content += rest.content
+        if output.finish_reason is not None and not self.parser.is_done:
+            delta.extend(self.parser.finish(is_cut=output.finish_reason is not FinishReason.STOP))
         if self.parser.stopped_by is not None:
             self.finish_reason = FinishReason.STOP.value
             self.stop_reason = self.matched_stop = self.parser.stopped_by
+        elif self.parser.is_done:
+            self.finish_reason = FinishReason.STOP.value
         elif output.finish_reason is not None:
             self.finish_reason = output.finish_reason.value
             self.matched_stop = output.stop_token_id
             self.stop_reason = None if output.stop_token_id == eos_token_id else output.stop_token_id
+        if self.parser.has_calls and self.finish_reason == FinishReason.STOP.value:
+            self.finish_reason = "tool_calls"
         return delta
 
 
@@ -108,12 +112,13 @@ def build_call(
     max_tokens: int | None,
     *,
     prefix: str,
-    in_reasoning: bool | None,
+    start: OutputStart | None,
+    tools: Sequence[Tool] | None = None,
 ) -> Call:
     """The engine requests of one HTTP request.
 
-    `max_tokens` None is the rest of the context; `prefix` starts the response id; `in_reasoning` None is a raw
-    completion. Raises InvalidRequest when lengths or ids do not fit the model.
+    `max_tokens` None is the rest of the context; `prefix` starts the response id; `start` and `tools` are
+    those of chat.output.OutputParser. Raises InvalidRequest when lengths or ids do not fit the model.
     """
     model = frontend.check_model(body.model)
     own_id = body.request_id or body.rid
@@ -129,7 +134,8 @@ def build_call(
             index = len(choices)
             parser = OutputParser(
                 frontend.tokenizer,
-                splitter=None if in_reasoning is None else ReasoningSplitter(in_reasoning),
+                start=start,
+                tools=tools,
                 stops=body.stops,
                 include_stop=bool(body.include_stop_str_in_output),
                 skip_special_tokens=body.skip_special_tokens is not False,
@@ -196,7 +202,7 @@ async def _run_choice(frontend: Frontend, choice: Choice) -> AsyncGenerator[Even
                 delta = choice.feed(output, info.eos_token_id)
                 yield Event(choice, delta, choice.finish_reason is not None)
                 if choice.finish_reason is not None:
-                    return  # after a stop string the engine is still at it: closing the stream aborts it
+                    return  # after a stop string or calls the engine may still be at it: closing the stream aborts it
     finally:
         frontend.running.discard(request.request_id)
     raise EngineUnavailable("the engine ended the request without a result")

@@ -8,12 +8,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from dsv4serve.api.body import read_body
+from dsv4serve.api.chat_prompt import ChatPrompt, build_prompt
 from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.generation import Choice, Event, build_call
-from dsv4serve.api.schemas import ChatBody, ChatSwitches, TemplateKwargs
+from dsv4serve.api.schemas import ChatBody, ChatSwitches
 from dsv4serve.api.streaming import Generated
-from dsv4serve.chat.messages import parse_messages
-from dsv4serve.chat.render import render, resolve_thinking
+from dsv4serve.chat.reply import CallDelta, Reply
+from dsv4serve.types import InvalidRequest
 
 router = APIRouter()
 
@@ -28,23 +29,32 @@ class ChatShape:
         return _chunk(choice, {"role": "assistant", "content": ""})
 
     def pieces(self, event: Event) -> list[dict[str, Any]]:
-        """At most one chunk of reasoning, then one of content."""
+        """At most one chunk of reasoning, one of content, one of tool calls."""
         delta, parts = event.delta, []
         if delta.reasoning:
             parts.append(_chunk(event.choice, {"reasoning_content": delta.reasoning, "reasoning": delta.reasoning}))
         if delta.content:
             parts.append(_chunk(event.choice, {"content": delta.content}))
+        if delta.calls:
+            parts.append(_chunk(event.choice, {"tool_calls": [_call_delta(call) for call in delta.calls]}))
         return parts
 
     def closing(self, choice: Choice) -> dict[str, Any]:
         """The finish chunk."""
         return _chunk(choice, {}) | _end(choice)
 
-    def whole(self, choice: Choice, reasoning: str, content: str) -> dict[str, Any]:
+    def whole(self, choice: Choice, reply: Reply) -> dict[str, Any]:
         """The message."""
-        message = {"role": "assistant", "content": content, "reasoning_content": reasoning or None}
+        reasoning, calls = reply.reasoning, reply.tool_calls
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": reply.content,
+            "reasoning_content": reasoning or None,
+        }
         if reasoning:
             message["reasoning"] = reasoning
+        if calls:
+            message["tool_calls"] = calls
         return {"index": choice.index, "message": message, "logprobs": None} | _end(choice)
 
 
@@ -55,34 +65,43 @@ async def chat_completions(http: Request) -> Response:
     body = await read_body(http, ChatBody, frontend.config.max_body_bytes)
     frontend.check_model(body.model)
     info = frontend.ready_info()
-    ids, thinking = await chat_ids(frontend, body.messages, body, info.max_model_len)
+    check_supported(body)
+    prompt, ids = await chat_ids(frontend, body.messages, body, info.max_model_len)
     limit = body.max_completion_tokens or body.max_tokens
-    call = build_call(frontend, info, body, [ids], limit, prefix="chatcmpl", in_reasoning=thinking)
+    call = build_call(frontend, info, body, [ids], limit, prefix="chatcmpl", start=prompt.start, tools=prompt.tools)
     return Generated(frontend, call, ChatShape(), bool(body.stream), body.wants_usage_chunk)
+
+
+def check_supported(switches: ChatSwitches) -> None:
+    """Raise InvalidRequest for what needs constrained decoding, which is not there yet."""
+    if switches.tool_choice not in (None, "none", "auto"):
+        raise InvalidRequest("only tool_choice none and auto are supported yet", "tool_choice")
+    if switches.response_format not in (None, {"type": "text"}):
+        raise InvalidRequest("only a response_format of type text is supported yet", "response_format")
 
 
 async def chat_ids(
     frontend: Frontend, messages: Sequence[Any], switches: ChatSwitches, limit: int | None
-) -> tuple[list[int], bool]:
-    """Prompt ids of `messages` and whether the model is to think.
+) -> tuple[ChatPrompt, list[int]]:
+    """The prompt of `messages` and its ids.
 
     Raises InvalidRequest for wrong messages, and without tokenising for texts that cannot fit `limit` tokens.
     """
-    kwargs = switches.chat_template_kwargs or TemplateKwargs()
-    thinking = resolve_thinking(
-        None if switches.thinking is None else switches.thinking.type,
-        kwargs.thinking,
-        kwargs.enable_thinking,
-        switches.reasoning_effort,
-    )
 
-    def work() -> list[int]:
-        segments = render(parse_messages(messages), thinking, drop_thinking=kwargs.drop_thinking is not False)
+    def work() -> tuple[ChatPrompt, list[int]]:
+        prompt = build_prompt(messages, switches, frontend.effort_contract, frontend.config.developer_role)
         if limit is not None:
-            frontend.check_length(frontend.tokenizer.min_tokens("".join(segments)), limit, at_least=True)
-        return frontend.tokenizer.encode_segments(segments)
+            frontend.check_length(frontend.tokenizer.min_tokens(prompt.text), limit, at_least=True)
+        return prompt, frontend.tokenizer.encode_segments(prompt.segments)
 
-    return await frontend.in_thread(work), thinking
+    return await frontend.in_thread(work)
+
+
+def _call_delta(call: CallDelta) -> dict[str, Any]:
+    if call.id is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
 
 
 def _chunk(choice: Choice, delta: dict[str, Any]) -> dict[str, Any]:

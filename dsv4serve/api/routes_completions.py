@@ -11,6 +11,7 @@ from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.generation import Choice, Event, build_call
 from dsv4serve.api.schemas import MAX_PROMPTS, CompletionBody
 from dsv4serve.api.streaming import Generated
+from dsv4serve.chat.reply import Reply
 from dsv4serve.chat.tokenizer import ControlToken
 from dsv4serve.engine.messages import EngineInfo
 from dsv4serve.types import InvalidRequest
@@ -33,11 +34,11 @@ class CompletionShape:
 
     def closing(self, choice: Choice) -> dict[str, Any]:
         """The finish chunk."""
-        return self.whole(choice, "", "")
+        return self.whole(choice, Reply())
 
-    def whole(self, choice: Choice, reasoning: str, content: str) -> dict[str, Any]:
+    def whole(self, choice: Choice, reply: Reply) -> dict[str, Any]:
         """The text."""
-        return _chunk(choice, reasoning + content) | {
+        return _chunk(choice, reply.content) | {
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
             "matched_stop": choice.matched_stop,
@@ -54,9 +55,8 @@ async def completions(http: Request) -> Response:
     prompts = await frontend.in_thread(lambda: prompt_ids(frontend, info, body.prompt, bool(body.add_special_tokens)))
     if len(prompts) * (body.n or 1) > MAX_PROMPTS:
         raise InvalidRequest(f"{len(prompts)} prompts x n {body.n} is above {MAX_PROMPTS} choices", "n")
-    call = build_call(
-        frontend, info, body, prompts, body.max_tokens or DEFAULT_MAX_TOKENS, prefix="cmpl", in_reasoning=None
-    )
+    limit = body.max_tokens or DEFAULT_MAX_TOKENS
+    call = build_call(frontend, info, body, prompts, limit, prefix="cmpl", start=None)
     return Generated(frontend, call, CompletionShape(), bool(body.stream), body.wants_usage_chunk)
 
 

@@ -60,10 +60,11 @@ class Strict(BaseModel):
         """Drop what is ignored; refuse what does not exist yet unless its value asks for nothing."""
         if not isinstance(raw, dict):
             return raw
-        for name, neutral in NOT_YET.items():
+        absent = {name: neutral for name, neutral in NOT_YET.items() if name not in cls.model_fields}
+        for name, neutral in absent.items():
             if name in raw and not any(type(raw[name]) is type(v) and raw[name] == v for v in _widen(neutral)):
                 raise InvalidRequest(f"{name} is not supported yet", name)
-        return {key: value for key, value in raw.items() if key not in NOT_YET and key not in IGNORED}
+        return {key: value for key, value in raw.items() if key not in absent and key not in IGNORED}
 
 
 class StreamOptions(Strict):
@@ -84,14 +85,29 @@ class TemplateKwargs(Strict):
     thinking: bool | None = None
     enable_thinking: bool | None = None
     drop_thinking: bool | None = None
+    reasoning_effort: Effort | None = None
 
 
 class ChatSwitches(Strict):
-    """What decides how messages become a prompt. Precedence: see chat.render.resolve_thinking."""
+    """What decides, beside the messages, how they become a prompt: see api.chat_prompt, which checks what is Any."""
 
     thinking: Thinking | None = None
     chat_template_kwargs: TemplateKwargs | None = None
     reasoning_effort: Effort | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    response_format: Any = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_end(self) -> ChatSwitches:
+        if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
+            raise InvalidRequest(
+                "a new assistant turn begins unless continue_final_message is true; it must be the opposite of that",
+                "add_generation_prompt",
+            )
+        return self
 
 
 class Sampling(Strict):

@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from dsv4serve.api.errors import error_body, json_response
 from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.generation import Call, Choice, Event, run
+from dsv4serve.chat.reply import Reply
 
 DONE = b"data: [DONE]\n\n"
 
@@ -38,7 +39,7 @@ class Shape(Protocol):
     def closing(self, choice: Choice) -> dict[str, Any]:
         """The choice part of the chunk with the finish_reason."""
 
-    def whole(self, choice: Choice, reasoning: str, content: str) -> dict[str, Any]:
+    def whole(self, choice: Choice, reply: Reply) -> dict[str, Any]:
         """The choice part of an answer that is not streamed."""
 
 
@@ -67,16 +68,11 @@ class Generated(Response):
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = self._call
-        texts: list[tuple[list[str], list[str]]] = [([], []) for _ in call.choices]
+        replies = [Reply() for _ in call.choices]
         async with aclosing(run(self._frontend, call)) as events:
             async for event in events:
-                reasoning, content = texts[event.choice.index]
-                reasoning.append(event.delta.reasoning)
-                content.append(event.delta.content)
-        choices = [
-            self._shape.whole(choice, "".join(reasoning), "".join(content))
-            for choice, (reasoning, content) in zip(call.choices, texts, strict=True)
-        ]
+                replies[event.choice.index].add(event.delta)
+        choices = [self._shape.whole(choice, reply) for choice, reply in zip(call.choices, replies, strict=True)]
         body = {**_head(call, self._shape.name), "choices": choices, "usage": call.usage()}
         await json_response(body, headers={"X-Request-Id": call.response_id})(scope, receive, send)
 

@@ -6,20 +6,15 @@ tells them apart, so the encoder that ships with the checkpoint is read (as text
 
 from __future__ import annotations
 
-from enum import StrEnum
+import logging
 from pathlib import Path
 
+from dsv4serve.config import EffortContract
 from dsv4serve.types import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 MAX_ENCODER_BYTES = 1 << 20
-
-
-class EffortContract(StrEnum):
-    """What the tiers mean to a checkpoint."""
-
-    PREVIEW = "preview"  # V4-Flash, V4-Flash-DSpark, V4-Pro of April 2026
-    SINCE_0731 = "0731"  # V4-Flash-0731, V4-Pro-0813
-
 
 _ABSOLUTE = (
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
@@ -54,6 +49,20 @@ def effort_tier(effort: str | None, contract: EffortContract) -> str:
 def effort_text(effort: str | None, contract: EffortContract) -> str:
     """What an API value puts in front of the system text. Chat mode has no such text."""
     return TEXTS[contract][effort_tier(effort, contract)]
+
+
+def resolve_contract(setting: EffortContract, directory: Path) -> EffortContract:
+    """`setting`, or for AUTO what the checkpoint in `directory` says.
+
+    Where it says nothing the answer is PREVIEW: its default adds no text, while the default of 0731 is a long demand
+    that makes a preview checkpoint think until its answers are cut off.
+    """
+    if setting is not EffortContract.AUTO:
+        return setting
+    found = detect_contract(directory)
+    if found is None:
+        logger.info("no effort contract in %s/encoding; --effort-contract preview is assumed", directory)
+    return found or EffortContract.PREVIEW
 
 
 def detect_contract(directory: Path) -> EffortContract | None:

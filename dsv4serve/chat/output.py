@@ -1,21 +1,16 @@
-"""One choice's output: sampled ids in, what to show out. Joins detokeniser, reasoning splitter and stop strings."""
+"""One choice's output: sampled ids in, what to show out. Joins detokeniser, output grammar and stop strings."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from dsv4serve.chat.detokenizer import Detokenizer, StopMatcher
-from dsv4serve.chat.reasoning import ReasoningSplitter
+from dsv4serve.chat.grammar import Grammar, State
+from dsv4serve.chat.render import OutputStart
+from dsv4serve.chat.reply import Delta
 from dsv4serve.chat.tokenizer import ChatTokenizer, ControlToken
-
-
-@dataclass(slots=True)
-class Delta:
-    """Text to add to a choice. Reasoning comes before content."""
-
-    reasoning: str = ""
-    content: str = ""
+from dsv4serve.chat.tools import Tool
 
 
 class OutputParser:
@@ -25,16 +20,18 @@ class OutputParser:
         self,
         tokenizer: ChatTokenizer,
         *,
-        splitter: ReasoningSplitter | None,
+        start: OutputStart | None,
+        tools: Sequence[Tool] | None = None,
         stops: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
     ) -> None:
-        """`splitter` None is a raw completion: every id is content and nothing is trimmed."""
+        """`start` None is a raw completion: every id is content and nothing is trimmed. `tools` None looks for no
+        calls; an empty list looks for calls of functions that are not known."""
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
-        self._splitter = splitter
         self._matcher = StopMatcher(stops, include_stop)
-        self._end_think = tokenizer.control_ids[ControlToken.END_THINK]
+        self._grammar = None if start is None else Grammar(start, tools, self._matcher)
+        self._markers = {tokenizer.control_ids[token]: token for token in (ControlToken.END_THINK, ControlToken.DSML)}
         self.num_tokens = 0
         self.num_reasoning_tokens = 0
 
@@ -43,46 +40,59 @@ class OutputParser:
         """The stop string that ended the content."""
         return self._matcher.stopped_by
 
+    @property
+    def has_calls(self) -> bool:
+        """Whether a tool call was found."""
+        return self._grammar is not None and self._grammar.num_calls > 0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing that comes can change the message: a stop string was found or the calls are closed."""
+        return self.stopped_by is not None or (self._grammar is not None and self._grammar.state is State.DONE)
+
+    @property
+    def malformed(self) -> Counter[str]:
+        """How often the output left the grammar, by kind."""
+        return Counter() if self._grammar is None else self._grammar.malformed
+
     def feed(self, token_ids: Iterable[int], silent_id: int | None = None) -> Delta:
-        """Take new ids up to the one that completes a stop string. `silent_id`, the id that ended the sequence when
+        """Take new ids up to the one at which the output `is_done`. `silent_id`, the id that ended the sequence when
         it is not to be shown, counts but adds no text."""
         delta = Delta()
-        splitter = self._splitter
+        grammar = self._grammar
+        if grammar is not None:
+            grammar.delta = delta
         for token_id in token_ids:
-            if self.stopped_by is not None:
+            if self.is_done:
                 break
             self.num_tokens += 1
             if token_id == silent_id:
                 continue
-            if splitter is None:
-                self._add(self._detokenizer.feed(token_id), delta)
-            elif token_id == self._end_think:
-                self._add(self._detokenizer.flush(), delta)
-                splitter.end_think()
+            if grammar is None:
+                delta.content += self._matcher.feed(self._detokenizer.feed(token_id))
+                continue
+            marker = self._markers.get(token_id)
+            if marker is not ControlToken.END_THINK:
+                self.num_reasoning_tokens += grammar.state is State.REASONING
+            if marker is None:
+                grammar.text(self._detokenizer.feed(token_id))
             else:
-                self.num_reasoning_tokens += splitter.in_reasoning
-                self._add(self._detokenizer.feed(token_id), delta)
+                grammar.text(self._detokenizer.flush())
+                grammar.marker(marker)
         return delta
 
-    def finish(self) -> Delta:
-        """What was held back. Call once, when no more ids come."""
+    def finish(self, is_cut: bool = False) -> Delta:
+        """What was held back. Call once, when no more ids come; `is_cut` when the length limit ended them."""
         delta = Delta()
         if self.stopped_by is not None:
             return delta
-        self._add(self._detokenizer.flush(), delta)
-        if self._splitter is not None:
-            delta.reasoning += self._splitter.flush()
+        rest = self._detokenizer.flush()
+        if self._grammar is None:
+            delta.content += self._matcher.feed(rest)
+        else:
+            self._grammar.delta = delta
+            self._grammar.text(rest)
+            self._grammar.finish(is_cut)
         if self.stopped_by is None:
             delta.content += self._matcher.flush()
         return delta
-
-    def _add(self, text: str, delta: Delta) -> None:
-        if not text:
-            return
-        splitter = self._splitter
-        if splitter is None:
-            delta.content += self._matcher.feed(text)
-        elif splitter.in_reasoning:
-            delta.reasoning += splitter.feed(text)
-        else:
-            delta.content += self._matcher.feed(splitter.feed(text))

@@ -1,9 +1,17 @@
 """Model facts (config.json) and engine choices (flags = environment = recipe)."""
 
-from dsv4serve.config.engine import EngineConfig, LoadFormat, Numerics, default_model, load_engine_config
+from dsv4serve.config.engine import (
+    EffortContract,
+    EngineConfig,
+    LoadFormat,
+    Numerics,
+    default_model,
+    load_engine_config,
+)
 from dsv4serve.config.model import ModelConfig, RopeScaling, require_official_numerics
 
 __all__ = [
+    "EffortContract",
     "EngineConfig",
     "LoadFormat",
     "ModelConfig",

@@ -27,6 +27,14 @@ class Numerics(StrEnum):
     OFFICIAL = "official"  # BF16 activations and every quantisation point of the official code
 
 
+class EffortContract(StrEnum):
+    """What reasoning_effort means to a checkpoint; its config.json does not say."""
+
+    AUTO = "auto"  # as the encoder in the checkpoint's folder says, preview without one
+    PREVIEW = "preview"  # the V4 checkpoints of April 2026
+    SINCE_0731 = "0731"  # V4-Flash-0731, V4-Pro-0813
+
+
 class LoadFormat(StrEnum):
     """Where weights come from."""
 
@@ -50,6 +58,12 @@ class EngineConfig(BaseSettings):
     numerics: Annotated[Numerics, Field(description="exact = float32, official = the released quantisation")] = (
         Numerics.OFFICIAL
     )
+    effort_contract: Annotated[
+        EffortContract, Field(description="texts of reasoning_effort; auto = by the checkpoint's encoding folder")
+    ] = EffortContract.AUTO
+    developer_role: Annotated[
+        str, Field(pattern="^(system|user)$", description="developer messages are system text, or user turns")
+    ] = "system"
     host: Annotated[str, Field(description="address the HTTP server binds")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="TCP port of the HTTP server; 0 = any free one")] = 8000
     frontends: Annotated[int, Field(ge=1, le=64, description="HTTP frontend processes")] = 1

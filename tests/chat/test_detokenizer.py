@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from dsv4serve.chat.detokenizer import Detokenizer, StopMatcher
 from dsv4serve.chat.output import OutputParser
-from dsv4serve.chat.reasoning import ReasoningSplitter
+from dsv4serve.chat.render import OutputStart
 from dsv4serve.chat.tokenizer import ControlToken
 
 IDS = st.lists(st.one_of(st.integers(0, 400), st.integers(0, 129279), st.integers(129280, 140000)), max_size=40)
@@ -97,9 +97,21 @@ def test_grouping_of_ids_changes_nothing(tokenizer, words, data, stops):
     options = {"stops": stops}
     splits = data.draw(st.lists(st.integers(0, len(ids)), max_size=6))
     for thinking in (True, False):
-        whole = parse(tokenizer, ids, [], splitter=ReasoningSplitter(thinking), **options)
-        assert parse(tokenizer, ids, splits, splitter=ReasoningSplitter(thinking), **options) == whole
-        assert parse(tokenizer, ids, range(len(ids)), splitter=ReasoningSplitter(thinking), **options) == whole
+        whole = parse(tokenizer, ids, [], start=OutputStart.REASONING if thinking else OutputStart.CONTENT, **options)
+        assert (
+            parse(tokenizer, ids, splits, start=OutputStart.REASONING if thinking else OutputStart.CONTENT, **options)
+            == whole
+        )
+        assert (
+            parse(
+                tokenizer,
+                ids,
+                range(len(ids)),
+                start=OutputStart.REASONING if thinking else OutputStart.CONTENT,
+                **options,
+            )
+            == whole
+        )
 
 
 @SLOW
@@ -107,7 +119,7 @@ def test_grouping_of_ids_changes_nothing(tokenizer, words, data, stops):
 def test_the_split_equals_its_definition(tokenizer, words):
     ids = tokenizer.encode("".join(words))
     end = tokenizer.control_ids[ControlToken.END_THINK]
-    got = parse(tokenizer, ids, [], splitter=ReasoningSplitter(True))[:2]
+    got = parse(tokenizer, ids, [], start=OutputStart.REASONING)[:2]
     if end in ids:
         at = ids.index(end)
         before, after = tokenizer.decode(ids[:at]), tokenizer.decode([i for i in ids[at:] if i != end])
@@ -118,12 +130,12 @@ def test_the_split_equals_its_definition(tokenizer, words):
 
 def test_spelled_markers_are_text(tokenizer):
     ids = tokenizer.encode_segments(["a</think>b"])
-    assert parse(tokenizer, ids, [], splitter=ReasoningSplitter(True))[:2] == ("a</think>b", "")
+    assert parse(tokenizer, ids, [], start=OutputStart.REASONING)[:2] == ("a</think>b", "")
 
 
 def test_stop_strings_do_not_apply_to_reasoning(tokenizer):
     ids = tokenizer.encode("one STOP two</think>three STOP four")
-    reasoning, content, counts = parse(tokenizer, ids, [], splitter=ReasoningSplitter(True), stops=["STOP"])
+    reasoning, content, counts = parse(tokenizer, ids, [], start=OutputStart.REASONING, stops=["STOP"])
     assert (reasoning, content) == ("one STOP two", "three ")
     assert counts[2] == "STOP"
     assert counts[0] == len(tokenizer.encode("one STOP two</think>three STOP"))
@@ -131,10 +143,10 @@ def test_stop_strings_do_not_apply_to_reasoning(tokenizer):
 
 def test_a_raw_completion_is_not_trimmed(tokenizer):
     ids = tokenizer.encode("\n\na</think>\n")
-    assert parse(tokenizer, ids, [], splitter=None)[1] == "\n\na</think>\n"
+    assert parse(tokenizer, ids, [], start=None)[1] == "\n\na</think>\n"
 
 
 def test_skip_special_tokens(tokenizer):
     ids = [*tokenizer.encode("a"), 1, *tokenizer.encode("b")]
-    assert parse(tokenizer, ids, [], splitter=None)[1] == "ab"
-    assert parse(tokenizer, ids, [], splitter=None, skip_special_tokens=False)[1] == f"a{ControlToken.EOS}b"
+    assert parse(tokenizer, ids, [], start=None)[1] == "ab"
+    assert parse(tokenizer, ids, [], start=None, skip_special_tokens=False)[1] == f"a{ControlToken.EOS}b"

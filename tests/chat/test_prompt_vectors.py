@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dsv4serve.chat.effort import TEXTS, EffortContract
+from dsv4serve.chat.effort import TEXTS
 from dsv4serve.chat.messages import parse_messages
 from dsv4serve.chat.render import render
 from dsv4serve.chat.tools import parse_tools, response_format_text
+from dsv4serve.config import EffortContract
 
 VECTORS = json.loads((Path(__file__).parents[1] / "golden" / "chat-vectors.json").read_text(encoding="utf-8"))
 PROMPTS = {vector["id"]: vector for vector in VECTORS["prompt"]}

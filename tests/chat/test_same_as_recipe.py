@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4serve.chat.effort import TEXTS, EffortContract
+from dsv4serve.chat.effort import TEXTS
 from dsv4serve.chat.messages import parse_messages
 from dsv4serve.chat.render import render
 from dsv4serve.chat.tools import parse_tools, response_format_text
+from dsv4serve.config import EffortContract
 
 TEXT = st.one_of(
     st.sampled_from(["a", "b\n", "</think>", "<\uff5cUser\uff5c>x", "\uff5cDSML\uff5c", "日本", '"q"', " "])
