@@ -1,6 +1,6 @@
 """Makes configs/models/demo: a small random checkpoint in official format with a small tokenizer of its own.
 
-    python tools/random_checkpoint.py configs/models/demo
+    python -m tools.random_checkpoint configs/models/demo
 
 The same command gives the same bytes. The model is random: it answers in babble, through exactly the code path
 (FP8 and FP4 weights, C4 and C128 layers, hash routing, MTP) of the released models.
@@ -11,38 +11,19 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import random
 from pathlib import Path
 from typing import Any
-
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsv4serve.config import ModelConfig
 from dsv4serve.weights.dummy import dummy_weights
 from dsv4serve.weights.export import exported_config, write_checkpoint
 from dsv4serve.weights.layout import official_view
+from tools.demo_model.tokenizer import END_OF_QUERY, PLAIN, SPECIAL, tokenizer_config, train_tokenizer, write_json
 
 SEED = 20261123
 VOCAB_SIZE = 2048
-
-# Control tokens of the released vocabulary; software finds them by content. The first three have fixed ids.
-SPECIAL = [
-    "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    "<\uff5c\u2581pad\u2581\uff5c>",
-]
-END_OF_QUERY = "<\uff5cend_of_query\uff5c>"  # the one other text token that is flagged special
-PLAIN = [
-    *(f"<\uff5cfim\u2581{part}\uff5c>" for part in ("hole", "begin", "end")),
-    "<\uff5cUser\uff5c>",
-    "<\uff5cAssistant\uff5c>",
-    "<think>",
-    "</think>",
-    "\uff5cDSML\uff5c",
-    *(f"<\uff5c{name}\uff5c>" for name in ("latest_reminder", "action", "query", "authority", "domain", "title")),
-    *(f"<\uff5c{name}\uff5c>" for name in ("extracted_url", "read_url")),
-]
+OFFICIAL_DIGITS = r"\p{N}{1,3}"
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV4ForCausalLM"],
@@ -164,54 +145,9 @@ def sentences(count: int, draw: random.Random) -> list[str]:
     return lines
 
 
-def train_tokenizer() -> Tokenizer:
-    """Byte-level BPE of VOCAB_SIZE tokens with the parts of the official tokenizer.json."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated"),
-            pre_tokenizers.Split(Regex(r" ?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(PLAIN) - 1,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=SPECIAL,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    tokenizer.train_from_iterator(sentences(4000, random.Random(SEED)), trainer)
-    tokenizer.add_tokens([AddedToken(content, normalized=False, special=False) for content in PLAIN])
-    tokenizer.add_special_tokens([AddedToken(END_OF_QUERY, normalized=False, special=True)])
-    if tokenizer.get_vocab_size() != VOCAB_SIZE or [tokenizer.token_to_id(name) for name in SPECIAL] != [0, 1, 2]:
-        raise SystemExit(f"tokenizer has {tokenizer.get_vocab_size()} tokens; expected {VOCAB_SIZE}: add training text")
-    return tokenizer
-
-
-def tokenizer_config() -> dict[str, Any]:
-    """tokenizer_config.json in official shape."""
-    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-    bos, eos = ({"__type": "AddedToken", "content": content, **flags} for content in SPECIAL[:2])
-    return {
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "bos_token": bos,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": eos,
-        "legacy": True,
-        "model_max_length": CONFIG["max_position_embeddings"],
-        "pad_token": eos,
-        "sp_model_kwargs": {},
-        "unk_token": None,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-
-
 def write(directory: Path) -> None:
     """Write the whole checkpoint folder."""
-    tokenizer = train_tokenizer()
+    tokenizer = train_tokenizer(sentences(4000, random.Random(SEED)), VOCAB_SIZE, OFFICIAL_DIGITS)
     weights = dummy_weights(ModelConfig.from_dict(exported_config(CONFIG, quantized=True)), SEED)
     # Logit 0 for control tokens: babble of words, with a marker or an end of sentence only once in thousands of tokens.
     for content in itertools.chain(SPECIAL, PLAIN, [END_OF_QUERY]):
@@ -220,8 +156,8 @@ def write(directory: Path) -> None:
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
     generation = {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 1, "do_sample": True}
     generation |= {"temperature": 1.0, "top_p": 1.0, "transformers_version": "4.57.1"}
-    for name, value in (("tokenizer_config.json", tokenizer_config()), ("generation_config.json", generation)):
-        (directory / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(directory / "tokenizer_config.json", tokenizer_config(CONFIG["max_position_embeddings"]))
+    write_json(directory / "generation_config.json", generation)
 
 
 def main() -> None:

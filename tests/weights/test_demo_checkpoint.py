@@ -31,7 +31,7 @@ ORDINARY = [
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     directory = tmp_path_factory.mktemp("demo") / "demo"
-    subprocess.run([sys.executable, ROOT / "tools" / "random_checkpoint.py", directory], check=True)
+    subprocess.run([sys.executable, "-m", "tools.random_checkpoint", directory], cwd=ROOT, check=True)
     return directory
 
 

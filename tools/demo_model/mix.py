@@ -65,13 +65,13 @@ def _documents(encoder: SampleEncoder, draw: random.Random, mix: str, width: int
     counts = [draw.random() * 200.0 for _ in CATEGORIES]  # so that rows do not all begin with the same kind
     while True:
         index = min(range(len(shares)), key=lambda i: counts[i] / shares[i])
-        document = encoder.encode(_with_effort(next(sources[index]), draw), index + 1)
+        document = encoder.encode(with_effort(next(sources[index]), draw), index + 1)
         counts[index] += len(document.ids)
         if len(document.ids) <= width or document.is_text:
             yield document
 
 
-def _with_effort(sample: Sample, draw: random.Random) -> Sample:
+def with_effort(sample: Sample, draw: random.Random) -> Sample:
     """Some thinking chats get the text of a higher effort, which one of the two contracts has even by default."""
     if not sample.thinking or draw.random() > EFFORT_SHARE:
         return sample
