@@ -19,6 +19,8 @@ COMMANDS = {
     "launch": "serve a checkpoint over HTTP",
     "chat": "chat in the terminal with a running server or a private one",
     "generate": "generate offline, without a server",
+    "render": "show the prompts of chat requests",
+    "parse": "show the messages of raw completions",
     "check": "show environment and capacity plan, verify a checkpoint or golden vectors",
     "bench": "load a running server and measure it",
     "convert": "turn a checkpoint into another format",
