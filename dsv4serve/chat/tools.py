@@ -204,6 +204,8 @@ def _checked_name(name: Any, where: str) -> str:
 def _check_schema(schema: Any, where: str) -> None:
     if not isinstance(schema, dict):
         raise InvalidRequest(f"expected a JSON schema (an object), got {kind_of(schema)}", where)
+    if not isinstance(schema.get("$schema", ""), str):
+        raise InvalidRequest("expected a string", f"{where}.$schema")
     try:
         wrong = _schema_error(json.dumps(schema))
     except RecursionError:
@@ -220,6 +222,8 @@ def _schema_error(text: str) -> tuple[list[str], str] | None:
         validator_for(schema, default=Draft202012Validator).check_schema(schema)
     except SchemaError as error:
         return [str(step) for step in error.absolute_path], error.message[:200]
+    except ValueError as error:  # of parsing the URL in $schema
+        return ["$schema"], str(error)
     return None
 
 
