@@ -36,7 +36,7 @@ class ChatShape:
         if delta.content:
             parts.append(_chunk(event.choice, {"content": delta.content}))
         if delta.calls:
-            parts.append(_chunk(event.choice, {"tool_calls": [_call_delta(call) for call in delta.calls]}))
+            parts.append(_chunk(event.choice, {"tool_calls": _call_deltas(delta.calls)}))
         return parts
 
     def closing(self, choice: Choice) -> dict[str, Any]:
@@ -97,11 +97,18 @@ async def chat_ids(
     return await frontend.in_thread(work)
 
 
-def _call_delta(call: CallDelta) -> dict[str, Any]:
-    if call.id is None:
-        return {"index": call.index, "function": {"arguments": call.arguments}}
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"index": call.index, "id": call.id, "type": "function", "function": function}
+def _call_deltas(calls: Sequence[CallDelta]) -> list[dict[str, Any]]:
+    """The starts of calls, and between them the pieces of each call's arguments as one."""
+    deltas: list[dict[str, Any]] = []
+    for call in calls:
+        if call.id is not None:
+            function = {"name": call.name, "arguments": call.arguments}
+            deltas.append({"index": call.index, "id": call.id, "type": "function", "function": function})
+        elif deltas and deltas[-1]["index"] == call.index and "id" not in deltas[-1]:
+            deltas[-1]["function"]["arguments"] += call.arguments
+        else:
+            deltas.append({"index": call.index, "function": {"arguments": call.arguments}})
+    return deltas
 
 
 def _chunk(choice: Choice, delta: dict[str, Any]) -> dict[str, Any]:
