@@ -18,7 +18,7 @@ from dsv4serve.chat.tokenizer import ChatTokenizer
 from dsv4serve.config.engine import default_model
 from dsv4serve.model.whole import WholeSequence
 from tools.demo_model import evaluate, offline, probing
-from tools.demo_model.drafts import Acceptance, acceptance, draft_tokens
+from tools.demo_model.drafts import Acceptance, draft_tokens
 from tools.demo_model.sample import Answer, Probe
 
 
@@ -138,33 +138,34 @@ def test_a_run_through_the_real_server(
 # Drafts
 
 
-@pytest.mark.parametrize("window", [5, 16])
-def test_drafts_of_all_rounds_are_those_of_chained_whole_sequences(window: int) -> None:
+@pytest.mark.parametrize(("window", "first"), [(5, 1), (5, 20), (16, 2), (16, 30)])
+def test_drafts_of_all_rounds_are_those_of_chained_whole_sequences(window: int, first: int) -> None:
     config = small_config(sliding_window=window)
     model, length = small_transformer(config, window), 40
     ids = torch.tensor(random_ids(config, length, window))
-    drafts = draft_tokens(model, ids)
-    assert drafts.shape == (3, length - 1)
     with torch.inference_mode():
         main = model(ids, WholeSequence(length))
-        for i in (0, 2, 3, 20, 38):
+        drafts = draft_tokens(model, ids, main, first)
+        assert drafts.shape == (3, length - first)
+        for i in {first - 1, first, first + 3, 38}:
             streams, following = main[: i + 1], ids[1 : i + 2]
             for k in range(3):
                 output, logits = model.mtp(streams, following, WholeSequence(len(following)))
-                assert logits[-1].argmax() == drafts[k, i]
+                assert logits[-1].argmax() == drafts[k, i - first + 1]
                 streams = torch.cat([streams, output[-1:]])
                 following = torch.cat([following, logits[-1:].argmax(-1)])
 
 
 def test_drafts_are_judged_after_right_ones_only_and_inside_the_answer() -> None:
     ids = torch.tensor([9, 9, 1, 2, 3, 4, 5, 6])  # two of the prompt, six of the answer
-    drafts = torch.full((3, 7), -1)
-    for i in range(7):  # all right ...
-        drafts[:, i][: len(ids[i + 2 :][:3])] = ids[i + 2 :][:3]
-    drafts[1, 1] = 0  # ... but the second of the first round: its third does not count
+    drafts = torch.full((3, 6), -1)
+    for index in range(6):  # all right ...
+        target = ids[index + 3 :][:3]
+        drafts[: len(target), index] = target
+    drafts[1, 0] = 0  # ... but the second of the first round: its third does not count
     found = Acceptance.empty()
     found.add(drafts, ids, 2)
-    # Rounds start at indices 1 to 5; the last three have 3, 2 and 1 tokens left to draft.
+    # Five rounds have something to draft; the last two have only two and one token left.
     assert found.judged == [5, 4, 2]
     assert found.right == [5, 3, 2]
     assert found.rates() == [1.0, 0.75, 1.0]
@@ -172,14 +173,11 @@ def test_drafts_are_judged_after_right_ones_only_and_inside_the_answer() -> None
     assert (found.num_tokens, found.num_rounds, found.mean_length()) == (5, 2, 2.5)
 
 
-def test_acceptance_is_counted_by_category() -> None:
-    config = small_config()
-    model = small_transformer(config)
-    answers = [("a", random_ids(config, 5, 1), random_ids(config, 9, 2)), ("b", [3], [4])]
-    found = acceptance(model, answers)
-    assert list(found) == ["a"]  # a single token has no draft
-    assert found["a"].judged[0] == 8
-    assert found["a"].num_tokens == 8
+def test_an_answer_of_one_token_has_no_draft() -> None:
+    found = Acceptance.empty()
+    found.add(torch.zeros(3, 1, dtype=torch.int64), torch.tensor([4, 5, 6]), 2)
+    assert found.rates() == [None, None, None]
+    assert found.mean_length() is None
 
 
 # Nats and the indexer
@@ -225,20 +223,22 @@ def test_random_choice_is_as_many_visible_entries_but_others() -> None:
     assert not torch.equal(chosen[67:], randomly[67:])
 
 
-def test_a_greedy_answer_is_its_own_forced_answer_and_scores_as_such() -> None:
+def test_a_greedy_answer_is_found_again_inside_the_model() -> None:
     directory = default_model()
     # In `exact`: random weights have near ties, which BF16 decides differently for another number of rows.
     model, tokenizer = offline.load_model(directory, offline.Numerics.EXACT), ChatTokenizer(directory)
-    ids = offline.prompt_ids(tokenizer, probe("recall", "Remember: " + "one two three " * 110))
+    prompt = offline.prompt_ids(tokenizer, probe("recall", "Remember: " + "one two three " * 110))
+    assert len(prompt) > 4 * (model.config.index_topk + 1)  # the indexer has to choose
     answer: list[int] = []
     for _ in range(3):
-        step = WholeSequence(len(ids) + len(answer))
+        ids = torch.tensor(prompt + answer)
         with torch.inference_mode():
-            answer.append(int(model.logits(model(torch.tensor(ids + answer), step)[-1:]).argmax()))
-    length = len(ids) + len(answer) - 1
-    assert length > 4 * (model.config.index_topk + 1)  # the indexer has to choose
-    assert offline.forced_answer(model, ids, answer, WholeSequence(length)) == answer
+            answer.append(int(model.logits(model(ids, WholeSequence(len(ids)))[-1:]).argmax()))
     text = tokenizer.decode(answer, skip_special_tokens=True).strip()
-    exact = Probe("recall", [], lambda found: {"right": found.content == text})
-    indexer, _ = offline.recall_shares(model, tokenizer, [(exact, ids, answer)])
-    assert indexer == 1.0
+    exact = Probe("recall, 300 tokens", [], lambda found: {"right": found.content == text})
+    wrong = Probe("recall, 300 tokens", [], lambda found: {"right": found.content != text})
+    drafts, recall = offline.look_inside(
+        model, tokenizer, [("recall 300", each, prompt, answer) for each in (exact, wrong)]
+    )
+    assert recall["recall 300"].shares()[0] == 0.5
+    assert drafts["recall, 300 tokens"].judged[0] == 4  # two of each answer's three tokens

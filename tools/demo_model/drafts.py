@@ -6,7 +6,6 @@ tokens i + 2, i + 3, ... by feeding the block its own streams and drafts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +22,14 @@ NUM_DRAFTS = 3
 
 
 class KeepKeys(WholeSequence):
-    """A whole sequence through one layer, whose raw keys [rows, head_dim] stay in `kept`."""
+    """Tokens of one sequence from position `start` on, through one layer whose raw keys [rows, head_dim] stay in
+    `kept`."""
 
     kept: Tensor
+
+    def __init__(self, length: int, start: int = 0, batch: int = 1) -> None:
+        super().__init__(length, batch=batch)
+        self.positions += start
 
     def keys(self, layer: Attention, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
         """The keys, kept."""
@@ -35,41 +39,49 @@ class KeepKeys(WholeSequence):
 
 
 class DraftStep(KeepKeys):
-    """One more draft in every round: row r stands at `positions[r]`, after the drafts whose keys are in `drafted`.
+    """One more draft in every round: row r is the `len(drafted)`-th draft of the round at index `rounds[r]`.
 
     Args:
-        sequence_keys: [length, head_dim] of the text itself; row r sees those before its first draft.
+        rounds: int64 [rows], indices into `text_keys`.
+        text_keys: [length, head_dim] of the text from position `start` on; row r sees those up to its round.
         drafted: keys [rows, head_dim] of the rounds' earlier drafts, oldest first.
     """
 
-    def __init__(self, positions: Tensor, sequence_keys: Tensor, drafted: list[Tensor]) -> None:
-        super().__init__(length=1, batch=len(positions))
-        self.positions = positions
-        self._sequence_keys, self._drafted = sequence_keys, drafted
+    def __init__(self, rounds: Tensor, start: int, text_keys: Tensor, drafted: list[Tensor]) -> None:
+        super().__init__(length=1, batch=len(rounds))
+        self._indices = rounds + len(drafted) + 1
+        self.positions = start + self._indices
+        self._text_keys, self._drafted = text_keys, drafted
 
     def attend(self, layer: Attention, inputs: AttentionInputs) -> Tensor:
         """The window that ends at each row's position: text, then drafts, then the row itself."""
         assert layer.ratio == 0  # the block of every released config has no compressed entries
         window, num_own = layer.config.sliding_window, len(self._drafted) + 1
-        table = (self.positions - window + 1).unsqueeze(1) + torch.arange(window - num_own)
+        table = (self._indices - window + 1).unsqueeze(1) + torch.arange(window - num_own)
         own = [keys.unsqueeze(1) for keys in self._drafted] + [self.keys(layer, inputs)[0]]
-        keys = torch.cat([self._sequence_keys[table.clamp_min(0)], *own], dim=1)
+        keys = torch.cat([self._text_keys[table.clamp_min(0)], *own], dim=1)
         mask = torch.cat([table >= 0, torch.ones(len(table), num_own, dtype=torch.bool)], dim=1)
         output = attend(self.split(inputs.q), keys, mask.unsqueeze(1), layer.sink).flatten(0, 1)
         return apply_rope(output, self.rope(layer.frequencies), inverse=True)
 
 
 @torch.inference_mode()
-def draft_tokens(model: Transformer, ids: Tensor) -> Tensor:
-    """Drafts int64 [NUM_DRAFTS, length - 1] of all rounds over `ids` int64 [length]; [k, i] is for token i + 2 + k."""
+def draft_tokens(model: Transformer, ids: Tensor, streams: Tensor, first: int) -> Tensor:
+    """Drafts int64 [NUM_DRAFTS, length - first] of the rounds at positions first - 1 to length - 2.
+
+    `ids` int64 [length] with the answer from index `first` > 0 on, `streams` [length, hc_mult, hidden] of the main
+    model; [k, r] is for token first + 1 + r + k.
+    """
     assert model.mtp is not None
-    rounds = len(ids) - 1
-    streams = model(ids, WholeSequence(len(ids)))
-    step: KeepKeys = KeepKeys(rounds)
-    streams, logits = model.mtp(streams[:-1], ids[1:], step)
-    sequence_keys, drafted, drafts = step.kept, [], [logits.argmax(-1)]
-    for depth in range(1, NUM_DRAFTS):
-        step = DraftStep(torch.arange(rounds) + depth, sequence_keys, list(drafted))
+    start = max(0, first - model.config.sliding_window)  # the block's one layer sees nothing earlier
+    rounds = torch.arange(first - 1 - start, len(ids) - 1 - start)
+    step = KeepKeys(len(ids) - 1 - start, start)
+    streams, logits = model.mtp(streams[start:-1], ids[start + 1 :], step)
+    text_keys, streams = step.kept, streams[rounds]
+    drafted: list[Tensor] = []
+    drafts = [logits[rounds].argmax(-1)]
+    while len(drafts) < NUM_DRAFTS:
+        step = DraftStep(rounds, start, text_keys, list(drafted))
         streams, logits = model.mtp(streams, drafts[-1], step)
         drafted.append(step.kept)
         drafts.append(logits.argmax(-1))
@@ -92,10 +104,10 @@ class Acceptance:
 
     def add(self, drafts: Tensor, ids: Tensor, first: int) -> None:
         """Count one text `ids` [length] whose answer begins at index `first` > 0, with its `draft_tokens`."""
-        length = len(ids)
-        num_right = [_num_right(drafts[:, i], ids[i + 2 :]) for i in range(first - 1, length - 2)]
-        for i, count in enumerate(num_right, start=first - 1):
-            for k in range(min(NUM_DRAFTS, length - 2 - i, count + 1)):
+        targets = ids[first + 1 :]  # of the first drafts
+        num_right = [_num_right(drafts[:, index], targets[index:]) for index in range(len(targets))]
+        for index, count in enumerate(num_right):
+            for k in range(min(NUM_DRAFTS, len(targets) - index, count + 1)):
                 self.judged[k] += 1
                 self.right[k] += k < count
         place = 0  # in num_right; a round writes what was right and one token of the main model
@@ -121,14 +133,3 @@ def _num_right(drafts: Tensor, following: Tensor) -> int:
             break
         count += 1
     return count
-
-
-def acceptance(model: Transformer, answers: Iterable[tuple[str, list[int], list[int]]]) -> dict[str, Acceptance]:
-    """Acceptance by category of (category, prompt ids, answer ids)."""
-    found: dict[str, Acceptance] = {}
-    for category, prompt, answer in answers:
-        if len(answer) < 2:
-            continue
-        ids = torch.tensor(prompt + answer)
-        found.setdefault(category, Acceptance.empty()).add(draft_tokens(model, ids), ids, len(prompt))
-    return found

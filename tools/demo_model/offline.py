@@ -37,7 +37,7 @@ from dsv4serve.model.transformer import Transformer
 from dsv4serve.model.whole import WholeSequence
 from dsv4serve.types import Request, SamplingParams
 from dsv4serve.weights import load_weights
-from tools.demo_model.drafts import acceptance
+from tools.demo_model.drafts import Acceptance, draft_tokens
 from tools.demo_model.encoding import SampleEncoder
 from tools.demo_model.mix import batch
 from tools.demo_model.probing import SUITES, held_out
@@ -117,7 +117,12 @@ async def greedy(client: EngineClient, prompts: Sequence[tuple[list[int], int]])
     async def one(index: int, prompt: list[int], max_tokens: int) -> list[int]:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         request = Request(request_id=str(index), prompt_ids=prompt, sampling=sampling)
-        return [token async for output in client.submit(request) for token in output.token_ids]
+        ids: list[int] = []
+        async for output in client.submit(request):
+            if output.error is not None:
+                raise SystemExit(f"offline: a probe failed: {output.error}")
+            ids += output.token_ids
+        return ids
 
     return await asyncio.gather(*(one(index, *prompt) for index, prompt in enumerate(prompts)))
 
@@ -129,31 +134,55 @@ async def greedy_answers(directory: Path, prompts: Sequence[tuple[list[int], int
         return await greedy(client, prompts)
 
 
-# The indexer
+# Inside the model
+
+
+class Recall:
+    """Right answers to a recall suite's probes: with the indexer's choice and with random entries."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self.right = [0, 0]
+
+    def add(self, probe: Probe, texts: Sequence[str]) -> None:
+        """Count a probe with its two answers."""
+        self.num += 1
+        for place, text in enumerate(texts):
+            self.right[place] += all(probe.check(Answer(text, "", [], "stop")).values())
+
+    def shares(self) -> list[float]:
+        """Of all probes."""
+        return [right / self.num for right in self.right]
 
 
 @torch.inference_mode()
-def forced_answer(model: Transformer, prompt: list[int], answer: list[int], step: WholeSequence) -> list[int]:
-    """What the model would write at each place of `answer`, given the true ids before it. `step` has
-    len(prompt + answer) - 1 tokens."""
-    streams = model(torch.tensor(prompt + answer)[:-1], step)
-    ids: list[int] = model.logits(streams[len(prompt) - 1 :]).argmax(-1).tolist()
-    return ids
+def forced_text(model: Transformer, tokenizer: ChatTokenizer, streams: Tensor, first: int) -> str:
+    """What the model would write at each place of the answer that begins at index `first`, given the true ids before
+    it: `streams` [length, hc_mult, hidden]."""
+    ids = model.logits(streams[first - 1 : -1]).argmax(-1).tolist()
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def recall_shares(
-    model: Transformer, tokenizer: ChatTokenizer, answered: Iterable[tuple[Probe, list[int], list[int]]]
-) -> tuple[float, float]:
-    """Shares of right answers among (probe in chat mode, prompt ids, greedy ids): with the indexer's choice and with
-    random entries. Each value token has to be found given the right ones before it."""
-    right, num = [0, 0], 0
-    for probe, prompt, answer in answered:
-        length = len(prompt) + len(answer) - 1
-        num += 1
-        for place, step in enumerate((WholeSequence(length), RandomChoice(length, RANDOM_SEED))):
-            text = tokenizer.decode(forced_answer(model, prompt, answer, step), skip_special_tokens=True)
-            right[place] += all(probe.check(Answer(text.strip(), "", [], "stop")).values())
-    return right[0] / num, right[1] / num
+@torch.inference_mode()
+def look_inside(
+    model: Transformer, tokenizer: ChatTokenizer, answered: Iterable[tuple[str, Probe, list[int], list[int]]]
+) -> tuple[dict[str, Acceptance], dict[str, Recall]]:
+    """Draft acceptance by category and recall by suite, of (suite, probe, prompt ids, greedy ids).
+
+    Recall is measured on the greedy answer: each token of the value has to be found given the right ones before it.
+    """
+    drafts: dict[str, Acceptance] = {}
+    recall: dict[str, Recall] = {}
+    for suite, probe, prompt, answer in answered:
+        ids = torch.tensor(prompt + answer)
+        streams = model(ids, WholeSequence(len(ids)))
+        found = drafts.setdefault(probe.category, Acceptance.empty())
+        found.add(draft_tokens(model, ids, streams, len(prompt)), ids, len(prompt))
+        if suite.startswith("recall"):
+            others = model(ids, RandomChoice(len(ids), RANDOM_SEED))
+            texts = [forced_text(model, tokenizer, each, len(prompt)) for each in (streams, others)]
+            recall.setdefault(suite, Recall()).add(probe, texts)
+    return drafts, recall
 
 
 # Command line
@@ -165,9 +194,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     model = load_model(args.model, Numerics.OFFICIAL)
     models = [model, *([load_model(args.master, Numerics.EXACT)] if args.master else [])]
     results["nats"] = mix_nats(models, held_out_mix(args.model, args.batches))
-    print(f"{'nats per token':<32}{'official':>10}{'master':>10}")
+    print(f"{'nats per token':<44}{'official':>10}{'master':>10}")
     for name, values in results["nats"].items():
-        print(f"{name:<32}" + "".join(f"{value:10.4f}" for value in values))
+        print(f"{name:<44}" + "".join(f"{value:10.4f}" for value in values))
 
     tokenizer = ChatTokenizer(args.model)
     questions = [(suite, probe) for suite in args.suite or SUITES for probe in held_out(suite, args.num)]
@@ -176,19 +205,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     answers = asyncio.run(greedy_answers(args.model, limits))
     answered = [(suite, probe, *ids) for (suite, probe), *ids in zip(questions, prompts, answers, strict=True)]
 
-    found = acceptance(model, [(probe.category, prompt, answer) for _, probe, prompt, answer in answered])
-    results["drafts"] = {name: {"rates": one.rates(), "mean_length": one.mean_length()} for name, one in found.items()}
-    print(f"\n{'drafts accepted':<32}{'first':>10}{'second':>10}{'third':>10}{'length':>10}")
-    for name, one in found.items():
-        print(f"{name:<32}" + "".join(_cell(value) for value in (*one.rates(), one.mean_length())))
-
-    results["recall"] = {}
-    print(f"\n{'right recall':<32}{'indexer':>10}{'random':>10}")
-    for suite in SUITES:
-        mine = [(probe, *ids) for name, probe, *ids in answered if name == suite and not probe.thinking]
-        if suite.startswith("recall") and mine:
-            results["recall"][suite] = shares = recall_shares(model, tokenizer, mine)
-            print(f"{suite:<32}" + "".join(_cell(share) for share in shares))
+    drafts, recall = look_inside(model, tokenizer, answered)
+    results["drafts"] = {name: {"rates": one.rates(), "mean_length": one.mean_length()} for name, one in drafts.items()}
+    print(f"\n{'drafts accepted':<44}{'first':>10}{'second':>10}{'third':>10}{'length':>10}")
+    for name, one in drafts.items():
+        print(f"{name:<44}" + "".join(_cell(value) for value in (*one.rates(), one.mean_length())))
+    results["recall"] = {suite: one.shares() for suite, one in recall.items()}
+    print(f"\n{'right recall':<44}{'indexer':>10}{'random':>10}")
+    for suite, one in recall.items():
+        print(f"{suite:<44}" + "".join(_cell(share) for share in one.shares()))
     return results
 
 
@@ -208,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", type=Path, default=default_model(), metavar="DIR", help="checkpoint (default: the embedded one)")
     add("--master", type=Path, metavar="DIR", help="its BF16 master, for the nats (default: none)")
-    add("--num", type=int, default=20, metavar="N", help="probes of each category (default: %(default)s)")
+    add("--num", type=int, default=10, metavar="N", help="probes of each category (default: %(default)s)")
     add("--batches", type=int, default=8, metavar="N", help=f"of {ROWS} x {LENGTH} tokens, for nats (default: 8)")
     add("--suite", action="append", choices=list(SUITES), help="only this section, repeatable (default: all)")
     add("--out", type=Path, metavar="FILE", help="JSONL file to which one line is added (default: none)")
