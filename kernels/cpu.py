@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 1  # of csrc/cpu/abi.c; raised whenever a signature below changes, so that a library built before is not called
+ABI = 2  # of csrc/cpu/abi.c; raised whenever a signature below changes, so that a library built before is not called
 FEW_ROWS = 64  # torch divides more rows than these between its threads, if it has any; the C kernels have one
 STREAMS, LANES = 4, 16  # limits of csrc/cpu: most mHC streams, and what head_dim must be a multiple of
 
 # Arguments of each function: p = pointer, n = long, f = float. All return nothing.
 SIGNATURES = {
-    "linear": "pnpnpnnn",
-    "grouped_out_proj": "pppppnnnnn",
+    "linear": "pnpnnpnnn",
+    "grouped_out_proj": "pppnppnnnnn",
     "mhc_pre": "pppppppnnnnff",
     "mhc_post": "pppppnnn",
     "mhc_head": "pppppnnnff",
-    "mega_moe": "pppppppppnnnnnf",
+    "mega_moe": "pppppppnppnnnnnf",
     "route": "ppppppppnnnnf",
     "rms_norm": "pnppnnf",
     "apply_rope": "pnppnnnnn",
@@ -62,6 +62,14 @@ def fits(x: Tensor, *others: Tensor) -> bool:
     if x.shape[0] > FEW_ROWS and torch.get_num_threads() > 1:
         return False
     return all(other.dtype is torch.float32 and other.is_cpu for other in others)
+
+
+def weight_dtype(*weights: Tensor) -> torch.dtype | None:
+    """float32 or bfloat16 if all weights on the CPU are that, else None."""
+    dtype = weights[0].dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        return None
+    return dtype if all(weight.dtype is dtype and weight.is_cpu for weight in weights) else None
 
 
 def by_column(*matrices: Tensor) -> bool:

@@ -101,7 +101,7 @@ CLONES void dsv4_mhc_pre(const float *streams, const float *fn, const float *bas
     for (long token = 0; token < num_tokens; token += LANES) {
         long count = num_tokens - token < LANES ? num_tokens - token : LANES;
         const float *some = streams + token * length;
-        dsv4_multiply(some, length, fn, num_mixes, mixes, num_mixes, count, num_mixes, length);
+        dsv4_multiply(some, length, (Weights){fn, 0}, num_mixes, mixes, num_mixes, count, num_mixes, length);
         float *x = merged + token * hidden_size, *back = post + token * num_streams;
         float *matrix = comb + token * num_streams * num_streams;
         switch (num_streams) { /* a constant in each case, so that the matrices are registers */
@@ -138,7 +138,7 @@ CLONES void dsv4_mhc_head(const float *streams, const float *fn, const float *ba
     for (long token = 0; token < num_tokens; token++) {
         const float *some = streams + token * length;
         float mixes[STREAMS];
-        dsv4_multiply(some, length, fn, num_streams, mixes, num_streams, 1, num_streams, length);
+        dsv4_multiply(some, length, (Weights){fn, 0}, num_streams, mixes, num_streams, 1, num_streams, length);
         finish_mixes(mixes, some, base, scale, 0, num_streams, length, norm_eps);
         for (long s = 0; s < num_streams; s++) mixes[s] = sigmoid(mixes[s]) + hc_eps;
         weighted_sum(num_streams, some, mixes, merged + token * hidden_size, hidden_size);

@@ -1,4 +1,4 @@
-/* Expert routing, and the experts of one layer: two products with SwiGLU between, for up to four rows at a time. */
+/* Expert routing, and the experts of one layer: two products with SwiGLU between. */
 #include <math.h>
 
 #include "gemm.h"
@@ -14,19 +14,19 @@ INLINE void activate(const float *gate_up, float *hidden, long width, float limi
     }
 }
 
-/* One to four rows through one expert: down [rows, hidden_size] = w2(weight * swiglu(w13 x)). `work` holds `rows` times
+/* One to ROWS rows through one expert: down [rows, hidden_size] = w2(weight * swiglu(w13 x)). `work` holds `rows` times
  * 3 * width floats. */
-CLONES static void feed_forward(long num_rows, const float *const *x, const float *w13, const float *w2, const float *weights,
-                         float *work, float *const *down, long hidden_size, long width, float limit) {
+CLONES static void feed_forward(long num_rows, const float *const *x, Weights w13, Weights w2, const float *weights, float *work,
+                         float *const *down, long hidden_size, long width, float limit) {
     float *gate_up[ROWS] = {0};
     const float *hidden[ROWS] = {0};
     for (long row = 0; row < num_rows; row++) gate_up[row] = work + row * 3 * width;
-    dsv4_multiply_rows(num_rows, x, w13, 2 * width, gate_up, 0, 2 * width, hidden_size);
+    dsv4_multiply_rows(num_rows, x, w13, 2 * width, gate_up, 2 * width, hidden_size);
     for (long row = 0; row < num_rows; row++) {
         activate(gate_up[row], gate_up[row] + 2 * width, width, limit, weights[row]);
         hidden[row] = gate_up[row] + 2 * width;
     }
-    dsv4_multiply_rows(num_rows, hidden, w2, hidden_size, down, 0, hidden_size, width);
+    dsv4_multiply_rows(num_rows, hidden, w2, hidden_size, down, hidden_size, width);
 }
 
 INLINE void add_rows(long num_rows, float *const *to, float *const *values, long length) {
@@ -36,17 +36,18 @@ INLINE void add_rows(long num_rows, float *const *to, float *const *values, long
 
 /* out [tokens, hidden_size] = sum over each token's experts in the order of their ids, then the shared expert.
  * x [tokens, hidden_size]; expert_ids and weights [tokens, top_k]; w13 [experts] each [2 * width, hidden_size], w2 [experts]
- * each [hidden_size, width], matrices column by column. `work` holds 4 * (3 * width + hidden_size) floats. */
-CLONES void dsv4_mega_moe(const float *x, const int64_t *expert_ids, const float *weights, const float *w13,
-                          const float *w2, const float *shared_w13, const float *shared_w2, float *out, float *work,
-                          long num_tokens, long top_k, long num_experts, long hidden_size, long width, float limit) {
+ * each [hidden_size, width], matrices column by column. `work` holds ROWS * (3 * width + hidden_size) floats. */
+CLONES void dsv4_mega_moe(const float *x, const int64_t *expert_ids, const float *weights, const void *w13,
+                          const void *w2, const void *shared_w13, const void *shared_w2, long half, float *out,
+                          float *work, long num_tokens, long top_k, long num_experts, long hidden_size, long width, float limit) {
     float *sums[ROWS] = {0}, *down[ROWS];
     const float *rows[ROWS] = {0};
     float scales[ROWS] = {0};
     for (long row = 0; row < ROWS; row++) down[row] = work + ROWS * 3 * width + row * hidden_size;
     memset(out, 0, (size_t)(num_tokens * hidden_size) * sizeof(float));
     for (long expert = 0; expert < num_experts; expert++) {
-        const float *up = w13 + expert * 2 * width * hidden_size, *back = w2 + expert * width * hidden_size;
+        Weights up = weights_from((Weights){w13, half}, expert * 2 * width * hidden_size);
+        Weights back = weights_from((Weights){w2, half}, expert * width * hidden_size);
         long count = 0;
         for (long pair = 0; pair < num_tokens * top_k; pair++) {
             if (expert_ids[pair] != expert) continue;
@@ -70,7 +71,7 @@ CLONES void dsv4_mega_moe(const float *x, const int64_t *expert_ids, const float
             rows[row] = x + (token + row) * hidden_size;
             sums[row] = out + (token + row) * hidden_size;
         }
-        feed_forward(count, rows, shared_w13, shared_w2, scales, work, down, hidden_size, width, limit);
+        feed_forward(count, rows, (Weights){shared_w13, half}, (Weights){shared_w2, half}, scales, work, down, hidden_size, width, limit);
         add_rows(count, sums, down, hidden_size);
     }
 }
@@ -85,7 +86,7 @@ INLINE float score_of(float logit) {
 CLONES void dsv4_route(const float *x, const float *gate, const float *bias, const int64_t *table,
                        const int64_t *token_ids, float *scores, float *weights, int64_t *expert_ids, long num_tokens,
                        long num_experts, long hidden_size, long top_k, float scale) {
-    dsv4_multiply(x, hidden_size, gate, num_experts, scores, num_experts, num_tokens, num_experts, hidden_size);
+    dsv4_multiply(x, hidden_size, (Weights){gate, 0}, num_experts, scores, num_experts, num_tokens, num_experts, hidden_size);
     for (long token = 0; token < num_tokens; token++) {
         float *score = scores + token * num_experts;
         int64_t *chosen = expert_ids + token * top_k;

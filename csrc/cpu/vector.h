@@ -23,7 +23,14 @@
 /* The alignment of a float: loads and stores through these types may be unaligned. */
 typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float Half __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float Quarter __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t Mask __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t Words __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint16_t HalfWords __attribute__((vector_size(16), aligned(2), may_alias));
+typedef uint16_t QuarterWords __attribute__((vector_size(8), aligned(2), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint32_t HalfBits __attribute__((vector_size(32)));
+typedef uint32_t QuarterBits __attribute__((vector_size(16)));
 
 INLINE Vector load(const float *from) { return *(const Vector *)from; }
 INLINE void store(float *to, Vector value) { *(Vector *)to = value; }

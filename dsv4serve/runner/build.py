@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from dsv4serve.config import EngineConfig, ModelConfig
+from dsv4_kernels import cpu
+from dsv4serve.config import EngineConfig, ModelConfig, Numerics
 from dsv4serve.memory import CacheLayout, CapacityPlan, plan_capacity
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.obs.memory import available_memory_bytes
 from dsv4serve.runner.runner import Runner
-from dsv4serve.weights import load_weights
+from dsv4serve.weights import halve, load_weights
 
 
 def build_runner(config: EngineConfig, progress: bool = False) -> Runner:
@@ -21,8 +22,10 @@ def build_runner(config: EngineConfig, progress: bool = False) -> Runner:
     torch.set_num_threads(config.threads)
     model = ModelConfig.load(config.model)
     plan = cache_plan(config, model)
-    transformer = Transformer(model, load_weights(config, model, progress), config.numerics)
-    return Runner(transformer, plan)
+    weights = load_weights(config, model, progress)
+    if cpu.library is not None and config.numerics is Numerics.EXACT:  # torch's kernels would convert them in each step
+        halve(weights)
+    return Runner(Transformer(model, weights, config.numerics), plan)
 
 
 def cache_plan(config: EngineConfig, model: ModelConfig, num_draft_tokens: int = 0) -> CapacityPlan:

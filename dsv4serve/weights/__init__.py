@@ -2,6 +2,7 @@
 
 from dsv4serve.weights.dummy import dummy_weights
 from dsv4serve.weights.export import write_checkpoint
+from dsv4serve.weights.halve import halve
 from dsv4serve.weights.index import CheckpointIndex, verify
 from dsv4serve.weights.inventory import TensorSpec, inventory
 from dsv4serve.weights.loader import load_weights
@@ -12,6 +13,7 @@ __all__ = [
     "CheckpointReader",
     "TensorSpec",
     "dummy_weights",
+    "halve",
     "inventory",
     "load_weights",
     "verify",

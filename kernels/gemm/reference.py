@@ -11,7 +11,7 @@ ACTIVATION_GROUP = 128
 
 
 def linear(x: Tensor, weight: Tensor, *, quantize: bool = False, out_dtype: torch.dtype | None = None) -> Tensor:
-    """x [.., K] times weight float32 [N, K] transposed, product in float32 -> [.., N].
+    """x [.., K] times weight float32 or bfloat16 [N, K] transposed, product in float32 -> [.., N].
 
     Args:
         quantize: round x to E4M3 per 128 along K first, as the official FP8 linears do. `weight` then holds the values
@@ -21,4 +21,4 @@ def linear(x: Tensor, weight: Tensor, *, quantize: bool = False, out_dtype: torc
     if x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"linear: x has {x.shape[-1]} columns, weight [N, K] has K = {weight.shape[-1]}")
     values = fake_quantize_fp8(x, ACTIVATION_GROUP) if quantize else x
-    return torch.nn.functional.linear(values.float(), weight).to(out_dtype or x.dtype)
+    return torch.nn.functional.linear(values.float(), weight.float()).to(out_dtype or x.dtype)

@@ -1,4 +1,4 @@
-"""The experts of one layer in C: float32, weights that lie column by column."""
+"""The experts of one layer in C: float32, weights that lie column by column, bfloat16 too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv4_kernels import cpu
 
-ROWS = 4  # of csrc/cpu/gemm.h: rows that pass through an expert together
+ROWS = 64  # of csrc/cpu/gemm.h: rows that pass through an expert together
 
 
 def mega_moe(
@@ -23,7 +23,8 @@ def mega_moe(
     quantize: bool,
 ) -> Tensor | None:
     """See reference.py."""
-    if quantize or not cpu.fits(x, weights, w13, w2, shared_w13, shared_w2) or expert_ids.dtype is not torch.int64:
+    dtype = cpu.weight_dtype(w13, w2, shared_w13, shared_w2)
+    if quantize or dtype is None or not cpu.fits(x, weights) or expert_ids.dtype is not torch.int64:
         return None
     if not (x.is_contiguous() and weights.is_contiguous() and expert_ids.is_contiguous()):
         return None
@@ -39,6 +40,7 @@ def mega_moe(
         w2.data_ptr(),
         shared_w13.data_ptr(),
         shared_w2.data_ptr(),
+        dtype is torch.bfloat16,
         out.data_ptr(),
         work.data_ptr(),
         num_tokens,

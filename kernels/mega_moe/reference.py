@@ -32,7 +32,7 @@ def mega_moe(
 
     Args:
         x: [T, D]; expert_ids int64 [T, K]; weights float32 [T, K].
-        w13: float32 [E, 2I, D], w1 (gate) rows then w3 (up); w2: float32 [E, D, I]; shared_*: the same without E.
+        w13: float32 or bfloat16 [E, 2I, D], w1 (gate) rows then w3 (up); w2: [E, D, I]; shared_*: the same without E.
         limit: swiglu clamp.
         quantize: round the inputs of both products to E4M3 per 128, as the official code runs FP4 experts.
 
@@ -52,12 +52,14 @@ def mega_moe(
     inputs = fake_quantize_fp8(x, ACTIVATION_GROUP) if quantize else x
     tokens = order // top_k
     rows = inputs.float().index_select(0, tokens)
-    gate_up = torch.cat([part @ w13[expert].t() for expert, part in zip(hit, rows.split(sizes), strict=True)])
+    gate_up = torch.cat([part @ w13[expert].t().float() for expert, part in zip(hit, rows.split(sizes), strict=True)])
     hidden = _activate(gate_up.to(x.dtype), limit) * weights.flatten()[order].unsqueeze(1)
     hidden = hidden.to(x.dtype)
     if quantize:
         hidden = fake_quantize_fp8(hidden, ACTIVATION_GROUP)
-    outputs = torch.cat([part @ w2[expert].t() for expert, part in zip(hit, hidden.float().split(sizes), strict=True)])
+    outputs = torch.cat(
+        [part @ w2[expert].t().float() for expert, part in zip(hit, hidden.float().split(sizes), strict=True)]
+    )
     # A new accumulator, added to in the order of expert ids: the same sum whatever else is in the batch.
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     total.index_add_(0, tokens, outputs.to(x.dtype).float())

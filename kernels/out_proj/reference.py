@@ -12,10 +12,10 @@ def grouped_out_proj(o: Tensor, wo_a: Tensor, wo_b: Tensor, *, quantize: bool) -
     """Attention output [T, H, hd] -> [T, D] in o.dtype.
 
     Args:
-        wo_a: float32 [G, dg, (H / G) * hd]; consecutive heads form a group. Its input is not quantised.
-        wo_b: float32 [D, G * dg]; its input is E4M3 per 128 when `quantize`.
+        wo_a: float32 or bfloat16 [G, dg, (H / G) * hd]; consecutive heads form a group. Its input is not quantised.
+        wo_b: like wo_a [D, G * dg]; its input is E4M3 per 128 when `quantize`.
     """
     num_groups, _, width = wo_a.shape
     grouped = o.float().reshape(o.shape[0], num_groups, width).transpose(0, 1)
-    low = torch.bmm(grouped, wo_a.transpose(1, 2)).transpose(0, 1).flatten(1).to(o.dtype)
+    low = torch.bmm(grouped, wo_a.transpose(1, 2).float()).transpose(0, 1).flatten(1).to(o.dtype)
     return linear(low, wo_b, quantize=quantize)

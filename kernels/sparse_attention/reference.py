@@ -19,9 +19,7 @@ class Keys:
 
     table: Tensor
     read: Callable[[Tensor], Tensor]  # row numbers [..] -> vectors [.., head_dim]; -1 must read finite values
-    values: Tensor | None = (
-        None  # float32 [n, head_dim] that `read` takes its rows from, if there are such
-    )
+    values: Tensor | None = None  # float32 [n, head_dim] that `read` takes its rows from, if there are such
 
 
 def attend(q: Tensor, keys: Tensor, mask: Tensor, sink: Tensor) -> Tensor:

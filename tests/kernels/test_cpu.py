@@ -14,6 +14,7 @@ from dsv4_kernels import cpu, gemm, mega_moe, mhc, norm, out_proj, rope, router,
 from dsv4_kernels.sparse_attention import Keys
 
 BOUND = 2e-6  # relative norm; both sides are float32 with sums in different orders
+DTYPES = [torch.float32, torch.bfloat16]  # of weights
 
 Call = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]  # public, C, arguments
 
@@ -26,21 +27,22 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def column(*shape: int) -> Tensor:
+def column(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A random matrix [.., out, in] that lies column by column."""
-    return (torch.randn(*shape[:-2], shape[-1], shape[-2]) * shape[-1] ** -0.5).mT
+    return (torch.randn(*shape[:-2], shape[-1], shape[-2]) * shape[-1] ** -0.5).to(dtype).mT
 
 
 def make_linear(draw: random.Random, rows: int) -> Call:
     depth, width = draw.choice([1, 5, 96, 256]), draw.choice([2, 15, 24, 47, 130, 300])
     x = torch.randn(rows, depth + 3)[:, 1 : depth + 1]  # some columns of a matrix
-    return gemm.linear, gemm.cpu.linear, (x, column(width + 7, depth)[:width]), {}
+    weight = column(width + 7, depth, dtype=draw.choice(DTYPES))[:width]
+    return gemm.linear, gemm.cpu.linear, (x, weight), {}
 
 
 def make_out_proj(draw: random.Random, rows: int) -> Call:
     groups, rank, heads, dim = draw.choice([1, 2, 3]), draw.choice([4, 40]), draw.choice([1, 2]), draw.choice([8, 24])
-    o = torch.randn(rows, groups * heads, dim)
-    weights = column(groups, rank, heads * dim), column(22, groups * rank)
+    o, dtype = torch.randn(rows, groups * heads, dim), draw.choice(DTYPES)
+    weights = column(groups, rank, heads * dim, dtype=dtype), column(22, groups * rank, dtype=dtype)
     return out_proj.grouped_out_proj, out_proj.cpu.grouped_out_proj, (o, *weights), {"quantize": False}
 
 
@@ -71,10 +73,10 @@ def make_mhc_head(draw: random.Random, rows: int) -> Call:
 
 def make_mega_moe(draw: random.Random, rows: int) -> Call:
     experts, hidden, width = draw.choice([1, 3, 9]), draw.choice([5, 48, 72]), draw.choice([3, 16, 33])
-    top_k = draw.randint(1, experts)
+    top_k, dtype = draw.randint(1, experts), draw.choice(DTYPES)
     ids = torch.rand(rows, experts).argsort(dim=1)[:, :top_k].contiguous()
-    weights = column(experts, 2 * width, hidden), column(experts, hidden, width)
-    shared = column(2 * width, hidden), column(hidden, width)
+    weights = column(experts, 2 * width, hidden, dtype=dtype), column(experts, hidden, width, dtype=dtype)
+    shared = column(2 * width, hidden, dtype=dtype), column(hidden, width, dtype=dtype)
     inputs = torch.randn(rows, hidden) * 3, ids, torch.rand(rows, top_k), *weights, *shared
     return mega_moe.mega_moe, mega_moe.cpu.mega_moe, inputs, {"limit": 0.7, "quantize": False}
 
@@ -219,6 +221,19 @@ def test_the_reference_runs_where_the_kernel_cannot(make: Callable[..., Call], m
         monkeypatch.setattr(cpu, "library", None)
         for found, expected in zip(tensors(public(*args, **options)), with_gradients, strict=True):
             torch.testing.assert_close(found, expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16, 65])
+def test_weights_in_bfloat16_give_the_same_bits(rows: int) -> None:
+    """So a server may keep them so, and rows do not depend on how many share a read of the weights."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        depth, width = random.Random(seed).choice([(67, 300), (300, 37), (128, 513), (5, 2)])
+        x, weight = torch.randn(rows, depth), column(width, depth, dtype=torch.bfloat16)
+        found = gemm.cpu.linear(x, weight)
+        assert torch.equal(found, gemm.cpu.linear(x, weight.float()))
+        assert torch.equal(found, torch.cat([gemm.cpu.linear(row, weight) for row in x.split(1)]))
 
 
 @torch.inference_mode()
