@@ -19,7 +19,7 @@ import pytest
 from support.server import Server, serve
 
 from dsv4serve.cli.chat import printable
-from dsv4serve.cli.conversation import Conversation, ServerError, served_model
+from dsv4serve.cli.conversation import Conversation, ServerError, connect, served_model
 from dsv4serve.cli.main import main
 
 KEY = "a-key"
@@ -201,6 +201,23 @@ def test_a_tool_call_is_joined_and_its_result_comes_before_the_next_answer() -> 
     assert bodies[1]["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"city": "Oslo"}'
     assert bodies[1]["max_tokens"] == 5
     assert "chat_template_kwargs" not in bodies[1]
+
+
+@pytest.mark.e2e
+def test_the_server_takes_a_history_with_a_call_and_its_result(server: Server) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    arguments = {"index": 0, "function": {"arguments": '"Oslo"}'}}
+    scripted, _ = conversation([delta(reasoning_content="hm"), delta("tool_calls", tool_calls=[CALL, arguments])])
+    scripted.say("Weather in Oslo?")
+    with scripted.answer() as (_, pieces):
+        list(pieces)
+    scripted.say("-3 degrees")
+    with connect(server.url, KEY) as client:
+        talk = Conversation(client, "demo", [tool], {"max_tokens": 3})
+        talk.messages = scripted.messages
+        with talk.answer() as (answer, pieces):
+            list(pieces)
+    assert answer.usage["completion_tokens"] == 3
 
 
 def test_a_failed_turn_leaves_the_history_as_it_was() -> None:

@@ -92,7 +92,8 @@ def mix_nats(models: Sequence[Transformer], batches: Iterable[tuple[Tensor, Tens
                 sums = total.setdefault(key, [0.0] * len(models))
                 total[key] = [found + float(part[learnt].sum()) for found, part in zip(sums, nats, strict=True)]
                 count[key] += int(learnt.sum())
-    return {name: [value / count[name] for value in sums] for name, sums in total.items() if count[name]}
+    ordered = sorted(total.items(), key=lambda item: item[0] == "all")
+    return {name: [value / count[name] for value in sums] for name, sums in ordered if count[name]}
 
 
 def held_out_mix(tokenizer: Path, num: int) -> list[tuple[Tensor, Tensor]]:
