@@ -57,24 +57,34 @@ def takes(operation: str) -> bool:
 
 def fits(x: Tensor, *others: Tensor) -> bool:
     """All are float32 on the CPU, and one thread is enough for the rows of x."""
-    if not (x.dtype is torch.float32 and x.is_cpu):
-        return False
     if x.shape[0] > FEW_ROWS and torch.get_num_threads() > 1:
         return False
-    return all(other.dtype is torch.float32 and other.is_cpu for other in others)
+    for tensor in (x, *others):  # noqa: SIM110 (a generator takes longer than the rest)
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu:
+            return False
+    return True
 
 
 def weight_dtype(*weights: Tensor) -> torch.dtype | None:
     """float32 or bfloat16 if all weights on the CPU are that, else None."""
     dtype = weights[0].dtype
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype is not torch.float32 and dtype is not torch.bfloat16:
         return None
-    return dtype if all(weight.dtype is dtype and weight.is_cpu for weight in weights) else None
+    for weight in weights:
+        if weight.dtype is not dtype or not weight.is_cpu:
+            return None
+    return dtype
 
 
 def by_column(*matrices: Tensor) -> bool:
     """Each [.., rows, columns] lies column by column, without gaps."""
-    return all(matrix.mT.is_contiguous() for matrix in matrices)
+    for matrix in matrices:
+        strides, num_rows = matrix.stride(), matrix.shape[-2]
+        if strides[-2] != 1 or strides[-1] != num_rows:
+            return False
+        if len(strides) == 3 and strides[0] != num_rows * matrix.shape[-1]:
+            return False
+    return True
 
 
 def preferred(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:

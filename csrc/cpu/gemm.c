@@ -7,6 +7,7 @@
 
 #define TILE 4 /* rows whose sums are in registers together */
 #define PANEL_COLUMNS 256 /* weights that are copied, as float32, before more than TILE rows pass over them: */
+#define PANEL_LEAST 64 /* columns for which the copy pays */
 #define PANEL_DEPTH 64 /* the copy stays in the second-level cache */
 
 #define DEFINE_READ(NAME, TYPE, WORDS, BITS)                                                                          \
@@ -108,12 +109,22 @@ INLINE void multiply_panels(long num_rows, int half, const float *const *x, cons
     }
 }
 
+INLINE void multiply_some(long num_rows, int half, const float *const *x, const void *w, long ldw, float *const *out,
+                          long num_columns, long depth) {
+    if (num_rows > TILE && num_columns >= PANEL_LEAST) {
+        multiply_panels(num_rows, half, x, w, ldw, out, num_columns, depth);
+        return;
+    }
+    for (long row = 0; row < num_rows; row += TILE) {
+        long count = num_rows - row < TILE ? num_rows - row : TILE;
+        multiply_tile(count, half, x + row, w, ldw, out + row, num_columns, depth, 0);
+    }
+}
+
 CLONES void dsv4_multiply_rows(long num_rows, const float *const *x, Weights w, long ldw, float *const *out,
                                long num_columns, long depth) {
-    if (num_rows > TILE && w.half) multiply_panels(num_rows, 1, x, w.data, ldw, out, num_columns, depth);
-    else if (num_rows > TILE) multiply_panels(num_rows, 0, x, w.data, ldw, out, num_columns, depth);
-    else if (w.half) multiply_tile(num_rows, 1, x, w.data, ldw, out, num_columns, depth, 0);
-    else multiply_tile(num_rows, 0, x, w.data, ldw, out, num_columns, depth, 0);
+    if (w.half) multiply_some(num_rows, 1, x, w.data, ldw, out, num_columns, depth);
+    else multiply_some(num_rows, 0, x, w.data, ldw, out, num_columns, depth);
 }
 
 void dsv4_multiply(const float *x, long ldx, Weights w, long ldw, float *out, long ldout, long num_rows,
