@@ -23,7 +23,9 @@ from dsv4serve.cli.conversation import Conversation, ServerError, connect, serve
 from dsv4serve.cli.main import main
 
 KEY = "a-key"
-RANDOM = ("--load-format", "dummy", "--log-level", "error")  # random weights: answers end at a limit, hardly ever alone
+RANDOM = ("--load-format", "dummy", "--log-level", "error")
+GREEDY = ("--temperature", "0")  # with these weights greedy answers do not end by themselves
+LIMITS = ("--api-key", KEY, "--max-tokens", "6", *GREEDY)
 CALL = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": '}}
 
 
@@ -43,7 +45,7 @@ def test_piped_turns_are_one_conversation(
     server: Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     typed = f"/think off\n/system Be brief.\n{'one two three ' * 150}\n\nand now?\n/new\nhello\n/exit\nnot sent\n"
-    assert chat(monkeypatch, typed, "--url", server.url + "/v1", "--api-key", KEY, "--max-tokens", "6") == 0
+    assert chat(monkeypatch, typed, "--url", server.url + "/v1", *LIMITS) == 0
     captured = capfd.readouterr()
     assert captured.out.strip()
     first, second, third = captured.err.splitlines()
@@ -61,7 +63,7 @@ def test_piped_turns_are_one_conversation(
 def test_reasoning_is_not_on_standard_output(
     server: Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert chat(monkeypatch, "/think on\nhi\n", "--url", server.url, "--api-key", KEY, "--max-tokens", "6") == 0
+    assert chat(monkeypatch, "/think on\nhi\n", "--url", server.url, *LIMITS) == 0
     captured = capfd.readouterr()
     assert captured.out == ""
     assert len(captured.err.splitlines()) > 1
@@ -147,13 +149,13 @@ class PtyChat:
 @pytest.mark.e2e
 def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_the_private_server() -> None:
     """With one slot the second answer can only come when the server has aborted the first."""
-    terminal = PtyChat(*RANDOM, "--max-running-requests", "1")
+    terminal = PtyChat(*RANDOM, *GREEDY, "--max-running-requests", "1")
     try:
         terminal.wait_for("Ctrl-D ends")
         children = psutil.Process(terminal.process.pid).children(recursive=True)
         assert len(children) == 3  # launcher, engine, frontend
         for turn in ("one", "two"):
-            terminal.type(turn + "\n")
+            terminal.type(f"/new\n{turn}\n")
             terminal.wait_for(turn, more=40)
             terminal.type("\x03")
             terminal.wait_for("stopped")
@@ -213,7 +215,7 @@ def test_the_server_takes_a_history_with_a_call_and_its_result(server: Server) -
         list(pieces)
     scripted.say("-3 degrees")
     with connect(server.url, KEY) as client:
-        talk = Conversation(client, "demo", [tool], {"max_tokens": 3})
+        talk = Conversation(client, "demo", [tool], {"max_tokens": 3, "temperature": 0})
         talk.messages = scripted.messages
         with talk.answer() as (answer, pieces):
             list(pieces)
