@@ -45,8 +45,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority: int = 0
 
 
-class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What one engine step added to one request. The last one of a request has `finish_reason`."""
+class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
+    """What one engine step added to one request. The last one of a request has `finish_reason`.
+
+    It can be part of no cycle, and a step makes one per request: the garbage collector need not look at them.
+    """
 
     request_id: str
     token_ids: list[int] = []
