@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,24 +92,26 @@ def fake_quantize_fp8(x: Tensor, group: int) -> Tensor:
     return _StraightThrough.apply(x, group, _round_fp8) if x.requires_grad else _round_fp8(x, group)
 
 
-@lru_cache(maxsize=1)
-def _fp4_thresholds() -> Tensor:
-    """Midpoints between FP4 magnitudes, arranged so that `count of thresholds < |x|` rounds ties to the even code."""
-    middles = [(low + high) / 2 for low, high in pairwise(_FP4_VALUES)]
-    thresholds = torch.tensor(middles)
-    below = torch.nextafter(thresholds, torch.zeros(()))
-    rounds_up = torch.arange(len(middles)) % 2 == 1  # the upper neighbour has an even code
-    return torch.where(rounds_up, below, thresholds)
+def _fp4_midpoints() -> list[float]:
+    """Midpoints between FP4 magnitudes, arranged so that `count of midpoints < |x|` rounds ties to the even code."""
+    middles = [np.float32((low + high) / 2) for low, high in pairwise(_FP4_VALUES)]
+    # Where the upper neighbour has an even code, the middle itself must round up.
+    return [float(np.nextafter(middle, np.float32(0)) if i % 2 else middle) for i, middle in enumerate(middles)]
 
 
-@lru_cache(maxsize=1)
-def _fp4_table() -> Tensor:
-    return torch.tensor([*_FP4_VALUES, *(-value for value in _FP4_VALUES)])
+@lru_cache
+def _fp4_thresholds(device: torch.device) -> Tensor:
+    return torch.tensor(_fp4_midpoints(), device=device)
+
+
+@lru_cache
+def _fp4_table(device: torch.device) -> Tensor:
+    return torch.tensor([*_FP4_VALUES, *(-value for value in _FP4_VALUES)], device=device)
 
 
 def _fp4_codes(scaled: Tensor) -> Tensor:
     """FP4 codes int64 of scaled values; saturates at 6."""
-    return torch.bucketize(scaled.abs(), _fp4_thresholds()) + 8 * torch.signbit(scaled)
+    return torch.bucketize(scaled.abs(), _fp4_thresholds(scaled.device)) + 8 * torch.signbit(scaled)
 
 
 def quantize_fp4(x: Tensor, group: int = 32) -> tuple[Tensor, Tensor]:
@@ -122,7 +125,7 @@ def unpack_fp4(packed: Tensor) -> Tensor:
     """Two codes a byte (uint8 or int8 [.., K // 2]) -> float32 values without scale [.., K]."""
     codes = packed.view(torch.uint8)
     both = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-    return _fp4_table()[both.to(torch.int32)]
+    return _fp4_table(packed.device)[both.to(torch.int32)]
 
 
 def dequantize_fp4(packed: Tensor, scale: Tensor, group: int = 32) -> Tensor:
@@ -132,7 +135,7 @@ def dequantize_fp4(packed: Tensor, scale: Tensor, group: int = 32) -> Tensor:
 
 def _round_fp4(x: Tensor, group: int) -> Tensor:
     scaled, scale = _scaled_groups(x, group, FP4_AMAX_FLOOR, FP4_MAX)
-    return (_fp4_table()[_fp4_codes(scaled)] * scale).flatten(-2).to(x.dtype)
+    return (_fp4_table(x.device)[_fp4_codes(scaled)] * scale).flatten(-2).to(x.dtype)
 
 
 def fake_quantize_fp4(x: Tensor, group: int = 32) -> Tensor:
@@ -172,12 +175,12 @@ def quantize_fp4_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return packed.view(torch.int8), scale
 
 
-@lru_cache(maxsize=8)
-def _hadamard_matrix(dim: int) -> Tensor:
+@lru_cache
+def _hadamard_matrix(dim: int, device: torch.device) -> Tensor:
     if dim & (dim - 1):
         raise ValueError(f"hadamard: the last dim is {dim}; expected a power of two")
     with torch.inference_mode(False):  # cached: a first call without gradients must not break a later one with them
-        matrix = torch.ones(1, 1)
+        matrix = torch.ones(1, 1, device=device)
         while matrix.shape[0] < dim:
             matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix
@@ -185,4 +188,4 @@ def _hadamard_matrix(dim: int) -> Tensor:
 
 def hadamard(x: Tensor) -> Tensor:
     """Walsh-Hadamard transform over the last dim (a power of two), Sylvester order, times d^-0.5: float32 [.., d]."""
-    return (x.float() @ _hadamard_matrix(x.shape[-1])) * x.shape[-1] ** -0.5
+    return (x.float() @ _hadamard_matrix(x.shape[-1], x.device)) * x.shape[-1] ** -0.5

@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def rope_frequencies(dim: int, theta: float, yarn: tuple[float, int, float, float] | None) -> Tensor:
-    """Angle per position of each pair, float64 [dim // 2].
+    """Angle per position of each pair, float64 [dim // 2] on the CPU.
 
     Args:
         dim: rotated dims.
         yarn: (factor, original_max_position_embeddings, beta_fast, beta_slow) or None. Applied at every length, without
             an attention factor.
     """
-    frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
     if yarn is None:
         return frequencies
     factor, original, beta_fast, beta_slow = yarn
@@ -27,7 +27,7 @@ def rope_frequencies(dim: int, theta: float, yarn: tuple[float, int, float, floa
     low = max(math.floor(correction(beta_fast)), 0)
     high = min(math.ceil(correction(beta_slow)), dim - 1)
     width = max(high - low, 0.001)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / width).clamp(0, 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float64, device="cpu") - low) / width).clamp(0, 1)
     return frequencies / factor * ramp + frequencies * (1 - ramp)
 
 
@@ -36,7 +36,7 @@ def rope_table(positions: Tensor, frequencies: Tensor) -> Tensor:
 
     Angles are float32 products of float32 factors, as in the official code.
     """
-    angles = positions.float().unsqueeze(1) * frequencies.float()
+    angles = positions.float().unsqueeze(1) * frequencies.to(positions.device, torch.float32)
     return torch.polar(torch.ones_like(angles), angles)
 
 

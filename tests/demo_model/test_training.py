@@ -1,7 +1,9 @@
 """The trainer computes the model that serves: blockwise step, gradient forms, rounding, schedule."""
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.models import random_ids, small_config, small_transformer
 
 from dsv4_kernels.mhc.reference import sinkhorn
@@ -12,13 +14,16 @@ from dsv4_kernels.quant import (
     quantize_fp8_blocks,
 )
 from dsv4_kernels.rope import apply_rope, rope_table
+from dsv4serve.config import EngineConfig, ModelConfig
 from dsv4serve.model.whole import WholeSequence
+from dsv4serve.weights.loader import load_weights
 from tools.demo_model.config import model_config
 from tools.demo_model.muon import orthogonalize
 from tools.demo_model.network import initial_weights
 from tools.demo_model.rounding import rounded, stored_dtypes
 from tools.demo_model.schedule import DECAY, PHASES, RATE, phase_at, rate_at
 from tools.demo_model.step import TrainingStep
+from tools.demo_model.train import train
 
 
 @torch.no_grad()
@@ -79,3 +84,26 @@ def test_schedule_covers_every_step():
     rates = [rate_at(step, 1000) for step in range(1000)]
     assert rates[0] < rates[149] == RATE == rates[int(1000 * DECAY)]
     assert 0 < rates[-1] < RATE / 100
+
+
+class RandomBatches:
+    """Random tokens in place of the builders' text."""
+
+    def next(self):
+        draw = np.random.default_rng(0)
+        return draw.integers(0, 4096, (1, 258)).astype(np.uint16), np.ones((1, 258), dtype=np.uint8)
+
+
+def test_a_run_leaves_checkpoints_that_hold_its_weights(tmp_path):
+    out = tmp_path / "run"
+    train(out, RandomBatches(), steps=2, seed=1, device="cpu", compiled=False)
+    trained = load_file(out / "weights.safetensors")
+    config = model_config()
+    assert not torch.equal(trained["embed.weight"], initial_weights(config, 1)["embed.weight"])
+    dtypes = stored_dtypes(config, trained)
+    expected = rounded(trained, dtypes)
+    for folder, values in (("official", expected), ("master", trained)):
+        model = ModelConfig.load(out / folder)
+        for name, weight in load_weights(EngineConfig(model=out / folder), model).items():
+            value = values[name].bfloat16().float() if dtypes[name] != "F32" else values[name]
+            torch.testing.assert_close(weight.to(value.dtype), value, rtol=1e-6, atol=0)

@@ -19,6 +19,7 @@ from dsv4_kernels.quant import (
     quantize_fp8,
     quantize_fp8_blocks,
 )
+from dsv4_kernels.quant import reference as quant
 
 VECTORS = Path(__file__).parents[1] / "golden" / "tiny-random" / "quant_vectors.safetensors"
 
@@ -144,3 +145,17 @@ def test_zero_rows_and_wrong_groups():
         fake_quantize_fp8(torch.ones(2, 100), 128)
     with pytest.raises(ValueError, match="power of two"):
         hadamard(torch.ones(2, 48))
+
+
+def test_constants_follow_the_device_of_their_input():
+    """Training on a GPU left its tables there, and the export on the CPU failed."""
+    x = torch.linspace(-7, 7, 128)
+    expected = fake_quantize_fp4(x), hadamard(x), dequantize_fp4(*quantize_fp4(x))
+    quant._fp4_thresholds.cache_clear()
+    quant._fp4_table.cache_clear()
+    quant._hadamard_matrix.cache_clear()
+    other = torch.empty(128, device="meta")
+    assert fake_quantize_fp4(other).is_meta
+    assert hadamard(other).is_meta
+    found = fake_quantize_fp4(x), hadamard(x), dequantize_fp4(*quantize_fp4(x))
+    assert all(map(torch.equal, found, expected))

@@ -40,10 +40,12 @@ def initial_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of one batch. `main` and `mtp` are f32 [batch, length] in nats, not yet masked."""
+    """Losses of one batch. `main` and `mtp` are f32 [batch, length] in nats, not yet masked; `right` bool like them:
+    the main model's best guess is the token."""
 
     main: Tensor
     mtp: Tensor
+    right: Tensor
     index: Tensor
     loads: dict[str, Tensor]
 
@@ -57,16 +59,18 @@ def losses(config: ModelConfig, weights: Mapping[str, Tensor], tokens: Tensor, s
     assert model.mtp is not None
     inputs, following, targets = (tokens[:, i : i + length].flatten() for i in range(3))
     streams = model(inputs, step)
-    main = cross_entropy(model.logits(streams), following)
+    main, right = cross_entropy(model.logits(streams), following)
     _, mtp_logits = model.mtp(streams, following, step)
-    mtp = cross_entropy(mtp_logits, targets)
+    mtp, _ = cross_entropy(mtp_logits, targets)
     index = torch.stack(step.index_losses).sum()
-    return Losses(main.view(batch, length), mtp.view(batch, length), index, step.loads)
+    shaped = (values.view(batch, length) for values in (main, mtp, right))
+    return Losses(*shaped, index, step.loads)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats of each target: logits f32 [rows, vocab], targets int64 [rows] -> f32 [rows]."""
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats of each target, f32 [rows], and whether it has the largest logit, bool [rows]. logits f32 [rows, vocab]."""
+    nats = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return nats, logits.argmax(-1) == targets
 
 
 def total_loss(found: Losses, learnt: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ OUT/log.jsonl, one line every LOG_EVERY steps. Facts and choices: docs/demo-mode
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import time
 from pathlib import Path
@@ -18,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4serve.weights.export import write_checkpoint
-from dsv4serve.weights.layout import official_view
 from tools.demo_model.compiled import compile_operations
-from tools.demo_model.config import CONFIG, model_config
+from tools.demo_model.config import model_config
 from tools.demo_model.data import Batches
+from tools.demo_model.export import export, save
 from tools.demo_model.schedule import CATEGORIES, STEP_TOKENS, phase_at, rate_at
 from tools.demo_model.trainer import Trainer
 
 LOG_EVERY = 50
-SHARD_BYTES = 15 << 20
+SAVE_EVERY = 500  # steps; nothing that comes after training may lose it
 
 
 class Log:
@@ -47,11 +45,11 @@ class Log:
         now = time.monotonic()
         line: dict[str, Any] = {"step": step, "elapsed_s": round(now - self._start, 1), **facts}
         line["tokens_per_s"] = round(tokens * LOG_EVERY / (now - self._last))
-        for name in ("main", "mtp"):
-            nats, count = total[f"{name}_nats"], total[f"{name}_tokens"]
-            line[name] = round(float(nats[1:].sum() / count[1:].sum()), 4)
+        for name in ("main", "mtp", "right"):
+            values, count = total[name], total[f"{name}_tokens"]
+            line[name] = round(float(values[1:].sum() / count[1:].sum()), 4)
             line[f"{name}_by_category"] = {
-                category: round(float(nats[i] / count[i]), 4)
+                category: round(float(values[i] / count[i]), 4)
                 for i, category in enumerate(CATEGORIES, start=1)
                 if count[i]
             }
@@ -61,14 +59,6 @@ class Log:
         self._sums, self._last = [], now
 
 
-def export(weights: dict[str, Tensor], out: Path) -> None:
-    """OUT/official (FP8 and FP4) and OUT/master (BF16, in shards)."""
-    values = {name: weight.detach().cpu() for name, weight in weights.items()}
-    read = functools.partial(official_view, values)
-    write_checkpoint(out / "official", CONFIG, read, quantized=True)
-    write_checkpoint(out / "master", CONFIG, read, quantized=False, max_shard_bytes=SHARD_BYTES)
-
-
 def train(out: Path, batches: Batches, steps: int, seed: int, device: str, compiled: bool) -> None:
     """Run all phases and export."""
     torch.set_default_device(device)
@@ -76,16 +66,18 @@ def train(out: Path, batches: Batches, steps: int, seed: int, device: str, compi
     if compiled:
         compile_operations()
     with torch.device("cpu"):
-        config = model_config()
+        trainer = Trainer(model_config(), seed, device)
     out.mkdir(parents=True)
-    trainer, log = Trainer(config, seed, device), Log(out / "log.jsonl")
+    log = Log(out / "log.jsonl")
     for step in range(steps):
         phase, rate = phase_at(step, steps), rate_at(step, steps)
         tokens, categories = (torch.from_numpy(part).to(device, non_blocking=True) for part in batches.next())
         sums = trainer.step(tokens.long(), categories, phase, rate)
         log.add(step + 1, sums, STEP_TOKENS, rate=round(rate, 6), length=phase.length)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            save(trainer.weights, out / "weights.safetensors")
     torch.set_default_device("cpu")
-    export(trainer.weights, out)
+    export(out / "weights.safetensors", out)
 
 
 def main() -> None:

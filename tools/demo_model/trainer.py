@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv4serve.config import ModelConfig
 from tools.demo_model.muon import Muon
-from tools.demo_model.network import initial_weights, losses, total_loss
+from tools.demo_model.network import Losses, initial_weights, losses, total_loss
 from tools.demo_model.rounding import rounded, stored_dtypes
 from tools.demo_model.schedule import CATEGORIES, Phase
 
@@ -60,7 +60,7 @@ class Trainer:
         for weight in self.learnt.values():
             weight.grad = None
         self._balance(found.loads)
-        return self._sums(found.main.detach(), found.mtp.detach(), categories) | {
+        return self._sums(found, categories) | {
             "index": found.index.detach(),
             "norm": norm,
             "imbalance": torch.stack([load.max() / load.float().mean() for load in found.loads.values()]).max(),
@@ -74,12 +74,13 @@ class Trainer:
             if bias is not None:
                 bias.add_(torch.sign(load.float().mean() - load), alpha=BIAS_RATE)
 
-    def _sums(self, main: Tensor, mtp: Tensor, categories: Tensor) -> dict[str, Tensor]:
-        length, bins = main.shape[1], len(CATEGORIES) + 1
+    @torch.no_grad()
+    def _sums(self, found: Losses, categories: Tensor) -> dict[str, Tensor]:
+        length, bins = found.main.shape[1], len(CATEGORIES) + 1
         result = {}
-        for name, values, shift in (("main", main, 1), ("mtp", mtp, 2)):
+        for name, values, shift in (("main", found.main, 1), ("mtp", found.mtp, 2), ("right", found.right.float(), 1)):
             index = categories[:, shift : length + shift].flatten().long()
             zero = torch.zeros(bins, device=values.device)
-            result[f"{name}_nats"] = zero.index_add(0, index, values.flatten())
+            result[name] = zero.index_add(0, index, values.flatten())
             result[f"{name}_tokens"] = zero.index_add(0, index, torch.ones_like(values.flatten()))
         return result

@@ -1,0 +1,45 @@
+"""Writes the trained weights as checkpoints: `python -m tools.demo_model.export WEIGHTS OUT`.
+
+OUT/official is the quantised checkpoint (FP8 and FP4, without tokenizer), OUT/master the same weights in BF16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dsv4serve.weights.export import write_checkpoint
+from dsv4serve.weights.layout import official_view
+from tools.demo_model.config import CONFIG
+
+SHARD_BYTES = 15 << 20  # of the master
+
+
+def save(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Runtime tensors as they are trained, float32 (and int64)."""
+    save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, path)
+
+
+def export(weights: Path, out: Path) -> None:
+    """Write both checkpoints from a file that `save` wrote. Raises CheckpointError when they exist already."""
+    read = functools.partial(official_view, load_file(weights))
+    write_checkpoint(out / "official", CONFIG, read, quantized=True)
+    write_checkpoint(out / "master", CONFIG, read, quantized=False, max_shard_bytes=SHARD_BYTES)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Export trained weights.", allow_abbrev=False)
+    parser.add_argument("weights", type=Path, help="weights.safetensors of a training run")
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    export(args.weights, args.out)
+
+
+if __name__ == "__main__":
+    main()
