@@ -1,12 +1,12 @@
 # syntax=docker/dockerfile:1
 # NOT BUILT YET: the machines this release was made on have no Docker engine. Written for linux/amd64 and
-# linux/arm64 (GB300 hosts are aarch64); the wheel is pure Python, so both use the same file:
+# linux/arm64 (GB300 hosts are aarch64); the C kernels are compiled in the image, so both use the same file:
 #   docker buildx build --platform linux/arm64 -t dsv4serve .
 #   docker run --gpus all -p 127.0.0.1:8000:8000 -v /models:/models:ro dsv4serve launch --host 0.0.0.0 --model /models/demo
 ARG BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04
 
 FROM ${BASE} AS build
-RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-venv \
+RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-venv gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/dsv4serve
 ENV PATH=/opt/dsv4serve/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -16,6 +16,7 @@ RUN pip install "${TORCH}"
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY configs configs
+COPY csrc csrc
 COPY kernels kernels
 COPY dsv4serve dsv4serve
 RUN pip install ".[cuda]"

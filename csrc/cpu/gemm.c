@@ -69,7 +69,7 @@ INLINE void multiply_columns(int num_rows, int num_vectors, int half, const floa
 }
 
 /* One to TILE rows. The fewer they are, the more neighbouring columns are read at once. */
-INLINE void multiply_tile(long num_rows, int half, const float *const *x, const void *w, long ldw, float *const *out,
+INLINE void multiply_few(long num_rows, int half, const float *const *x, const void *w, long ldw, float *const *out,
                           long num_columns, long depth, int more) {
     switch (num_rows) {
     case 1: multiply_columns(1, 16, half, x, w, ldw, out, num_columns, depth, more); break;
@@ -77,6 +77,17 @@ INLINE void multiply_tile(long num_rows, int half, const float *const *x, const 
     case 3: multiply_columns(3, 4, half, x, w, ldw, out, num_columns, depth, more); break;
     default: multiply_columns(4, 4, half, x, w, ldw, out, num_columns, depth, more);
     }
+}
+
+/* Not inlined: compiling the sixteen tiles is most of the library's build. */
+CLONES static void multiply_float(long num_rows, const float *const *x, const void *w, long ldw, float *const *out,
+                                  long num_columns, long depth, int more) {
+    multiply_few(num_rows, 0, x, w, ldw, out, num_columns, depth, more);
+}
+
+CLONES static void multiply_half(long num_rows, const float *const *x, const void *w, long ldw, float *const *out,
+                                 long num_columns, long depth) {
+    multiply_few(num_rows, 1, x, w, ldw, out, num_columns, depth, 0);
 }
 
 /* panel [depth, num_columns] = that part of w. */
@@ -103,7 +114,7 @@ INLINE void multiply_panels(long num_rows, int half, const float *const *x, cons
                 float *outputs[TILE] = {0};
                 long count = num_rows - row < TILE ? num_rows - row : TILE;
                 for (long i = 0; i < count; i++) inputs[i] = x[row + i] + first, outputs[i] = out[row + i] + column;
-                multiply_tile(count, 0, inputs, panel, width, outputs, width, height, first > 0);
+                multiply_float(count, inputs, panel, width, outputs, width, height, first > 0);
             }
         }
     }
@@ -117,7 +128,8 @@ INLINE void multiply_some(long num_rows, int half, const float *const *x, const 
     }
     for (long row = 0; row < num_rows; row += TILE) {
         long count = num_rows - row < TILE ? num_rows - row : TILE;
-        multiply_tile(count, half, x + row, w, ldw, out + row, num_columns, depth, 0);
+        if (half) multiply_half(count, x + row, w, ldw, out + row, num_columns, depth);
+        else multiply_float(count, x + row, w, ldw, out + row, num_columns, depth, 0);
     }
 }
 

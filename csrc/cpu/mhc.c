@@ -104,12 +104,10 @@ CLONES void dsv4_mhc_pre(const float *streams, const float *fn, const float *bas
         dsv4_multiply(some, length, (Weights){fn, 0}, num_mixes, mixes, num_mixes, count, num_mixes, length);
         float *x = merged + token * hidden_size, *back = post + token * num_streams;
         float *matrix = comb + token * num_streams * num_streams;
-        switch (num_streams) { /* a constant in each case, so that the matrices are registers */
-        case 4: enter(4, some, mixes, base, scale, x, back, matrix, count, hidden_size, iters, hc_eps, norm_eps); break;
-        case 3: enter(3, some, mixes, base, scale, x, back, matrix, count, hidden_size, iters, hc_eps, norm_eps); break;
-        case 2: enter(2, some, mixes, base, scale, x, back, matrix, count, hidden_size, iters, hc_eps, norm_eps); break;
-        default: enter(1, some, mixes, base, scale, x, back, matrix, count, hidden_size, iters, hc_eps, norm_eps);
-        }
+        if (num_streams == STREAMS) /* a constant here, so that the matrices are registers */
+            enter(STREAMS, some, mixes, base, scale, x, back, matrix, count, hidden_size, iters, hc_eps, norm_eps);
+        else
+            enter((int)num_streams, some, mixes, base, scale, x, back, matrix, count, hidden_size, iters, hc_eps, norm_eps);
     }
 }
 
