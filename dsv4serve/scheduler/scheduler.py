@@ -266,7 +266,7 @@ class Scheduler:
         num_known = len(state.tokens)
         keys = extend_keys(state.keys, state.tokens) if self._prefix_cache else []
         # At least one token must be computed; its logits choose the next one.
-        match = self._tree.match([] if state.sampling.num_prompt_logits else keys[: (num_known - 1) // PAGE_TOKENS])
+        match = self._tree.match([] if state.wants_prompt_rows else keys[: (num_known - 1) // PAGE_TOKENS])
         for page in match.pages:
             self._pages.retain(page)
         num_new = state.num_pages_to_start - len(match.pages)
@@ -299,6 +299,7 @@ class Scheduler:
                 tail=match.tail,
                 num_prompt_tokens=state.num_prompt,
                 num_output_tokens=state.num_outputs,
+                token_ids=list(state.tokens) if state.sampling.needs_history else [],
             )
         )
         step.page_appends.append(PageAppend(state.slot, list(state.pages)))
@@ -308,7 +309,7 @@ class Scheduler:
 
     def update(self, planned: SchedulerOutput, result: StepOutput) -> list[RequestOutput]:
         """Digest what `planned` produced: append tokens, end requests, keep tails. One output per new token."""
-        step_id, running, logits = planned.step_id, self._running, result.logits
+        step_id, running, logits, logprobs = planned.step_id, self._running, result.logits, result.logprobs
         num_expected = len(planned.decodes) + sum(chunk.samples for chunk in planned.chunks)
         if result.step_id != step_id or len(result.slots) != num_expected:
             raise RuntimeError(
@@ -321,6 +322,10 @@ class Scheduler:
             owner = running.get(slot)
             if owner is not None and owner.first_step <= step_id and not owner.num_outputs:
                 owner.prompt_logits += rows
+        for slot, entries in result.prompt_logprobs.items():
+            owner = running.get(slot)
+            if owner is not None and owner.first_step <= step_id and not owner.num_outputs:
+                owner.prompt_logprobs += entries
         outputs = []
         for slot, token_ids in zip(result.slots, result.token_ids, strict=True):
             owner = running.get(slot)
@@ -333,9 +338,12 @@ class Scheduler:
             outputs.append(output)
             if logits:
                 output.logits = logits.get(slot, [])
+            if logprobs:
+                output.logprobs = logprobs.get(slot, [])
             if owner.num_cached is not None:
                 output.num_cached_tokens, output.prompt_logits = owner.num_cached, owner.prompt_logits
-                owner.num_cached, owner.prompt_logits = None, []
+                output.prompt_logprobs = owner.prompt_logprobs
+                owner.num_cached, owner.prompt_logits, owner.prompt_logprobs = None, [], []
             if token in owner.stop_ids and len(tokens) >= owner.min_length:
                 output.finish_reason, output.stop_token_id = FinishReason.STOP, token
                 self._end(owner)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsv4serve.types import PAGE_TOKENS, Request
+from dsv4serve.types import PAGE_TOKENS, Request, TokenLogprobs
 
 
 class RequestState:
@@ -26,6 +26,7 @@ class RequestState:
         "pages",
         "pending_tail",
         "prompt_logits",
+        "prompt_logprobs",
         "request_id",
         "sampling",
         "slot",
@@ -63,11 +64,18 @@ class RequestState:
         self.pending_tail = -1  # a tail not in the tree yet, taken behind tail_tokens tokens
         self.tail_tokens = 0
         self.prompt_logits: list[bytes] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
 
     @property
     def num_outputs(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def wants_prompt_rows(self) -> bool:
+        """Whether the whole prompt must be computed: its rows were asked for and are not sent yet."""
+        wanted = self.sampling.num_prompt_logits > 0 or self.sampling.num_prompt_logprobs is not None
+        return wanted and self.num_outputs == 0
 
     @property
     def num_pages_to_start(self) -> int:

@@ -11,7 +11,7 @@ from dsv4serve.types.errors import (
     QueueFull,
     ShuttingDown,
 )
-from dsv4serve.types.request import FinishReason, Request, RequestOutput, SamplingParams
+from dsv4serve.types.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
 from dsv4serve.types.step import (
     PAGE_TOKENS,
     Chunk,
@@ -43,4 +43,5 @@ __all__ = [
     "SlotStart",
     "StepOutput",
     "TailSnapshot",
+    "TokenLogprobs",
 ]

@@ -34,6 +34,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     return_logits: bool = False  # send back the float32 logits row that chose each token
     num_prompt_logits: int = 0  # also the rows of the last n prompt tokens (offline use; disables prefix reuse)
+    num_logprobs: int | None = None  # log probability of each output token, and of so many best tokens beside it
+    num_prompt_logprobs: int | None = None  # the same of each prompt token but the first; disables prefix reuse
+    # Changes of the logits, in this order; all ids are inside the vocabulary.
+    repetition_penalty: float = 1.0  # (0, 2]; for tokens of prompt and output
+    frequency_penalty: float = 0.0  # -2..2, times the count in the output
+    presence_penalty: float = 0.0  # -2..2, once for each token of the output
+    logit_bias: dict[int, float] = {}
+    banned_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences that the output must not contain, each at least one id
+    thinking_budget: int | None = None  # output tokens after which reasoning that is still open is ended
+    thinking_end_ids: tuple[int, ...] = ()  # any of them ends the reasoning; the budget forces the first
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the runner must know the ids of the prompt, or of the output before a retraction."""
+        return (
+            self.num_prompt_logprobs is not None
+            or self.thinking_budget is not None
+            or self.repetition_penalty != 1.0
+            or self.frequency_penalty != 0.0
+            or self.presence_penalty != 0.0
+            or bool(self.bad_words)
+        )
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -43,6 +66,15 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_ids: list[int]
     sampling: SamplingParams
     priority: int = 0
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Natural logarithms of probabilities at one position: softmax of the model's logits, before anything that
+    sampling does to them."""
+
+    logprob: float  # of the token that stands there
+    top_ids: list[int]  # the best, descending, equal ones by id
+    top_logprobs: list[float]
 
 
 class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
@@ -60,3 +92,5 @@ class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     error_status: int | None = None  # HTTP status that fits `error`; None means 500
     logits: list[bytes] = []  # float32 rows [vocab_size], one per token of token_ids, if asked for
     prompt_logits: list[bytes] = []  # float32 rows [vocab_size] of the last num_prompt_logits prompt tokens
+    logprobs: list[TokenLogprobs] = []  # one per token of token_ids, if asked for
+    prompt_logprobs: list[TokenLogprobs] = []  # with the first tokens, if asked for: prompt tokens from the second on

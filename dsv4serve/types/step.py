@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from dsv4serve.types.request import SamplingParams
+from dsv4serve.types.request import SamplingParams, TokenLogprobs
 
 PAGE_TOKENS = 256  # token positions per page; a multiple of both compression ratios, fixed by the row addressing
 
@@ -26,6 +26,7 @@ class SlotStart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tail: int = -1  # tail to restore from; -1 = none
     num_prompt_tokens: int
     num_output_tokens: int = 0  # tokens already generated before a retraction; the sampler continues from here
+    token_ids: list[int] = []  # prompt and these outputs, if sampling.needs_history
 
 
 class PageAppend(msgspec.Struct, frozen=True):
@@ -82,3 +83,5 @@ class StepOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     token_ids: list[list[int]] = []
     logits: dict[int, list[bytes]] = {}  # slot -> float32 rows, one per new token, where asked for
     prompt_logits: dict[int, list[bytes]] = {}  # slot -> float32 rows of this chunk's wanted prompt tokens
+    logprobs: dict[int, list[TokenLogprobs]] = {}  # slot -> one per new token, where asked for
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # slot -> of the prompt tokens that follow this chunk's rows
