@@ -16,11 +16,11 @@
             13 ^ d, 14 ^ d, 15 ^ d)
 
 /* Vectors i and i + d become one: lanes without bit d go on with the sums of the first, lanes with it of the second. */
-#define FOLD(d)                                                                     \
-    for (int i = 0; i < d; i++) {                                                   \
-        Vector first = pick((lane & d) == 0, values[i], values[i + d]);             \
-        Vector second = pick((lane & d) == 0, values[i + d], values[i]);            \
-        values[i] = first + SWAP(second, d);                                        \
+#define FOLD(d)                                                          \
+    for (int i = 0; i < d; i++) {                                        \
+        Vector first = pick((lane & d) == 0, values[i], values[i + d]);  \
+        Vector second = pick((lane & d) == 0, values[i + d], values[i]); \
+        values[i] = first + SWAP(second, d);                             \
     }
 
 /* Lane i of the result is the sum of all lanes of values[i]. */
@@ -41,10 +41,12 @@ INLINE void score(int num_heads, const float *q, const float *const *keys, float
     for (long i = 0; i < length; i += LANES)
         for (int key = 0; key < BLOCK; key++) {
             Vector values = load(keys[key] + i);
-            for (int head = 0; head < num_heads; head++) sums[head * BLOCK + key] += values * load(q + head * length + i);
+            for (int head = 0; head < num_heads; head++)
+                sums[head * BLOCK + key] += values * load(q + head * length + i);
         }
     Vector all = sum_each(sums) * scale;
-    for (int head = 0; head < num_heads; head++) memcpy(scores + head * stride, (float *)&all + head * BLOCK, BLOCK * 4);
+    for (int head = 0; head < num_heads; head++)
+        memcpy(scores + head * stride, (float *)&all + head * BLOCK, BLOCK * 4);
 }
 
 /* Scores [stride] of one head become probabilities relative to the largest; returns 1 / (their sum + the sink). Cells
@@ -64,8 +66,8 @@ INLINE float soften(float *scores, long num_keys, float sink) {
 }
 
 /* out [heads, length] = probs [heads, stride] times the keys, columns from `column`, times each head's inverse sum. */
-INLINE void mix(int num_heads, int num_vectors, const float *probs, long stride, const float *const *keys, long num_keys,
-                const float *inverse, float *out, long length, long column) {
+INLINE void mix(int num_heads, int num_vectors, const float *probs, long stride, const float *const *keys,
+                long num_keys, const float *inverse, float *out, long length, long column) {
     Vector sums[BLOCK][BLOCK];
     for (int head = 0; head < num_heads; head++)
         for (int v = 0; v < num_vectors; v++) sums[head][v] = (Vector){0};
@@ -98,7 +100,8 @@ INLINE void turn_back(float *out, const float *rotations, long num_heads, long l
     for (long head = 0; head < num_heads; head++) {
         float *pair = out + head * length + length - 2 * half;
         for (long i = 0; i < half; i++) {
-            float real = pair[2 * i], imaginary = pair[2 * i + 1], cosine = rotations[2 * i], sine = rotations[2 * i + 1];
+            float real = pair[2 * i], imaginary = pair[2 * i + 1], cosine = rotations[2 * i],
+                  sine = rotations[2 * i + 1];
             pair[2 * i] = real * cosine + imaginary * sine;
             pair[2 * i + 1] = imaginary * cosine - real * sine;
         }
@@ -128,8 +131,8 @@ CLONES void dsv4_sparse_attention(const float *q, long ldq, const float *rows, c
         }
         for (long i = num_keys; i % BLOCK; i++) keys[i] = keys[num_keys - 1];
         for (; head + BLOCK <= num_heads; head += BLOCK)
-            attend(BLOCK, q + token * ldq + head * length, keys, num_keys, stride, scores, sink + head, to + head * length,
-                   length);
+            attend(BLOCK, q + token * ldq + head * length, keys, num_keys, stride, scores, sink + head,
+                   to + head * length, length);
         for (; head < num_heads; head++)
             attend(1, q + token * ldq + head * length, keys, num_keys, stride, scores, sink + head, to + head * length,
                    length);

@@ -5,15 +5,15 @@
 
 #include "vector.h"
 
-#define TILE 4 /* rows whose sums are in registers together */
+#define TILE 4            /* rows whose sums are in registers together */
 #define PANEL_COLUMNS 256 /* weights that are copied, as float32, before more than TILE rows pass over them: */
-#define PANEL_LEAST 64 /* columns for which the copy pays */
-#define PANEL_DEPTH 64 /* the copy stays in the second-level cache */
+#define PANEL_LEAST 64    /* columns for which the copy pays */
+#define PANEL_DEPTH 64    /* the copy stays in the second-level cache */
 
-#define DEFINE_READ(NAME, TYPE, WORDS, BITS)                                                                          \
-    INLINE TYPE NAME(const void *data, long element, int half) {                                                      \
-        if (!half) return *(const TYPE *)((const float *)data + element);                                             \
-        return (TYPE)(__builtin_convertvector(*(const WORDS *)((const uint16_t *)data + element), BITS) << 16);       \
+#define DEFINE_READ(NAME, TYPE, WORDS, BITS)                                                                    \
+    INLINE TYPE NAME(const void *data, long element, int half) {                                                \
+        if (!half) return *(const TYPE *)((const float *)data + element);                                       \
+        return (TYPE)(__builtin_convertvector(*(const WORDS *)((const uint16_t *)data + element), BITS) << 16); \
     }
 
 DEFINE_READ(read_vector, Vector, Words, Bits)
@@ -22,27 +22,30 @@ DEFINE_READ(read_quarter, Quarter, QuarterWords, QuarterBits)
 
 INLINE float read_single(const void *data, long element, int half) {
     if (!half) return ((const float *)data)[element];
-    union { uint32_t bits; float value; } single = {(uint32_t)((const uint16_t *)data)[element] << 16};
+    union {
+        uint32_t bits;
+        float value;
+    } single = {(uint32_t)((const uint16_t *)data)[element] << 16};
     return single.value;
 }
 
-/* Sums go on from `out` if `more`. `num_rows`, `num_vectors` and `half` are constants where this is inlined: the sums are
- * registers. */
-#define DEFINE_TILE(NAME, TYPE, READ)                                                                                 \
-    INLINE void NAME(int num_rows, int num_vectors, int half, const float *const *x, const void *w, long ldw,         \
-                     float *const *out, long column, long depth, int more) {                                          \
-        const int lanes = sizeof(TYPE) / sizeof(float);                                                               \
-        TYPE sums[TILE][LANES];                                                                                       \
-        for (int row = 0; row < num_rows; row++)                                                                      \
-            for (int v = 0; v < num_vectors; v++)                                                                     \
-                sums[row][v] = more ? *(const TYPE *)(out[row] + column + v * lanes) : (TYPE){0};                     \
-        for (long k = 0; k < depth; k++)                                                                              \
-            for (int v = 0; v < num_vectors; v++) {                                                                   \
-                TYPE weight = READ(w, k * ldw + column + v * lanes, half);                                            \
-                for (int row = 0; row < num_rows; row++) sums[row][v] += weight * x[row][k];                          \
-            }                                                                                                         \
-        for (int row = 0; row < num_rows; row++)                                                                      \
-            for (int v = 0; v < num_vectors; v++) *(TYPE *)(out[row] + column + v * lanes) = sums[row][v];            \
+/* Sums go on from `out` if `more`. `num_rows`, `num_vectors` and `half` are constants where this is inlined: the sums
+ * are registers. */
+#define DEFINE_TILE(NAME, TYPE, READ)                                                                         \
+    INLINE void NAME(int num_rows, int num_vectors, int half, const float *const *x, const void *w, long ldw, \
+                     float *const *out, long column, long depth, int more) {                                  \
+        const int lanes = sizeof(TYPE) / sizeof(float);                                                       \
+        TYPE sums[TILE][LANES];                                                                               \
+        for (int row = 0; row < num_rows; row++)                                                              \
+            for (int v = 0; v < num_vectors; v++)                                                             \
+                sums[row][v] = more ? *(const TYPE *)(out[row] + column + v * lanes) : (TYPE){0};             \
+        for (long k = 0; k < depth; k++)                                                                      \
+            for (int v = 0; v < num_vectors; v++) {                                                           \
+                TYPE weight = READ(w, k * ldw + column + v * lanes, half);                                    \
+                for (int row = 0; row < num_rows; row++) sums[row][v] += weight * x[row][k];                  \
+            }                                                                                                 \
+        for (int row = 0; row < num_rows; row++)                                                              \
+            for (int v = 0; v < num_vectors; v++) *(TYPE *)(out[row] + column + v * lanes) = sums[row][v];    \
     }
 
 DEFINE_TILE(tile, Vector, read_vector)
@@ -54,8 +57,7 @@ INLINE void multiply_columns(int num_rows, int num_vectors, int half, const floa
     long column = 0;
     for (; column + num_vectors * LANES <= num_columns; column += num_vectors * LANES)
         tile(num_rows, num_vectors, half, x, w, ldw, out, column, depth, more);
-    for (; column + LANES <= num_columns; column += LANES)
-        tile(num_rows, 1, half, x, w, ldw, out, column, depth, more);
+    for (; column + LANES <= num_columns; column += LANES) tile(num_rows, 1, half, x, w, ldw, out, column, depth, more);
     for (; column + LANES / 2 <= num_columns; column += LANES / 2)
         half_tile(num_rows, 1, half, x, w, ldw, out, column, depth, more);
     for (; column + LANES / 4 <= num_columns; column += LANES / 4)
@@ -70,7 +72,7 @@ INLINE void multiply_columns(int num_rows, int num_vectors, int half, const floa
 
 /* One to TILE rows. The fewer they are, the more neighbouring columns are read at once. */
 INLINE void multiply_few(long num_rows, int half, const float *const *x, const void *w, long ldw, float *const *out,
-                          long num_columns, long depth, int more) {
+                         long num_columns, long depth, int more) {
     switch (num_rows) {
     case 1: multiply_columns(1, 16, half, x, w, ldw, out, num_columns, depth, more); break;
     case 2: multiply_columns(2, 8, half, x, w, ldw, out, num_columns, depth, more); break;

@@ -34,8 +34,8 @@ INLINE void finish_mixes(float *mixes, const float *streams, const float *base, 
 
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-/* Sixteen matrices at a time, one in each lane: logits in, doubly-stochastic matrices out. See reference.py for why only
- * the reciprocals of the scalings are iterated. */
+/* Sixteen matrices at a time, one in each lane: logits in, doubly-stochastic matrices out. See reference.py for why
+ * only the reciprocals of the scalings are iterated. */
 INLINE void sinkhorn(int num, Vector matrix[STREAMS][STREAMS], long iters, float eps) {
     Vector row_inv[STREAMS], column_inv[STREAMS];
     for (int i = 0; i < num; i++) {
@@ -68,7 +68,8 @@ INLINE void sinkhorn(int num, Vector matrix[STREAMS][STREAMS], long iters, float
 
 /* Up to sixteen tokens: gates, the mixing matrices, and the collapsed input. */
 INLINE void enter(int num, const float *streams, float *mixes, const float *base, const float *scale, float *merged,
-                  float *post, float *comb, long num_tokens, long hidden_size, long iters, float hc_eps, float norm_eps) {
+                  float *post, float *comb, long num_tokens, long hidden_size, long iters, float hc_eps,
+                  float norm_eps) {
     const long num_mixes = 2 * num + num * num;
     Vector matrix[STREAMS][STREAMS];
     for (int i = 0; i < num; i++)
@@ -107,7 +108,8 @@ CLONES void dsv4_mhc_pre(const float *streams, const float *fn, const float *bas
         if (num_streams == STREAMS) /* a constant here, so that the matrices are registers */
             enter(STREAMS, some, mixes, base, scale, x, back, matrix, count, hidden_size, iters, hc_eps, norm_eps);
         else
-            enter((int)num_streams, some, mixes, base, scale, x, back, matrix, count, hidden_size, iters, hc_eps, norm_eps);
+            enter((int)num_streams, some, mixes, base, scale, x, back, matrix, count, hidden_size, iters, hc_eps,
+                  norm_eps);
     }
 }
 

@@ -16,8 +16,8 @@ INLINE void activate(const float *gate_up, float *hidden, long width, float limi
 
 /* One to ROWS rows through one expert: down [rows, hidden_size] = w2(weight * swiglu(w13 x)). `work` holds `rows` times
  * 3 * width floats. */
-CLONES static void feed_forward(long num_rows, const float *const *x, Weights w13, Weights w2, const float *weights, float *work,
-                         float *const *down, long hidden_size, long width, float limit) {
+CLONES static void feed_forward(long num_rows, const float *const *x, Weights w13, Weights w2, const float *weights,
+                                float *work, float *const *down, long hidden_size, long width, float limit) {
     float *gate_up[ROWS] = {0};
     const float *hidden[ROWS] = {0};
     for (long row = 0; row < num_rows; row++) gate_up[row] = work + row * 3 * width;
@@ -35,11 +35,13 @@ INLINE void add_rows(long num_rows, float *const *to, float *const *values, long
 }
 
 /* out [tokens, hidden_size] = sum over each token's experts in the order of their ids, then the shared expert.
- * x [tokens, hidden_size]; expert_ids and weights [tokens, top_k]; w13 [experts] each [2 * width, hidden_size], w2 [experts]
- * each [hidden_size, width], matrices column by column. `work` holds ROWS * (3 * width + hidden_size) floats. */
+ * x [tokens, hidden_size]; expert_ids and weights [tokens, top_k]; w13 [experts] each [2 * width, hidden_size], w2
+ * [experts] each [hidden_size, width], matrices column by column. `work` holds ROWS * (3 * width + hidden_size) floats.
+ */
 CLONES void dsv4_mega_moe(const float *x, const int64_t *expert_ids, const float *weights, const void *w13,
                           const void *w2, const void *shared_w13, const void *shared_w2, long half, float *out,
-                          float *work, long num_tokens, long top_k, long num_experts, long hidden_size, long width, float limit) {
+                          float *work, long num_tokens, long top_k, long num_experts, long hidden_size, long width,
+                          float limit) {
     float *sums[ROWS] = {0}, *down[ROWS];
     const float *rows[ROWS] = {0};
     float scales[ROWS] = {0};
@@ -71,7 +73,8 @@ CLONES void dsv4_mega_moe(const float *x, const int64_t *expert_ids, const float
             rows[row] = x + (token + row) * hidden_size;
             sums[row] = out + (token + row) * hidden_size;
         }
-        feed_forward(count, rows, (Weights){shared_w13, half}, (Weights){shared_w2, half}, scales, work, down, hidden_size, width, limit);
+        feed_forward(count, rows, (Weights){shared_w13, half}, (Weights){shared_w2, half}, scales, work, down,
+                     hidden_size, width, limit);
         add_rows(count, sums, down, hidden_size);
     }
 }
@@ -86,7 +89,8 @@ INLINE float score_of(float logit) {
 CLONES void dsv4_route(const float *x, const float *gate, const float *bias, const int64_t *table,
                        const int64_t *token_ids, float *scores, float *weights, int64_t *expert_ids, long num_tokens,
                        long num_experts, long hidden_size, long top_k, float scale) {
-    dsv4_multiply(x, hidden_size, (Weights){gate, 0}, num_experts, scores, num_experts, num_tokens, num_experts, hidden_size);
+    dsv4_multiply(x, hidden_size, (Weights){gate, 0}, num_experts, scores, num_experts, num_tokens, num_experts,
+                  hidden_size);
     for (long token = 0; token < num_tokens; token++) {
         float *score = scores + token * num_experts;
         int64_t *chosen = expert_ids + token * top_k;
@@ -100,7 +104,8 @@ CLONES void dsv4_route(const float *x, const float *gate, const float *bias, con
                 int taken = 0;
                 for (long earlier = 0; earlier < k; earlier++) taken |= chosen[earlier] == expert;
                 /* NaN counts as the largest, as in torch's sort. */
-                if (!taken && (best < 0 || candidate > best_score || (candidate != candidate && best_score == best_score)))
+                if (!taken &&
+                    (best < 0 || candidate > best_score || (candidate != candidate && best_score == best_score)))
                     best = expert, best_score = candidate;
             }
             chosen[k] = table ? table[token_ids[token] * top_k + k] : best;

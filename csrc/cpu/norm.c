@@ -35,7 +35,8 @@ CLONES void dsv4_apply_rope(const float *x, long ldx, const float *rotations, fl
             memcpy(to, from, (size_t)(length - 2 * half) * sizeof(float));
             from += length - 2 * half, to += length - 2 * half;
             for (long i = 0; i < half; i++) {
-                float real = from[2 * i], imaginary = from[2 * i + 1], cosine = turn[2 * i], sine = sign * turn[2 * i + 1];
+                float real = from[2 * i], imaginary = from[2 * i + 1], cosine = turn[2 * i],
+                      sine = sign * turn[2 * i + 1];
                 to[2 * i] = real * cosine - imaginary * sine;
                 to[2 * i + 1] = real * sine + imaginary * cosine;
             }

@@ -3,7 +3,8 @@
  * On x86-64 Linux CLONES compiles a function once per instruction set and the dynamic linker picks one when the library
  * is loaded. Helpers are always inlined, so that they take the instruction set of the clone that uses them.
  *
- * No -ffast-math: sums have the order that is written, so a row's result does not depend on its batch, and NaN stays NaN.
+ * No -ffast-math: sums have the order that is written, so a row's result does not depend on its batch, and NaN stays
+ * NaN.
  */
 #ifndef DSV4_VECTOR_H
 #define DSV4_VECTOR_H
