@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from dsv4serve import __version__
-from dsv4serve.api import errors, routes_chat, routes_completions, routes_server, routes_tokens
+from dsv4serve.api import errors, routes_chat, routes_completions, routes_metrics, routes_server, routes_tokens
 from dsv4serve.api.frontend import Engine, Frontend
 from dsv4serve.api.gate import Gate
 from dsv4serve.chat.tokenizer import ChatTokenizer
@@ -17,7 +17,7 @@ def create_app(config: EngineConfig, client: Engine, tokenizer: ChatTokenizer) -
     app = FastAPI(title="dsv4serve", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False
     frontend = app.state.frontend = Frontend(config, client, tokenizer)
-    for routes in (routes_chat, routes_completions, routes_tokens, routes_server):
+    for routes in (routes_chat, routes_completions, routes_tokens, routes_metrics, routes_server):
         app.include_router(routes.router)
     errors.install(app)
     app.add_middleware(Gate, frontend=frontend)

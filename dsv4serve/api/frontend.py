@@ -10,10 +10,12 @@ from typing import Protocol, TypeVar
 
 import orjson
 
+from dsv4serve.api.live import Live, StatsSource
 from dsv4serve.chat.effort import resolve_contract
 from dsv4serve.chat.tokenizer import ChatTokenizer
 from dsv4serve.config import EngineConfig
 from dsv4serve.engine.messages import EngineInfo
+from dsv4serve.obs.metrics import FrontendMetrics
 from dsv4serve.types import CheckpointError, EngineUnavailable, InvalidRequest, ModelNotFound, Request, RequestOutput
 
 T = TypeVar("T")
@@ -21,14 +23,8 @@ TOKENIZE_THREADS = 2
 MAX_GENERATION_CONFIG_BYTES = 1 << 20
 
 
-class Engine(Protocol):
+class Engine(StatsSource, Protocol):
     """The engine as the API sees it: engine.client.EngineClient, or a fake in tests."""
-
-    info: EngineInfo | None
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether requests can be submitted."""
 
     async def is_alive(self) -> bool:
         """Whether the step loop answers."""
@@ -47,6 +43,8 @@ class Frontend:
         self.config, self.engine, self.tokenizer = config, engine, tokenizer
         self.effort_contract = resolve_contract(config.effort_contract, config.model)
         self.default_temperature, self.default_top_p = read_generation_config(config.model)
+        self.metrics = FrontendMetrics()
+        self.live = Live(engine, self.metrics)
         self.draining = False
         self.num_active = 0  # HTTP requests between their first byte and their end, probes not counted
         self.running: set[str] = set()  # engine requests that are open

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dsv4serve.api.auth import ApiKeys
 from dsv4serve.api.errors import error_response
 from dsv4serve.api.frontend import Frontend
+from dsv4serve.obs.metrics import arrived
 from dsv4serve.types import Dsv4Error, ShuttingDown
 
 PROBES = frozenset({"/health", "/ready"})
@@ -39,6 +42,7 @@ class Gate:
             refusal = error_response(ShuttingDown("the server is shutting down"), {"Connection": "close"})
             await refusal(scope, receive, send)
             return
+        arrived.set(time.perf_counter())
         frontend.num_active += 1
         try:
             await self._app(scope, receive, send)

@@ -18,7 +18,9 @@ from dsv4serve.chat.render import OutputStart
 from dsv4serve.chat.reply import Delta
 from dsv4serve.chat.tools import Tool
 from dsv4serve.engine.messages import EngineInfo
+from dsv4serve.obs.metrics import RequestTimer, arrived
 from dsv4serve.types import (
+    Dsv4Error,
     EngineUnavailable,
     FinishReason,
     InvalidRequest,
@@ -196,14 +198,20 @@ async def _run_choice(frontend: Frontend, choice: Choice) -> AsyncGenerator[Even
     info, request = frontend.ready_info(), choice.request
     stream = cast(AsyncGenerator[RequestOutput, None], frontend.engine.submit(request))
     frontend.running.add(request.request_id)
+    timer = RequestTimer(frontend.metrics, arrived.get())
     try:
         async with aclosing(stream):
             async for output in stream:
+                timer.output(output)
                 delta = choice.feed(output, info.eos_token_id)
                 yield Event(choice, delta, choice.finish_reason is not None)
                 if choice.finish_reason is not None:
                     return  # after a stop string or calls the engine may still be at it: closing the stream aborts it
+    except Dsv4Error:
+        choice.finish_reason = FinishReason.ERROR
+        raise
     finally:
+        timer.end(choice.finish_reason or FinishReason.ABORT, choice.parser.malformed)
         frontend.running.discard(request.request_id)
     raise EngineUnavailable("the engine ended the request without a result")
 

@@ -82,9 +82,11 @@ async def serve(spec: ProcessSpec) -> None:
         timeout_graceful_shutdown=CLOSE_GRACE_S,
     )
     await client.start()
+    sampler = asyncio.create_task(frontend.live.run())
     try:
         await DrainingServer(settings, frontend).serve(sockets=[socket.socket(fileno=spec.listen_fd)])
     finally:
+        sampler.cancel()
         await client.close()
         frontend.close()
 

@@ -52,6 +52,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="engine_stats")
     num_free_slots: int
     num_free_pages: int
     num_free_tails: int
+    num_cached_pages: int  # held by nothing but the prefix cache; these count as free, too
+    num_cached_tails: int
     num_steps: int
     num_prompt_tokens: int  # computed prompt tokens, cached ones not counted
     num_cached_tokens: int

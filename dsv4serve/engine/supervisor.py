@@ -26,6 +26,7 @@ from collections import deque
 from dsv4serve.config import EngineConfig
 from dsv4serve.engine.client import EngineClient
 from dsv4serve.engine.spawn import ProcessSpec, command, config_values
+from dsv4serve.obs.metrics import MULTIPROCESS_FOLDER
 from dsv4serve.types import ConfigError, EngineUnavailable
 
 logger = logging.getLogger(__name__)
@@ -122,9 +123,12 @@ class Supervisor:
             parent_pid=os.getpid(),
             runner=self._runner,
         )
+        environment = spec.environment()
+        if pass_fds:
+            environment[MULTIPROCESS_FOLDER] = self._folder
         # Standard output is the launcher's own; whatever a child prints goes to the log.
         return await asyncio.create_subprocess_exec(
-            *command(module), env=spec.environment(), stdin=DEVNULL, stdout=2, pass_fds=pass_fds, process_group=0
+            *command(module), env=environment, stdin=DEVNULL, stdout=2, pass_fds=pass_fds, process_group=0
         )
 
     async def _keep_engine(self) -> int:

@@ -157,6 +157,7 @@ class Scheduler:
         counters.num_free_slots = self._slots.num_free
         counters.num_free_pages = self._pages.num_free + self._pages.num_evictable
         counters.num_free_tails = self._tails.num_free + self._tree.num_tails
+        counters.num_cached_pages, counters.num_cached_tails = self._pages.num_evictable, self._tree.num_tails
         return counters
 
     # Planning

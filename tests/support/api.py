@@ -16,7 +16,7 @@ from dsv4serve.api.app import create_app
 from dsv4serve.api.process import DrainingServer
 from dsv4serve.chat.tokenizer import ChatTokenizer
 from dsv4serve.config import EngineConfig
-from dsv4serve.engine.messages import EngineInfo
+from dsv4serve.engine.messages import EngineInfo, EngineStats
 from dsv4serve.types import FinishReason, Request, RequestOutput
 
 MAX_MODEL_LEN = 4096
@@ -29,6 +29,22 @@ INFO = EngineInfo(
     num_slots=4,
     num_pages=64,
     num_tails=4,
+)
+STATS = EngineStats(
+    num_running=1,
+    num_waiting=2,
+    num_free_slots=3,
+    num_free_pages=60,
+    num_free_tails=4,
+    num_cached_pages=10,
+    num_cached_tails=1,
+    num_steps=100,
+    num_prompt_tokens=1000,
+    num_cached_tokens=500,
+    num_generated_tokens=300,
+    num_retractions=0,
+    num_finished=7,
+    num_frontends=1,
 )
 Answer = Callable[[Request], list[RequestOutput]]
 
@@ -48,6 +64,9 @@ class FakeEngine:
 
     async def is_alive(self) -> bool:
         return self.alive
+
+    async def stats(self) -> EngineStats:
+        return STATS
 
     async def submit(self, request: Request):
         self.submitted.append(request)

@@ -1,0 +1,33 @@
+"""GET /stats: how the server is doing, as JSON."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from dsv4serve.api.errors import json_response
+from dsv4serve.api.frontend import Frontend
+
+router = APIRouter()
+
+
+@router.get("/stats")
+async def stats(http: Request) -> Response:
+    """Numbers of the whole server (all frontends) for people to look at; Prometheus reads /metrics.
+
+        {"engine_ready": true,
+         "running": 3, "queued": 0,                       requests in slots, requests that wait
+         "prompt_tokens_per_s": 812.5,                    computed, cached ones not counted; last 10 s
+         "generated_tokens_per_s": 93.1,                  last 10 s
+         "ttft_s": {"p50": 0.12, "p95": 0.31},            time to first token, last minute; null without any
+         "itl_s": {"p50": 0.021, "p95": 0.034},           between two tokens of a request; same
+         "slots": {"used": 3, "total": 16},
+         "pages": {"used": 12, "cached": 40, "total": 512},   used = held by requests, cached = by the prefix cache
+         "tails": {"used": 1, "cached": 9, "total": 32},      alone, the rest is free
+         "prefix_hit_rate": 0.42,                         share of prompt tokens not computed, last minute; or null
+         "acceptance": null}                              accepted tokens per step; null without speculation
+
+    Without an engine that answers, engine_ready is false and all of its numbers are null.
+    """
+    frontend: Frontend = http.app.state.frontend
+    await frontend.live.refresh()
+    return json_response(frontend.live.report())
