@@ -10,9 +10,11 @@ from dsv4_kernels.sampling import sample, uniform
 from dsv4serve.memory import CachePools, CapacityPlan
 from dsv4serve.model.context import Observer
 from dsv4serve.model.transformer import Transformer
+from dsv4serve.runner import logprobs
+from dsv4serve.runner.adjust import adjust
 from dsv4serve.runner.paged import PagedStep
 from dsv4serve.runner.slots import SlotTable
-from dsv4serve.types import PAGE_TOKENS, Chunk, SamplingParams, SchedulerOutput, StepOutput
+from dsv4serve.types import PAGE_TOKENS, Chunk, SchedulerOutput, StepOutput
 
 
 class Runner:
@@ -32,7 +34,8 @@ class Runner:
         self.max_model_len = plan.max_model_len
         self.vocab_size = transformer.config.vocab_size
         self.eos_token_id = transformer.config.eos_token_id
-        self._slots = SlotTable(plan.num_slots, -(-plan.max_model_len // PAGE_TOKENS))
+        max_pages = -(-plan.max_model_len // PAGE_TOKENS)
+        self._slots = SlotTable(plan.num_slots, max_pages, self.vocab_size, self.eos_token_id)
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> StepOutput:
@@ -70,13 +73,14 @@ class Runner:
         streams = self.transformer(torch.tensor(ids), PagedStep(self.pools, metadata, self._observer))
         prompt_rows = self._prompt_rows(chunks)
         sampling_rows, sampling_slots = self._sampling_rows(chunks, decodes)
+        result = StepOutput(step_id=output.step_id)
+        self._prompt_logprobs(streams, chunks, result)
         for slot, count in zip(batch_slots, counts, strict=True):
             slots.num_computed[slot] += count
-        result = StepOutput(step_id=output.step_id)
         rows = [row for rows in prompt_rows.values() for row in rows] + sampling_rows
         if not rows:
             return result
-        logits = self.transformer.logits(streams if len(rows) == metadata.num_rows else streams[rows])
+        logits = self.transformer.logits(streams if rows == list(range(metadata.num_rows)) else streams[rows])
         num_prompt_rows = len(rows) - len(sampling_rows)
         taken = 0
         for slot, wanted in prompt_rows.items():
@@ -110,19 +114,17 @@ class Runner:
                     wanted[chunk.slot] = [first + position - start for position in rows]
         return wanted
 
-    def _without_early_stops(self, logits: Tensor, batch: list[int], params: list[SamplingParams]) -> Tensor:
-        """Logits in which requests below their min_tokens cannot draw a token that would end them."""
-        early = [row for row, (slot, p) in enumerate(zip(batch, params, strict=True)) if self._is_early(slot, p)]
-        if not early:
-            return logits
-        logits = logits.clone()
-        for row in early:
-            stops = list(params[row].stop_token_ids)
-            logits[row, stops if params[row].ignore_eos else [*stops, self.eos_token_id]] = -torch.inf
-        return logits
-
-    def _is_early(self, slot: int, params: SamplingParams) -> bool:
-        return self._slots.num_outputs[slot] < params.min_tokens
+    def _prompt_logprobs(self, streams: Tensor, chunks: list[Chunk], result: StepOutput) -> None:
+        """Log probabilities of the prompt tokens that follow the rows of `chunks`, where they were asked for."""
+        end = 0
+        for chunk in chunks:
+            first, end = end, end + len(chunk.token_ids)
+            next_ids = self._slots.following_prompt_ids(chunk.slot, end - first)
+            if next_ids:
+                num_top = self._slots.params(chunk.slot).num_prompt_logprobs or 0
+                result.prompt_logprobs[chunk.slot] = logprobs.of_prompt(
+                    self.transformer.logits, streams[first : first + len(next_ids)], next_ids, num_top
+                )
 
     def _sample(self, logits: Tensor, batch: list[int], result: StepOutput) -> None:
         """Draw one token per row [len(batch), vocab]; the slots remember it as their next input."""
@@ -130,8 +132,11 @@ class Runner:
             return
         slots = self._slots
         params = [slots.params(slot) for slot in batch]
+        kept = [row for row, p in enumerate(params) if p.return_logits or p.num_logprobs is not None]
+        raw = logits[kept] if kept else logits  # copies of rows that are asked for, as the model gave them
+        adjust(logits, [slots.adjustments[slot] for slot in batch])
         token_ids = sample(
-            self._without_early_stops(logits, batch, params),
+            logits,
             temperature=torch.tensor([p.temperature for p in params]),
             top_k=torch.tensor([p.top_k for p in params]),
             top_p=torch.tensor([p.top_p for p in params]),
@@ -141,13 +146,16 @@ class Runner:
                 dtype=torch.float64,
             ),
         ).tolist()
-        for row, (slot, token) in enumerate(zip(batch, token_ids, strict=True)):
-            slots.last_token[slot] = token
-            slots.num_outputs[slot] += 1
+        for slot, token in zip(batch, token_ids, strict=True):
+            slots.sampled(slot, token)
             result.slots.append(slot)
             result.token_ids.append([token])
+        for row, values in zip(kept, raw, strict=True) if kept else ():
             if params[row].return_logits:
-                result.logits[slot] = _row_bytes(logits[row : row + 1])
+                result.logits[batch[row]] = _row_bytes(values.unsqueeze(0))
+            num_top = params[row].num_logprobs
+            if num_top is not None:
+                result.logprobs[batch[row]] = logprobs.describe(values.unsqueeze(0), [token_ids[row]], num_top)
 
 
 def _row_bytes(logits: Tensor) -> list[bytes]:

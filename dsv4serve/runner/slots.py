@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from dsv4serve.runner.adjust import RowAdjustment, row_adjustment
 from dsv4serve.types import PageAppend, SamplingParams, SlotStart
 
 
@@ -14,9 +15,11 @@ class SlotTable:
     Args:
         num_slots: slots of the cache.
         max_pages: pages that the longest request has.
+        vocab_size, eos_token_id: of the model.
     """
 
-    def __init__(self, num_slots: int, max_pages: int) -> None:
+    def __init__(self, num_slots: int, max_pages: int, vocab_size: int, eos_token_id: int) -> None:
+        self._vocab_size, self._eos_token_id = vocab_size, eos_token_id
         self._page_table = np.full((num_slots, max_pages), -1, dtype=np.int64)
         self._num_pages = [0] * num_slots
         self.num_computed = [0] * num_slots
@@ -24,6 +27,8 @@ class SlotTable:
         self.num_outputs = [0] * num_slots
         self.last_token = [-1] * num_slots
         self.sampling: list[SamplingParams | None] = [None] * num_slots
+        self.adjustments: list[RowAdjustment | None] = [None] * num_slots
+        self._prompt_ids: list[list[int]] = [[] for _ in range(num_slots)]  # where its log probabilities are to be sent
 
     def start(self, start: SlotStart) -> None:
         """A request takes the slot."""
@@ -35,6 +40,22 @@ class SlotTable:
         self.num_outputs[slot] = start.num_output_tokens
         self.last_token[slot] = -1
         self.sampling[slot] = start.sampling
+        self.adjustments[slot] = row_adjustment(start, self._vocab_size, self._eos_token_id)
+        is_wanted = start.sampling.num_prompt_logprobs is not None and start.num_output_tokens == 0
+        self._prompt_ids[slot] = start.token_ids if is_wanted else []
+
+    def sampled(self, slot: int, token: int) -> None:
+        """The slot's request got its next token."""
+        self.last_token[slot] = token
+        self.num_outputs[slot] += 1
+        adjustment = self.adjustments[slot]
+        if adjustment is not None:
+            adjustment.append(token)
+
+    def following_prompt_ids(self, slot: int, num_tokens: int) -> list[int]:
+        """The prompt tokens after each of the next `num_tokens` ones, if their log probabilities were asked for."""
+        first = self.num_computed[slot] + 1
+        return self._prompt_ids[slot][first : first + num_tokens]
 
     def append(self, append: PageAppend) -> None:
         """Pages join the slot's table."""

@@ -1,5 +1,14 @@
-"""Sampling: temperature, top-k, top-p, min-p, one counter-based random number per row."""
+"""Sampling: log probabilities, penalties, bias, bans; temperature, top-k, top-p, min-p, one counter-based random number
+per row."""
 
-from dsv4_kernels.sampling.reference import NonFiniteLogits, sample, uniform
+from dsv4_kernels.sampling.reference import (
+    NonFiniteLogits,
+    add_bias,
+    ban,
+    penalise,
+    sample,
+    token_logprobs,
+    uniform,
+)
 
-__all__ = ["NonFiniteLogits", "sample", "uniform"]
+__all__ = ["NonFiniteLogits", "add_bias", "ban", "penalise", "sample", "token_logprobs", "uniform"]

@@ -1,4 +1,8 @@
-"""Token sampling in plain torch. One uniform number per row, so a row's draw does not depend on its batch."""
+"""Token sampling in plain torch. One uniform number per row, so a row's draw does not depend on its batch.
+
+Order of a step: `token_logprobs` looks at the logits as the model gave them; then `penalise`, `add_bias` and `ban`
+change them; then `sample` draws.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,49 @@ def _mix(value: int) -> int:
 def uniform(seed: int, index: int) -> float:
     """The number in [0, 1) that belongs to output `index` of a request with `seed`: a hash, no state."""
     return (_mix((_mix(seed & MASK) + (index + 1) * GOLDEN) & MASK) >> 11) * 2.0**-53
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log probabilities of given and of the best tokens: log_softmax of the model's own logits, before penalties, bias,
+    bans, temperature and filters.
+
+    Args:
+        logits: float32 [B, V]; token_ids: int64 [B]; num_top: at most V.
+
+    Returns float32 [B] of `token_ids`, int64 [B, num_top] the ids of the largest logits, equal ones by ascending id,
+    and float32 [B, num_top] of these.
+    """
+    logprobs = torch.log_softmax(logits, -1)
+    top_ids = _descending(logits, num_top)
+    return logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1), top_ids, logprobs.gather(1, top_ids)
+
+
+def penalise(
+    logits: Tensor, *, counts: Tensor, in_prompt: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor
+) -> Tensor:
+    """Logits of tokens that the text has already, made smaller: float32 [B, V] -> float32 [B, V], finite stays finite.
+
+    Args:
+        counts: int32 [B, V], how often the output has each token; in_prompt: bool [B, V].
+        repetition: float32 [B], > 0: the logit of a token of prompt or output is divided by it if positive, else
+            multiplied (Keskar et al. 2019).
+        frequency, presence: float32 [B]: then frequency x count is taken off, and presence once where count > 0.
+    """
+    largest = torch.finfo(torch.float32).max
+    factor = repetition.unsqueeze(1)
+    repeated = torch.where(logits > 0, logits / factor, logits * factor).clamp(-largest, largest)
+    logits = torch.where(in_prompt | (counts > 0), repeated, logits)
+    return logits - (frequency.unsqueeze(1) * counts + presence.unsqueeze(1) * (counts > 0))
+
+
+def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) -> None:
+    """Add float32 values [N] in place at (rows, token_ids), int64 [N] each; a place named twice gets both."""
+    logits.index_put_((rows, token_ids), values, accumulate=True)
+
+
+def ban(logits: Tensor, rows: Tensor, token_ids: Tensor) -> None:
+    """Make the tokens at (rows, token_ids), int64 [N] each, impossible, in place. A row must keep one token."""
+    logits[rows, token_ids] = -torch.inf
 
 
 def sample(

@@ -100,6 +100,8 @@ def _merge(total: RequestOutput, part: RequestOutput) -> None:
     total.token_ids = total.token_ids + part.token_ids
     total.logits = total.logits + part.logits
     total.prompt_logits = total.prompt_logits + part.prompt_logits
+    total.logprobs = total.logprobs + part.logprobs
+    total.prompt_logprobs = total.prompt_logprobs + part.prompt_logprobs
     total.finish_reason = part.finish_reason
     if part.num_cached_tokens is not None:
         assert total.num_cached_tokens is None
