@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dsv4serve.api.auth import ApiKeys
 from dsv4serve.api.errors import error_response
@@ -12,7 +12,8 @@ from dsv4serve.api.frontend import Frontend
 from dsv4serve.obs.metrics import arrived
 from dsv4serve.types import Dsv4Error, ShuttingDown
 
-PROBES = frozenset({"/health", "/ready"})
+PROBES = frozenset({"/health", "/ready", "/metrics"})
+CLIENT_GONE = 499  # nginx' word for a client that left before it got an answer
 
 
 class Unauthorized(Dsv4Error):
@@ -35,16 +36,31 @@ class Gate:
             return
         frontend = self._frontend
         if not self._keys.accepts(dict(scope["headers"]).get(b"authorization")):
+            frontend.metrics.responses.labels("other", Unauthorized.status).inc()
             error = Unauthorized("no valid API key: send the header 'Authorization: Bearer KEY'")
             await error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
             return
         if frontend.draining:
+            frontend.metrics.responses.labels("other", ShuttingDown.status).inc()
             refusal = error_response(ShuttingDown("the server is shutting down"), {"Connection": "close"})
             await refusal(scope, receive, send)
             return
         arrived.set(time.perf_counter())
+        status = CLIENT_GONE
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
         frontend.num_active += 1
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, noting)
+        except Exception:
+            status = 500  # sent outside of this door
+            raise
         finally:
             frontend.num_active -= 1
+            route = getattr(scope.get("route"), "path", "other")  # not the path: anybody can ask for any
+            frontend.metrics.responses.labels(route, status).inc()

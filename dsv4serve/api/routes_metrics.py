@@ -1,13 +1,39 @@
-"""GET /stats: how the server is doing, as JSON."""
+"""How the server is doing: GET /metrics for Prometheus, GET /stats for people."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from collections.abc import Iterator
 
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
+from prometheus_client.registry import Collector
+
+from dsv4serve.api.engine_metrics import engine_metrics
 from dsv4serve.api.errors import json_response
 from dsv4serve.api.frontend import Frontend
 
 router = APIRouter()
+
+
+class _Server(Collector):
+    """The metrics of the engine and of all frontends."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    def collect(self) -> Iterator[Metric]:
+        yield from engine_metrics(self._frontend.live, self._frontend.engine.info)
+        yield from self._frontend.metrics.collect()
+
+
+@router.get("/metrics")
+async def metrics(http: Request) -> Response:
+    """All metrics of the whole server, whichever frontend answers, in Prometheus' text format. Needs no key."""
+    frontend: Frontend = http.app.state.frontend
+    await frontend.live.refresh()
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Server(frontend))
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/stats")

@@ -48,6 +48,7 @@ class PrefixTree:
         self._root = Node(None, b"", -1)
         self._order: OrderedDict[Node, None] = OrderedDict()  # all nodes, least recently used first
         self._tail_order: OrderedDict[Node, None] = OrderedDict()  # those with a tail
+        self.num_evicted_pages, self.num_evicted_tails = 0, 0  # since the start
 
     @property
     def num_tails(self) -> int:
@@ -141,9 +142,11 @@ class PrefixTree:
         self._tails.release(node.tail)
         node.tail = -1
         del self._tail_order[node]
+        self.num_evicted_tails += 1
         while node.parent is not None and node.tail < 0 and not node.children:
             del self._order[node]
             self._pages.uncache(node.page)
+            self.num_evicted_pages += 1
             del node.parent.children[node.key]
             node = node.parent
 

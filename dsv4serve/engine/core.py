@@ -11,6 +11,7 @@ import logging
 import socket
 from collections.abc import Iterable
 from dataclasses import asdict
+from time import perf_counter
 
 import msgspec
 import zmq
@@ -28,6 +29,7 @@ from dsv4serve.engine.messages import (
     encode,
 )
 from dsv4serve.engine.runner_protocol import Runner
+from dsv4serve.obs.histogram import StepHistogram
 from dsv4serve.scheduler import Scheduler
 from dsv4serve.types import Dsv4Error, FinishReason, InvalidRequest, Request, RequestOutput
 
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 << 20  # a prompt of a million ids takes 5 MB; a larger message closes that connection
 MAX_MESSAGES_PER_STEP = 1024  # so that a flood of messages cannot stop the steps
+PHASES = ("schedule", "prepare", "execute", "sample", "update")  # of a step, in order
 LINGER_MS = 2000  # how long the last replies of a failing engine may take
 
 
@@ -61,6 +64,7 @@ class EngineCore:
         # The scheduler's id of each open request -> (identity, the frontend's id); and the ids of each frontend.
         self._owners: dict[str, tuple[bytes, str]] = {}
         self._requests: dict[bytes, dict[str, str]] = {}
+        self._step_times = {phase: StepHistogram() for phase in PHASES}
 
     @property
     def wake_fd(self) -> int:
@@ -93,9 +97,20 @@ class EngineCore:
         self._runner.shutdown()
 
     def _step(self) -> None:
+        begin = perf_counter()
         planned = self._scheduler.schedule()
-        if planned is not None:
-            self._reply(self._scheduler.update(planned, self._runner.execute(planned)))
+        if planned is None:
+            return
+        scheduled = perf_counter()
+        result = self._runner.execute(planned)
+        executed = perf_counter()
+        self._reply(self._scheduler.update(planned, result))
+        times = self._step_times
+        times["schedule"].observe(scheduled - begin)
+        times["prepare"].observe(result.prepare_s)
+        times["execute"].observe(executed - scheduled - result.prepare_s - result.sample_s)
+        times["sample"].observe(result.sample_s)
+        times["update"].observe(perf_counter() - executed)
 
     # Receiving
 
@@ -124,7 +139,8 @@ class EngineCore:
                 self._abort(identity, request_ids)
             case GetStats():
                 stats = asdict(self._scheduler.stats())
-                self._send(identity, EngineStats(**stats, num_frontends=len(self._requests)))
+                num_frontends = len(self._requests)
+                self._send(identity, EngineStats(**stats, num_frontends=num_frontends, step_times=self._step_times))
             case Hello():
                 self._requests.setdefault(identity, {})
                 self._send(identity, self._info)

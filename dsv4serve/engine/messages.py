@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from dsv4serve.obs.histogram import StepHistogram
 from dsv4serve.types import Request, RequestOutput
 
 
@@ -59,8 +60,13 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="engine_stats")
     num_cached_tokens: int
     num_generated_tokens: int
     num_retractions: int
+    num_retracted: int = 0  # that wait now because they were retracted
+    num_prefix_hits: int = 0  # starts of requests that found a prefix in the cache
+    num_evicted_pages: int = 0  # from the prefix cache; tails too
+    num_evicted_tails: int = 0
     num_finished: int
     num_frontends: int  # that said Hello and are not known to be gone
+    step_times: dict[str, StepHistogram] = {}  # schedule, prepare, execute, sample, update
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):

@@ -56,6 +56,7 @@ class FrontendMetrics:
         self.e2e = histogram(
             "e2e_request_latency_seconds", "from the HTTP request's arrival to the request's end", REQUEST_BUCKETS
         )
+        self.queue = histogram("queue_time_seconds", "from a request's submission to its first slot", REQUEST_BUCKETS)
         self.requests = counter("requests", "requests that ended, by finish_reason", "finish_reason")
         self.aborted = counter("num_aborted_requests", "requests that ended because their client left or asked for it")
         self.responses = counter("http_responses", "HTTP answers, by route and status", "route", "status")
@@ -86,6 +87,8 @@ class RequestTimer:
         now = time.perf_counter()
         if not self._last:
             self._metrics.ttft.observe(now - self._arrived)
+            if output.queue_s is not None:
+                self._metrics.queue.observe(output.queue_s)
         else:
             for _ in range(num_tokens):  # tokens of one output came together: they share the time
                 self._metrics.itl.observe((now - self._last) / num_tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import perf_counter
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,7 @@ class Runner:
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> StepOutput:
         """Run one step. Raises NonFiniteLogits when a row that samples has NaN or infinite logits."""
+        begin = perf_counter()
         slots = self._slots
         for start in output.starts:
             slots.start(start)
@@ -49,7 +52,7 @@ class Runner:
                 self.pools.init_slot(start.slot)
         for append in output.page_appends:
             slots.append(append)
-        result = self._forward(output) if output.num_tokens else StepOutput(step_id=output.step_id)
+        result = self._forward(output, begin) if output.num_tokens else StepOutput(step_id=output.step_id)
         for snapshot in output.snapshots:
             self.pools.snapshot(snapshot.slot, snapshot.tail)
         return result
@@ -57,7 +60,7 @@ class Runner:
     def shutdown(self) -> None:
         """Nothing to release on CPU; other runners stop their workers here."""
 
-    def _forward(self, output: SchedulerOutput) -> StepOutput:
+    def _forward(self, output: SchedulerOutput, begin: float) -> StepOutput:
         slots, chunks, decodes = self._slots, output.chunks, output.decodes
         batch_slots = [chunk.slot for chunk in chunks] + decodes
         counts = [len(chunk.token_ids) for chunk in chunks] + [1] * len(decodes)
@@ -70,10 +73,11 @@ class Runner:
             page_tokens=PAGE_TOKENS,
             c4_ring_rows=self.pools.layout.c4_ring_rows,
         )
+        prepared = perf_counter()
         streams = self.transformer(torch.tensor(ids), PagedStep(self.pools, metadata, self._observer))
         prompt_rows = self._prompt_rows(chunks)
         sampling_rows, sampling_slots = self._sampling_rows(chunks, decodes)
-        result = StepOutput(step_id=output.step_id)
+        result = StepOutput(step_id=output.step_id, prepare_s=prepared - begin)
         self._prompt_logprobs(streams, chunks, result)
         for slot, count in zip(batch_slots, counts, strict=True):
             slots.num_computed[slot] += count
@@ -86,7 +90,9 @@ class Runner:
         for slot, wanted in prompt_rows.items():
             result.prompt_logits[slot] = _row_bytes(logits[taken : taken + len(wanted)])
             taken += len(wanted)
+        computed = perf_counter()
         self._sample(logits[num_prompt_rows:], sampling_slots, result)
+        result.sample_s = perf_counter() - computed
         return result
 
     def _sampling_rows(self, chunks: list[Chunk], decodes: list[int]) -> tuple[list[int], list[int]]:

@@ -17,6 +17,11 @@ class WaitingQueue:
         return len(self._states)
 
     @property
+    def num_retracted(self) -> int:
+        """Those that ran before."""
+        return sum(state.was_retracted for state in self._states)
+
+    @property
     def head(self) -> RequestState | None:
         """Who is next."""
         return self._states[0] if self._states else None

@@ -127,9 +127,11 @@ class Scheduler:
             raise QueueFull(f"{len(self._waiting)} requests are waiting already; try again later")
         # All waiting requests age alike, so their order is fixed at arrival: priority minus levels waited differs
         # from this sum by the same amount for all.
-        order = (request.priority + self._clock() / self._ageing_s, self._num_added)
+        now = self._clock()
+        order = (request.priority + now / self._ageing_s, self._num_added)
         self._num_added += 1
         state = RequestState(request, order, max_length, self._eos_token_id)
+        state.added_at = now
         self._requests[request.request_id] = state
         self._waiting.push(state)
 
@@ -158,6 +160,9 @@ class Scheduler:
         counters.num_free_pages = self._pages.num_free + self._pages.num_evictable
         counters.num_free_tails = self._tails.num_free + self._tree.num_tails
         counters.num_cached_pages, counters.num_cached_tails = self._pages.num_evictable, self._tree.num_tails
+        counters.num_retracted = self._waiting.num_retracted
+        counters.num_evicted_pages = self._tree.num_evicted_pages
+        counters.num_evicted_tails = self._tree.num_evicted_tails
         return counters
 
     # Planning
@@ -206,6 +211,7 @@ class Scheduler:
             victim = max(self._running.values(), key=lambda other: other.order)
             self._counters.num_retractions += 1
             self._release(victim)
+            victim.was_retracted = True
             self._waiting.push(victim)
             if victim is state:
                 return
@@ -290,6 +296,10 @@ class Scheduler:
         if state.num_cached is None and not state.num_outputs:
             state.num_cached = num_cached
         self._counters.num_cached_tokens += num_cached
+        self._counters.num_prefix_hits += num_cached > 0
+        state.was_retracted = False
+        if state.started_at is None:
+            state.started_at = self._clock()
         self._running[state.slot] = self._prefilling[state.slot] = state
         step.starts.append(
             SlotStart(
@@ -345,6 +355,9 @@ class Scheduler:
                 output.num_cached_tokens, output.prompt_logits = owner.num_cached, owner.prompt_logits
                 output.prompt_logprobs = owner.prompt_logprobs
                 owner.num_cached, owner.prompt_logits, owner.prompt_logprobs = None, [], []
+                if owner.started_at is not None:
+                    output.queue_s = owner.started_at - owner.added_at
+                    output.prefill_s = self._clock() - owner.started_at
             if token in owner.stop_ids and len(tokens) >= owner.min_length:
                 output.finish_reason, output.stop_token_id = FinishReason.STOP, token
                 self._end(owner)

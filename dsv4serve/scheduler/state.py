@@ -12,6 +12,7 @@ class RequestState:
     """
 
     __slots__ = (
+        "added_at",
         "event",
         "first_step",
         "keys",
@@ -30,10 +31,12 @@ class RequestState:
         "request_id",
         "sampling",
         "slot",
+        "started_at",
         "stop_ids",
         "stops",
         "tail_tokens",
         "tokens",
+        "was_retracted",
     )
 
     def __init__(self, request: Request, order: tuple[float, int], max_length: int, eos_token_id: int) -> None:
@@ -50,6 +53,9 @@ class RequestState:
         if not sampling.ignore_eos:
             self.stop_ids.add(eos_token_id)
         self.num_cached: int | None = None  # prompt tokens found in the cache at the first admission, until reported
+        self.added_at = 0.0  # by the scheduler's clock
+        self.started_at: float | None = None  # when it first got a slot
+        self.was_retracted = False  # and waits for a slot again
         self.reset_run()
 
     def reset_run(self) -> None:

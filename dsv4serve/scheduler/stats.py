@@ -21,4 +21,8 @@ class SchedulerStats:
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
     num_retractions: int = 0
+    num_retracted: int = 0  # that wait now because they were retracted
+    num_prefix_hits: int = 0  # starts of requests that found a prefix in the cache
+    num_evicted_pages: int = 0  # from the prefix cache; tails too
+    num_evicted_tails: int = 0
     num_finished: int = 0

@@ -88,6 +88,8 @@ class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the id that ended it, when finish_reason is STOP
     num_cached_tokens: int | None = None  # set once, with the first tokens: prompt tokens not recomputed
+    queue_s: float | None = None  # with the first tokens: seconds from submission to the first slot
+    prefill_s: float | None = None  # likewise: from there to the first token
     error: str | None = None
     error_status: int | None = None  # HTTP status that fits `error`; None means 500
     logits: list[bytes] = []  # float32 rows [vocab_size], one per token of token_ids, if asked for

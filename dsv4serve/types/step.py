@@ -79,6 +79,8 @@ class StepOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What a step sampled: `token_ids[i]` are the new tokens of `slots[i]` (one; more under speculation)."""
 
     step_id: int
+    prepare_s: float = 0.0  # seconds before the forward: slots, tails, the batch's tensors
+    sample_s: float = 0.0  # seconds after the logits were there
     slots: list[int] = []
     token_ids: list[list[int]] = []
     logits: dict[int, list[bytes]] = {}  # slot -> float32 rows, one per new token, where asked for

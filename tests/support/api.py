@@ -17,6 +17,7 @@ from dsv4serve.api.process import DrainingServer
 from dsv4serve.chat.tokenizer import ChatTokenizer
 from dsv4serve.config import EngineConfig
 from dsv4serve.engine.messages import EngineInfo, EngineStats
+from dsv4serve.obs.histogram import StepHistogram
 from dsv4serve.types import FinishReason, Request, RequestOutput
 
 MAX_MODEL_LEN = 4096
@@ -45,6 +46,7 @@ STATS = EngineStats(
     num_retractions=0,
     num_finished=7,
     num_frontends=1,
+    step_times={"execute": StepHistogram()},
 )
 Answer = Callable[[Request], list[RequestOutput]]
 
