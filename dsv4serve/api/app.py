@@ -5,7 +5,15 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from dsv4serve import __version__
-from dsv4serve.api import errors, routes_chat, routes_completions, routes_metrics, routes_server, routes_tokens
+from dsv4serve.api import (
+    errors,
+    routes_chat,
+    routes_completions,
+    routes_metrics,
+    routes_page,
+    routes_server,
+    routes_tokens,
+)
 from dsv4serve.api.frontend import Engine, Frontend
 from dsv4serve.api.gate import Gate
 from dsv4serve.chat.tokenizer import ChatTokenizer
@@ -19,6 +27,8 @@ def create_app(config: EngineConfig, client: Engine, tokenizer: ChatTokenizer) -
     frontend = app.state.frontend = Frontend(config, client, tokenizer)
     for routes in (routes_chat, routes_completions, routes_tokens, routes_metrics, routes_server):
         app.include_router(routes.router)
+    if config.page:
+        app.include_router(routes_page.router)
     errors.install(app)
     app.add_middleware(Gate, frontend=frontend)
     return app

@@ -9,10 +9,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dsv4serve.api.auth import ApiKeys
 from dsv4serve.api.errors import error_response
 from dsv4serve.api.frontend import Frontend
+from dsv4serve.api.routes_page import FILES
 from dsv4serve.obs.metrics import arrived
 from dsv4serve.types import Dsv4Error, ShuttingDown
 
-PROBES = frozenset({"/health", "/ready", "/metrics"})
+OPEN = frozenset({"/health", "/ready", "/metrics", *FILES})
 CLIENT_GONE = 499  # nginx' word for a client that left before it got an answer
 
 
@@ -23,7 +24,7 @@ class Unauthorized(Dsv4Error):
 
 
 class Gate:
-    """Lets probes through, refuses the rest without a key or during a drain, and counts what is inside."""
+    """Lets probes and the page through, refuses the rest without a key or during a drain, and counts what is inside."""
 
     def __init__(self, app: ASGIApp, frontend: Frontend) -> None:
         self._app, self._frontend = app, frontend
@@ -31,7 +32,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
-        if scope["type"] != "http" or scope["path"] in PROBES:
+        if scope["type"] != "http" or scope["path"] in OPEN:
             await self._app(scope, receive, send)
             return
         frontend = self._frontend

@@ -68,6 +68,7 @@ class EngineConfig(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535, description="TCP port of the HTTP server; 0 = any free one")] = 8000
     frontends: Annotated[int, Field(ge=1, le=64, description="HTTP frontend processes")] = 1
     api_key: Annotated[tuple[str, ...], Field(description="accepted API keys; none = open; repeatable")] = ()
+    page: Annotated[bool, Field(description="serve the playground at /; its calls need a key like any other")] = True
     max_model_len: Annotated[
         int, Field(ge=0, description="tokens, prompt + output of one request; 0 = what model and memory allow")
     ] = 0
@@ -89,6 +90,9 @@ class EngineConfig(BaseSettings):
     max_body_bytes: Annotated[int, Field(ge=1024, description="bytes, largest HTTP body accepted (413 above)")] = (
         32 << 20
     )
+    request_timeout_s: Annotated[
+        float, Field(ge=0, description="seconds after which a request ends with finish_reason abort; 0 = never")
+    ] = 0.0
     drain_timeout_s: Annotated[
         float, Field(ge=0, description="seconds that running requests get after SIGTERM before they are aborted")
     ] = 60.0
