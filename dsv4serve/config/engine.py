@@ -93,6 +93,9 @@ class EngineConfig(BaseSettings):
     request_timeout_s: Annotated[
         float, Field(ge=0, description="seconds after which a request ends with finish_reason abort; 0 = never")
     ] = 0.0
+    stuck_restart_s: Annotated[
+        float, Field(ge=0, description="seconds after which an engine that does not answer is restarted; 0 = never")
+    ] = 60.0
     drain_timeout_s: Annotated[
         float, Field(ge=0, description="seconds that running requests get after SIGTERM before they are aborted")
     ] = 60.0

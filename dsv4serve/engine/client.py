@@ -27,8 +27,9 @@ from dsv4serve.types import EngineUnavailable, FinishReason, Request, RequestOut
 
 logger = logging.getLogger(__name__)
 
-PROBE_S = 2.0  # silence after which the engine is asked for a sign of life
-STUCK_S = 10.0  # unanswered probe after which it counts as stuck
+# A stuck engine is found out within 2 * PROBE_S + STUCK_S = 10 s.
+PROBE_S = 1.0  # silence after which the engine is asked for a sign of life
+STUCK_S = 8.0  # unanswered probe after which it counts as stuck
 RECONNECT_MS = 20  # between attempts while no engine listens
 LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 CONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -79,9 +80,14 @@ class EngineClient:
 
     async def is_alive(self) -> bool:
         """False without an engine, or when it has left a probe unanswered for too long (its step loop is stuck)."""
-        if not self.is_ready:
-            return False
-        return self._asked_at is None or asyncio.get_running_loop().time() - self._asked_at < self._stuck_s
+        return self.is_ready and self.unanswered_s < self._stuck_s
+
+    @property
+    def unanswered_s(self) -> float:
+        """Seconds for which the engine owes an answer; 0 without an engine."""
+        if not self.is_ready or self._asked_at is None:
+            return 0.0
+        return asyncio.get_running_loop().time() - self._asked_at
 
     async def submit(self, request: Request) -> AsyncIterator[RequestOutput]:
         """Yield the request's outputs; the last and only the last has a finish_reason.

@@ -4,6 +4,7 @@
   meanwhile wait in its backlog.
 - An engine that dies after it was ready is started again, a few times; one that fails at start-up ends the launcher
   with its exit code (2: configuration or checkpoint).
+- An engine that is stuck for stuck_restart_s is killed, and then as above; its requests end with an error.
 - The first SIGTERM or SIGINT: frontends refuse what is new and finish what runs, then the engine stops; exit code 0.
   A second one, or drain_timeout_s, aborts the rest.
 """
@@ -40,6 +41,7 @@ FRONTEND_RESTARTS = (5, 60.0)
 FRONTEND_RESTART_DELAY_S = 0.2
 GRACE_S = 5.0  # from "abort the rest" to SIGKILL
 READY_POLL_S = 0.1
+STUCK_POLL_S = 0.5
 BACKLOG = 1024
 MAX_IPC_PATH = 100  # bytes; Unix socket paths hold 107
 
@@ -156,9 +158,11 @@ class Supervisor:
         await client.start()
         try:
             ready = asyncio.create_task(_log_ready(client))
+            guard = asyncio.create_task(_kill_when_stuck(self._engine, client, self._config.stuck_restart_s))
             code = await self._engine.wait()
             was_ready = ready.done()
             ready.cancel()
+            guard.cancel()
         finally:
             await client.close()
         return code, was_ready
@@ -234,6 +238,15 @@ class Supervisor:
 async def _log_ready(client: EngineClient) -> None:
     await client.wait_ready()
     logger.info("the engine is ready")
+
+
+async def _kill_when_stuck(engine: Process, client: EngineClient, limit_s: float) -> None:
+    while limit_s:  # 0 = never
+        await asyncio.sleep(STUCK_POLL_S)
+        if client.unanswered_s >= limit_s:
+            logger.error("the engine has not answered for %.0f s; killing it", client.unanswered_s)
+            engine.kill()  # nothing gentler reaches a loop that is stuck in native code
+            return
 
 
 def bind(host: str, port: int) -> socket.socket:

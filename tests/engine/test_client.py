@@ -10,7 +10,7 @@ import pytest
 from support.counting_runner import FAIL, STUCK
 from support.engine_process import assert_complete, collect, connected, request, wait_gone
 
-from dsv4serve.engine.client import EngineClient
+from dsv4serve.engine.client import PROBE_S, STUCK_S, EngineClient
 from dsv4serve.types import EngineUnavailable, FinishReason
 
 
@@ -75,6 +75,10 @@ def test_a_failing_runner_is_answered_and_the_process_exits_with_1(engine):
 
     asyncio.run(main())
     assert engine.process.wait(10) == 1
+
+
+def test_a_stuck_engine_is_found_out_within_ten_seconds():
+    assert 2 * PROBE_S + STUCK_S <= 10
 
 
 def test_a_stuck_engine_is_not_alive_but_requests_can_still_be_ended(engine):

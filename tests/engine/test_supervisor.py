@@ -211,6 +211,31 @@ def test_a_killed_engine_answers_every_stream_and_is_started_again(launch):
     assert server.wait_code() == 0
 
 
+def test_a_stuck_engine_is_killed_and_started_again(launch):
+    server = launch(stuck_restart_s=1).wait_ready()
+    streams = [server.stream(4000) for _ in range(2)]
+    first = server.child("engine.process")
+    os.kill(first, signal.SIGSTOP)
+    assert [stream.end() for stream in streams] == ["error engine died"] * 2
+    server.wait_child("engine.process", first)
+    server.wait_http_ready()
+    stream = server.stream(5)
+    stream.assert_complete()
+    assert "has not answered for" in server.log()
+    server.process.terminate()
+    assert server.wait_code() == 0
+
+
+def test_an_engine_may_stay_stuck_when_restarts_are_off(launch):
+    server = launch(stuck_restart_s=0).wait_ready()
+    engine = server.child("engine.process")
+    os.kill(engine, signal.SIGSTOP)
+    time.sleep(1.5)
+    os.kill(engine, signal.SIGCONT)
+    server.stream(5).assert_complete()
+    assert server.child("engine.process") == engine
+
+
 def test_an_engine_that_dies_again_and_again_ends_the_launcher(launch):
     server = launch().wait_ready()
     for count in range(1, supervisor.ENGINE_RESTARTS[0] + 2):
