@@ -25,6 +25,9 @@ class ControlToken(StrEnum):
 
     BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
     EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"
+    FIM_BEGIN = "<\uff5cfim\u2581begin\uff5c>"
+    FIM_HOLE = "<\uff5cfim\u2581hole\uff5c>"
+    FIM_END = "<\uff5cfim\u2581end\uff5c>"
     USER = "<\uff5cUser\uff5c>"
     ASSISTANT = "<\uff5cAssistant\uff5c>"
     THINK = "<think>"
@@ -58,6 +61,7 @@ class ChatTokenizer:
         if missing:
             raise CheckpointError(f"{path}: added_tokens lack {', '.join(map(repr, missing))}; chat needs them")
         self.control_ids = {token: by_content[token.value] for token in ControlToken}
+        self.added_ids = frozenset(added)
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.token_bytes = _token_bytes(self._full, {token_id: token.content for token_id, token in added.items()})
         self.max_token_bytes = max(map(len, self.token_bytes.values()))

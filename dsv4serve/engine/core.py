@@ -7,9 +7,11 @@ same request id.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import asdict
 from time import perf_counter
 
@@ -31,7 +33,7 @@ from dsv4serve.engine.messages import (
 from dsv4serve.engine.runner_protocol import Runner
 from dsv4serve.obs.histogram import StepHistogram
 from dsv4serve.scheduler import Scheduler
-from dsv4serve.types import Dsv4Error, FinishReason, InvalidRequest, Request, RequestOutput
+from dsv4serve.types import Constraint, Dsv4Error, FinishReason, InvalidRequest, Request, RequestOutput
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class EngineCore:
         # wait itself would not be seen until the next message.
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_sender.setblocking(False)
+        self._wake_receiver.setblocking(False)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._wake_receiver, zmq.POLLIN)
@@ -64,6 +67,8 @@ class EngineCore:
         # The scheduler's id of each open request -> (identity, the frontend's id); and the ids of each frontend.
         self._owners: dict[str, tuple[bytes, str]] = {}
         self._requests: dict[bytes, dict[str, str]] = {}
+        # Open requests whose constraint is being prepared, by the scheduler's id.
+        self._preparing: dict[str, tuple[Future[None], Request]] = {}
         self._step_times = {phase: StepHistogram() for phase in PHASES}
 
     @property
@@ -83,6 +88,7 @@ class EngineCore:
         try:
             while not self._stopping:
                 self._receive()
+                self._admit_prepared()
                 self._step()
         except Exception as error:
             self._fail_all(f"the engine failed: {type(error).__name__}: {error}")
@@ -118,6 +124,8 @@ class EngineCore:
         """Handle what has arrived; wait for a message when there is nothing to run."""
         if not self._scheduler.has_requests:
             self._poller.poll()
+            with contextlib.suppress(BlockingIOError):
+                self._wake_receiver.recv(4096)
         for _ in range(MAX_MESSAGES_PER_STEP):
             try:
                 identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -152,12 +160,36 @@ class EngineCore:
             if request.request_id in mine:
                 raise InvalidRequest(f"request id {request.request_id!r} is already in use", "request_id")
             self._check_ids(request)
-            self._scheduler.add(msgspec.structs.replace(request, request_id=internal))
+            renamed = msgspec.structs.replace(request, request_id=internal)
+            if request.sampling.constraint is None:
+                self._scheduler.add(renamed)
+            else:
+                self._preparing[internal] = (self._prepare(request.sampling.constraint), renamed)
         except Dsv4Error as error:
             self._send(identity, Outputs([_error(request.request_id, str(error), error.status)]))
             return
         mine[request.request_id] = internal
         self._owners[internal] = (identity, request.request_id)
+
+    def _prepare(self, constraint: Constraint) -> Future[None]:
+        future = self._runner.prepare(constraint)
+        future.add_done_callback(lambda _: self._wake())
+        return future
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # full: it wakes already; closed: nobody waits
+            self._wake_sender.send(b"\0")
+
+    def _admit_prepared(self) -> None:
+        """Hand the scheduler what is ready now."""
+        for internal in [name for name, (future, _) in self._preparing.items() if future.done()]:
+            future, request = self._preparing.pop(internal)
+            try:
+                future.result()
+                self._scheduler.add(request)
+            except Exception as error:  # of a library that compiles what a client sent: it ends that request alone
+                status = error.status if isinstance(error, Dsv4Error) else 500
+                self._reply([_error(internal, str(error), status)])
 
     def _check_ids(self, request: Request) -> None:
         """An id outside the vocabulary would end the process, and with it everybody's requests."""
@@ -167,8 +199,14 @@ class EngineCore:
 
     def _abort(self, identity: bytes, request_ids: Iterable[str]) -> None:
         mine = self._requests.get(identity, {})
-        aborted = (self._scheduler.abort(mine[request_id]) for request_id in request_ids if request_id in mine)
+        aborted = (self._end(mine[request_id]) for request_id in request_ids if request_id in mine)
         self._reply([output for output in aborted if output is not None])
+
+    def _end(self, internal: str) -> RequestOutput | None:
+        """Abort a request, wherever it is."""
+        if self._preparing.pop(internal, None) is not None:
+            return RequestOutput(request_id=internal, finish_reason=FinishReason.ABORT)
+        return self._scheduler.abort(internal)
 
     # Replying
 
@@ -199,7 +237,7 @@ class EngineCore:
         logger.warning("frontend %s is gone; aborting its %d requests", identity.hex(), len(internals))
         for internal in internals:
             del self._owners[internal]
-            self._scheduler.abort(internal)
+            self._end(internal)
 
     def _fail_all(self, text: str) -> None:
         """Answer everybody who waits."""

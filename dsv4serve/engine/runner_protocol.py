@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Protocol
 
-from dsv4serve.types import SchedulerOutput, StepOutput
+from dsv4serve.types import Constraint, SchedulerOutput, StepOutput
 
 
 class Runner(Protocol):
@@ -16,6 +17,10 @@ class Runner(Protocol):
     max_model_len: int
     vocab_size: int
     eos_token_id: int
+
+    def prepare(self, constraint: Constraint, /) -> Future[None]:
+        """Begin to make ready for a request with this constraint, beside the steps. The result raises InvalidRequest
+        when it cannot be served. Requests without one need no preparation."""
 
     def execute(self, output: SchedulerOutput, /) -> StepOutput:
         """Run one step to its end. Any exception means that the runner's state is lost."""

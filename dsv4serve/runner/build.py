@@ -6,6 +6,7 @@ import torch
 
 from dsv4_kernels import cpu
 from dsv4serve.config import EngineConfig, ModelConfig, Numerics
+from dsv4serve.constrained.vocabulary import read_vocabulary
 from dsv4serve.memory import CacheLayout, CapacityPlan, plan_capacity
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.obs.memory import available_memory_bytes
@@ -25,7 +26,8 @@ def build_runner(config: EngineConfig, progress: bool = False) -> Runner:
     weights = load_weights(config, model, progress)
     if cpu.library is not None and config.numerics is Numerics.EXACT:  # torch's kernels would convert them in each step
         halve(weights)
-    return Runner(Transformer(model, weights, config.numerics), plan)
+    transformer = Transformer(model, weights, config.numerics)
+    return Runner(transformer, plan, read_vocabulary=lambda: read_vocabulary(config.model, model.vocab_size))
 
 
 def cache_plan(config: EngineConfig, model: ModelConfig, num_draft_tokens: int = 0) -> CapacityPlan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from time import perf_counter
 
 import torch
@@ -9,14 +11,16 @@ from torch import Tensor
 
 from dsv4_kernels.metadata import StepMetadata
 from dsv4_kernels.sampling import sample, uniform
+from dsv4serve.constrained.vocabulary import Vocabulary, no_vocabulary
 from dsv4serve.memory import CachePools, CapacityPlan
 from dsv4serve.model.context import Observer
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.runner import logprobs
 from dsv4serve.runner.adjust import adjust
+from dsv4serve.runner.constraints import Constraints
 from dsv4serve.runner.paged import PagedStep
 from dsv4serve.runner.slots import SlotTable
-from dsv4serve.types import PAGE_TOKENS, Chunk, SchedulerOutput, StepOutput
+from dsv4serve.types import PAGE_TOKENS, Chunk, Constraint, SchedulerOutput, StepOutput
 
 
 class Runner:
@@ -26,9 +30,16 @@ class Runner:
         transformer: the network with its weights.
         plan: how many slots, pages and tails to allocate; allocated here.
         observer: called with named intermediate values of every step, in row order.
+        read_vocabulary: what the ids mean, needed by requests with a constraint.
     """
 
-    def __init__(self, transformer: Transformer, plan: CapacityPlan, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        transformer: Transformer,
+        plan: CapacityPlan,
+        observer: Observer | None = None,
+        read_vocabulary: Callable[[], Vocabulary] = no_vocabulary,
+    ) -> None:
         self.transformer = transformer
         self._observer = observer
         self.pools = CachePools(plan.layout, plan.num_slots, plan.num_pages, plan.num_tails)
@@ -37,6 +48,7 @@ class Runner:
         self.vocab_size = transformer.config.vocab_size
         self.eos_token_id = transformer.config.eos_token_id
         max_pages = -(-plan.max_model_len // PAGE_TOKENS)
+        self._constraints = Constraints(read_vocabulary)
         self._slots = SlotTable(plan.num_slots, max_pages, self.vocab_size, self.eos_token_id)
 
     @torch.inference_mode()
@@ -46,6 +58,7 @@ class Runner:
         slots = self._slots
         for start in output.starts:
             slots.start(start)
+            self._constraints.start(start)
             if start.tail >= 0:
                 self.pools.restore(start.tail, start.slot)
             else:
@@ -57,8 +70,13 @@ class Runner:
             self.pools.snapshot(snapshot.slot, snapshot.tail)
         return result
 
+    def prepare(self, constraint: Constraint) -> Future[None]:
+        """Compile a request's constraint beside the steps; see Constraints.prepare."""
+        return self._constraints.prepare(constraint)
+
     def shutdown(self) -> None:
-        """Nothing to release on CPU; other runners stop their workers here."""
+        """End the compiling thread."""
+        self._constraints.close()
 
     def _forward(self, output: SchedulerOutput, begin: float) -> StepOutput:
         slots, chunks, decodes = self._slots, output.chunks, output.decodes
@@ -141,6 +159,7 @@ class Runner:
         kept = [row for row, p in enumerate(params) if p.return_logits or p.num_logprobs is not None]
         raw = logits[kept] if kept else logits  # copies of rows that are asked for, as the model gave them
         adjust(logits, [slots.adjustments[slot] for slot in batch])
+        self._constraints.apply(logits, batch)
         token_ids = sample(
             logits,
             temperature=torch.tensor([p.temperature for p in params]),
@@ -154,6 +173,7 @@ class Runner:
         ).tolist()
         for slot, token in zip(batch, token_ids, strict=True):
             slots.sampled(slot, token)
+            self._constraints.accept(slot, token)
             result.slots.append(slot)
             result.token_ids.append([token])
         for row, values in zip(kept, raw, strict=True) if kept else ():

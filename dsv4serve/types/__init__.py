@@ -11,7 +11,7 @@ from dsv4serve.types.errors import (
     QueueFull,
     ShuttingDown,
 )
-from dsv4serve.types.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
+from dsv4serve.types.request import Constraint, FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
 from dsv4serve.types.step import (
     PAGE_TOKENS,
     Chunk,
@@ -28,6 +28,7 @@ __all__ = [
     "CheckpointError",
     "Chunk",
     "ConfigError",
+    "Constraint",
     "Dsv4Error",
     "EngineUnavailable",
     "FinishReason",

@@ -16,6 +16,13 @@ class FinishReason(StrEnum):
     ERROR = "error"  # the engine failed; the message says how
 
 
+class Constraint(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the output must match: a structural tag as xgrammar reads it, JSON text."""
+
+    text: str
+    after_id: int | None = None  # it begins behind the first output token with this id; None = at once
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How tokens are drawn. Already validated and completed by the frontend; the engine trusts it.
 
@@ -45,6 +52,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences that the output must not contain, each at least one id
     thinking_budget: int | None = None  # output tokens after which reasoning that is still open is ended
     thinking_end_ids: tuple[int, ...] = ()  # any of them ends the reasoning; the budget forces the first
+    constraint: Constraint | None = None  # stronger than all of these
 
     @property
     def needs_history(self) -> bool:
@@ -56,6 +64,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             or self.frequency_penalty != 0.0
             or self.presence_penalty != 0.0
             or bool(self.bad_words)
+            or self.constraint is not None
         )
 
 

@@ -15,10 +15,11 @@ ALLOWED = {
     "cache": BASE,
     "scheduler": BASE | {"cache"},
     "chat": BASE,
+    "constrained": BASE | {"chat"},
     "memory": BASE | {"dsv4_kernels"},
     "weights": BASE | {"dsv4_kernels"},
     "model": BASE | {"dsv4_kernels"},
-    "runner": BASE | {"dsv4_kernels", "memory", "weights", "model"},
+    "runner": BASE | {"dsv4_kernels", "memory", "weights", "model", "constrained"},
     "engine": BASE | {"scheduler", "cache", "runner"},
     "api": BASE | {"engine", "chat"},
     "cli": BASE

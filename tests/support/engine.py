@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from support.models import oracle_logits
 
 from dsv4serve.config import Numerics
+from dsv4serve.constrained.vocabulary import Vocabulary, no_vocabulary
 from dsv4serve.memory import CacheLayout, CapacityPlan
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.runner import Runner
@@ -35,10 +37,12 @@ class Engine:
         max_step_tokens: int = 512,
         max_model_len: int = 2048,
         prefix_cache: bool = True,
+        read_vocabulary: Callable[[], Vocabulary] = no_vocabulary,
     ) -> None:
         max_model_len = min(max_model_len, num_pages * 256)
         layout = CacheLayout.build(transformer.config, Numerics.EXACT)
-        self.runner = Runner(transformer, CapacityPlan(layout, num_slots, num_pages, num_tails, max_model_len))
+        plan = CapacityPlan(layout, num_slots, num_pages, num_tails, max_model_len)
+        self.runner = Runner(transformer, plan, read_vocabulary=read_vocabulary)
         self.scheduler = Scheduler(
             num_slots=num_slots,
             num_pages=num_pages,

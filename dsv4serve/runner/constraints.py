@@ -1,0 +1,69 @@
+"""Constraints of the runner's requests. Nothing is loaded before the first of them: it takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from dsv4serve.constrained.vocabulary import Vocabulary
+from dsv4serve.types import Constraint, SlotStart
+
+if TYPE_CHECKING:
+    from dsv4serve.constrained.masks import TokenMasks
+
+
+class Constraints:
+    """The token masks of the slots.
+
+    Args:
+        read: gives the vocabulary of the model. Raises CheckpointError when there is none.
+    """
+
+    def __init__(self, read: Callable[[], Vocabulary]) -> None:
+        self._read = read
+        self._masks: TokenMasks | None = None
+        self._thread = ThreadPoolExecutor(1, "compile")
+
+    def prepare(self, constraint: Constraint) -> Future[None]:
+        """Compile in a thread, so that the steps of other requests go on; to be awaited before the request starts.
+
+        The result raises InvalidRequest for what is no grammar, CheckpointError without a tokenizer.
+        """
+        if self._masks is not None and self._masks.compiler.knows(constraint):
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
+        return self._thread.submit(self._compile, constraint)
+
+    def _compile(self, constraint: Constraint) -> None:
+        if self._masks is None:
+            from dsv4serve.constrained.compiler import Compiler
+            from dsv4serve.constrained.masks import TokenMasks
+
+            self._masks = TokenMasks(Compiler(self._read))
+        self._masks.compiler.compile(constraint)
+
+    def start(self, start: SlotStart) -> None:
+        """A request takes the slot."""
+        constraint = start.sampling.constraint
+        if constraint is not None and self._masks is None:
+            self.prepare(constraint).result()
+        if self._masks is not None:
+            self._masks.start(start.slot, constraint, start.token_ids[start.num_prompt_tokens :])
+
+    def accept(self, slot: int, token: int) -> None:
+        """The slot's request has drawn `token`."""
+        if self._masks is not None:
+            self._masks.accept(slot, token)
+
+    def apply(self, logits: Tensor, batch: Sequence[int]) -> None:
+        """Mask float32 [B, V] in place, row b of slot batch[b]; see TokenMasks.apply."""
+        if self._masks is not None:
+            self._masks.apply(logits, batch)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
