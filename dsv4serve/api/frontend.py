@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -48,6 +49,7 @@ class Frontend:
         self.draining = False
         self.num_active = 0  # HTTP requests between their first byte and their end, probes not counted
         self.running: set[str] = set()  # engine requests that are open
+        self._open_calls: set[str] = set()
         self._threads = ThreadPoolExecutor(TOKENIZE_THREADS, "tokenize")
 
     def ready_info(self) -> EngineInfo:
@@ -75,6 +77,17 @@ class Frontend:
                 f"prompt and output together may have {limit}",
                 "prompt",
             )
+
+    @contextmanager
+    def open_call(self, request_id: str) -> Iterator[None]:
+        """Hold the id of a call. Raises InvalidRequest when another call of this frontend has it."""
+        if request_id in self._open_calls:
+            raise InvalidRequest(f"the request id {request_id!r} is in use by a request that still runs", "request_id")
+        self._open_calls.add(request_id)
+        try:
+            yield
+        finally:
+            self._open_calls.remove(request_id)
 
     async def abort_all(self) -> None:
         """End every open request with finish_reason abort."""

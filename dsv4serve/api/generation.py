@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from dsv4serve.api.errors import RequestFailed
 from dsv4serve.api.frontend import Frontend
-from dsv4serve.api.schemas import Sampling
+from dsv4serve.api.schemas import REQUEST_ID, Sampling
 from dsv4serve.chat.output import OutputParser
 from dsv4serve.chat.render import OutputStart
 from dsv4serve.chat.reply import Delta
@@ -31,6 +32,7 @@ from dsv4serve.types import (
 )
 
 SEED_BITS = 2**63 - 1
+MAX_TIMEOUT_S = 10_000_000
 
 
 @dataclass(slots=True)
@@ -83,10 +85,12 @@ class Event:
 class Call:
     """One HTTP request that generates."""
 
+    request_id: str  # the client's, else the response's
     response_id: str
     model: str
     choices: list[Choice]
     num_prompt_tokens: int
+    timeout_s: float | None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def usage(self) -> dict[str, Any]:
@@ -116,17 +120,22 @@ def build_call(
     prefix: str,
     start: OutputStart | None,
     tools: Sequence[Tool] | None = None,
+    headers: Mapping[str, str],
 ) -> Call:
     """The engine requests of one HTTP request.
 
     `max_tokens` None is the rest of the context; `prefix` starts the response id; `start` and `tools` are
-    those of chat.output.OutputParser. Raises InvalidRequest when lengths or ids do not fit the model.
+    those of chat.output.OutputParser; `headers` may bring X-Request-Id and X-Request-Timeout.
+    Raises InvalidRequest when lengths or ids do not fit the model.
     """
     model = frontend.check_model(body.model)
-    own_id = body.request_id or body.rid
-    response_id = f"{prefix}-{own_id or secrets.token_hex(12)}"
-    # What a client names itself may be in use already; the engine's ids must not be.
-    engine_id = f"{response_id}-{secrets.token_hex(4)}" if own_id else response_id
+    own_id = body.request_id or body.rid or headers.get("x-request-id")
+    if own_id and not re.fullmatch(REQUEST_ID, own_id):
+        raise InvalidRequest("X-Request-Id: expected 1 to 128 letters, digits and . _ : -", "X-Request-Id")
+    response_id = f"{prefix}{own_id or secrets.token_hex(12)}"
+    request_id = own_id or response_id
+    # One id may be in use at two frontends, or still end in the engine; what comes after the slash is never the same.
+    engine_id = f"{request_id}/{secrets.token_hex(4)}"
     num_copies = body.n or 1
     choices: list[Choice] = []
     for prompt in prompts:
@@ -149,7 +158,8 @@ def build_call(
                 priority=body.priority or 0,
             )
             choices.append(Choice(index, copy, request, parser, bool(body.include_stop_str_in_output)))
-    return Call(response_id, model, choices, sum(map(len, prompts)))
+    timeout_s = _timeout(headers.get("x-request-timeout"), frontend.config.request_timeout_s)
+    return Call(request_id, response_id, model, choices, sum(map(len, prompts)), timeout_s)
 
 
 def derive_seed(base: int, copy: int) -> int:
@@ -192,6 +202,14 @@ async def run(frontend: Frontend, call: Call) -> AsyncGenerator[Event, None]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def end_after(frontend: Frontend, call: Call) -> None:
+    """When the call's time is over, end its choices with finish_reason abort and what they have so far."""
+    if call.timeout_s is not None:
+        await asyncio.sleep(call.timeout_s)
+        for choice in call.choices:
+            await frontend.engine.abort(choice.request.request_id)
 
 
 async def _run_choice(frontend: Frontend, choice: Choice) -> AsyncGenerator[Event, None]:
@@ -246,6 +264,20 @@ def _sampling(
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
     )
+
+
+def _timeout(header: str | None, limit_s: float) -> float | None:
+    """Seconds that a call may take: what the header asks for, at most `limit_s` unless that is 0."""
+    limit = limit_s or None
+    if header is None:
+        return limit
+    try:
+        wanted = float(header)
+    except ValueError:
+        wanted = 0.0
+    if not 0 < wanted < MAX_TIMEOUT_S:
+        raise InvalidRequest(f"X-Request-Timeout: expected seconds, above 0 and below {MAX_TIMEOUT_S}, got {header!r}")
+    return wanted if limit is None else min(wanted, limit)
 
 
 def _failure(output: RequestOutput) -> Exception:

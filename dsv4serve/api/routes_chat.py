@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from dsv4serve.api.body import read_body
 from dsv4serve.api.chat_prompt import ChatPrompt, build_prompt
 from dsv4serve.api.frontend import Frontend
-from dsv4serve.api.generation import Choice, Event, build_call
+from dsv4serve.api.generation import Call, Choice, Event, build_call
 from dsv4serve.api.schemas import ChatBody, ChatSwitches
 from dsv4serve.api.streaming import Generated
 from dsv4serve.chat.reply import CallDelta, Reply
@@ -63,13 +63,19 @@ async def chat_completions(http: Request) -> Response:
     """Messages in, the assistant's next turn out, whole or as server-sent events."""
     frontend: Frontend = http.app.state.frontend
     body = await read_body(http, ChatBody, frontend.config.max_body_bytes)
+    call = await chat_call(frontend, body, "chatcmpl-", http.headers)
+    return Generated(frontend, call, ChatShape(), bool(body.stream), body.wants_usage_chunk)
+
+
+async def chat_call(frontend: Frontend, body: ChatBody, prefix: str, headers: Mapping[str, str]) -> Call:
+    """The call that answers `body`, whose response id starts with `prefix`. Raises InvalidRequest."""
     frontend.check_model(body.model)
     info = frontend.ready_info()
     check_supported(body)
     prompt, ids = await chat_ids(frontend, body.messages, body, info.max_model_len)
     limit = body.max_completion_tokens or body.max_tokens
-    call = build_call(frontend, info, body, [ids], limit, prefix="chatcmpl", start=prompt.start, tools=prompt.tools)
-    return Generated(frontend, call, ChatShape(), bool(body.stream), body.wants_usage_chunk)
+    start, tools = prompt.start, prompt.tools
+    return build_call(frontend, info, body, [ids], limit, prefix=prefix, start=start, tools=tools, headers=headers)
 
 
 def check_supported(switches: ChatSwitches) -> None:

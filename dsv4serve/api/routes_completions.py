@@ -56,7 +56,7 @@ async def completions(http: Request) -> Response:
     if len(prompts) * (body.n or 1) > MAX_PROMPTS:
         raise InvalidRequest(f"{len(prompts)} prompts x n {body.n} is above {MAX_PROMPTS} choices", "n")
     limit = body.max_tokens or DEFAULT_MAX_TOKENS
-    call = build_call(frontend, info, body, prompts, limit, prefix="cmpl", start=None)
+    call = build_call(frontend, info, body, prompts, limit, prefix="cmpl-", start=None, headers=http.headers)
     return Generated(frontend, call, CompletionShape(), bool(body.stream), body.wants_usage_chunk)
 
 

@@ -13,7 +13,8 @@ MAX_N = 128
 MAX_PROMPTS = 1024
 MAX_STOPS, MAX_STOP_CHARS = 16, 1024
 MAX_STOP_IDS = 256
-RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
+REQUEST_ID = r"^[A-Za-z0-9._:-]{1,128}$"
+RequestId = Annotated[str, Field(pattern=REQUEST_ID)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
 
 # Fields of OpenAI's API that this server does not have yet, with the values that ask for nothing.
@@ -60,11 +61,12 @@ class Strict(BaseModel):
         """Drop what is ignored; refuse what does not exist yet unless its value asks for nothing."""
         if not isinstance(raw, dict):
             return raw
+        ignored = set(IGNORED).difference(cls.model_fields)
         absent = {name: neutral for name, neutral in NOT_YET.items() if name not in cls.model_fields}
         for name, neutral in absent.items():
             if name in raw and not any(type(raw[name]) is type(v) and raw[name] == v for v in _widen(neutral)):
                 raise InvalidRequest(f"{name} is not supported yet", name)
-        return {key: value for key, value in raw.items() if key not in absent and key not in IGNORED}
+        return {key: value for key, value in raw.items() if key not in absent and key not in ignored}
 
 
 class StreamOptions(Strict):

@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from dsv4serve.api.errors import error_body, json_response
 from dsv4serve.api.frontend import Frontend
-from dsv4serve.api.generation import Call, Choice, Event, run
+from dsv4serve.api.generation import Call, Choice, Event, end_after, run
 from dsv4serve.chat.reply import Reply
 
 DONE = b"data: [DONE]\n\n"
@@ -43,16 +43,30 @@ class Shape(Protocol):
         """The choice part of an answer that is not streamed."""
 
 
-class Generated(Response):
-    """Runs a call and sends what it gives."""
+class Answer(Response):
+    """Runs a call and sends what it gives: `message` at once, or `chunks` and then `end`."""
 
-    def __init__(self, frontend: Frontend, call: Call, shape: Shape, stream: bool, usage_chunk: bool) -> None:
+    end = b""
+
+    def __init__(self, frontend: Frontend, call: Call, stream: bool) -> None:
         super().__init__()
-        self._frontend, self._call, self._shape = frontend, call, shape
-        self._stream, self._usage_chunk = stream, usage_chunk
+        self._frontend, self._call, self._stream = frontend, call, stream
+
+    def message(self, replies: list[Reply]) -> dict[str, Any]:
+        """The JSON of an answer that is not streamed; one reply per choice."""
+        raise NotImplementedError
+
+    def chunks(self, first: Event, events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
+        """Server-sent events. A failure is one of them, because the status is sent already."""
+        raise NotImplementedError
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI answer. Raises, before anything is sent, what the engine answered instead of a first output."""
+        with self._frontend.open_call(self._call.request_id):
+            await self._run(scope, receive, send)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        deadline = asyncio.create_task(end_after(self._frontend, self._call))
         work = asyncio.create_task(self._streamed(send) if self._stream else self._whole(scope, receive, send))
         gone = asyncio.create_task(_disconnected(receive))
         try:
@@ -62,9 +76,9 @@ class Generated(Response):
             with contextlib.suppress(asyncio.CancelledError):
                 await work
         finally:
-            work.cancel()
-            gone.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            for task in (work, gone, deadline):
+                task.cancel()
+            await asyncio.gather(work, gone, deadline, return_exceptions=True)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = self._call
@@ -72,20 +86,34 @@ class Generated(Response):
         async with aclosing(run(self._frontend, call)) as events:
             async for event in events:
                 replies[event.choice.index].add(event.delta)
-        choices = [self._shape.whole(choice, reply) for choice, reply in zip(call.choices, replies, strict=True)]
-        body = {**_head(call, self._shape.name), "choices": choices, "usage": call.usage()}
-        await json_response(body, headers={"X-Request-Id": call.response_id})(scope, receive, send)
+        await json_response(self.message(replies), headers=id_headers(call.request_id))(scope, receive, send)
 
     async def _streamed(self, send: Send) -> None:
         async with aclosing(run(self._frontend, self._call)) as events:
             first = await anext(events)
             await send(_start(self._call))
-            async with aclosing(self._chunks(first, events)) as chunks:
+            async with aclosing(self.chunks(first, events)) as chunks:
                 async for chunk in chunks:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            await send({"type": "http.response.body", "body": self.end, "more_body": False})
 
-    async def _chunks(self, first: Event, events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
+
+class Generated(Answer):
+    """The answer in OpenAI's shape of choices."""
+
+    end = DONE
+
+    def __init__(self, frontend: Frontend, call: Call, shape: Shape, stream: bool, usage_chunk: bool) -> None:
+        super().__init__(frontend, call, stream)
+        self._shape, self._usage_chunk = shape, usage_chunk
+
+    def message(self, replies: list[Reply]) -> dict[str, Any]:
+        """See Answer."""
+        choices = [self._shape.whole(choice, reply) for choice, reply in zip(self._call.choices, replies, strict=True)]
+        return {**_head(self._call, self._shape.name), "choices": choices, "usage": self._call.usage()}
+
+    async def chunks(self, first: Event, events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
+        """See Answer."""
         call, shape = self._call, self._shape
         head = orjson.dumps(_head(call, shape.chunk_name))[:-1]
         # With include_usage OpenAI puts "usage": null on every other chunk.
@@ -120,9 +148,14 @@ def _start(call: Call) -> Message:
         (b"content-type", b"text/event-stream; charset=utf-8"),
         (b"cache-control", b"no-cache"),
         (b"x-accel-buffering", b"no"),  # proxies must not collect events
-        (b"x-request-id", call.response_id.encode()),
+        *((name.lower().encode(), value.encode()) for name, value in id_headers(call.request_id).items()),
     ]
     return {"type": "http.response.start", "status": 200, "headers": headers}
+
+
+def id_headers(request_id: str) -> dict[str, str]:
+    """The call's id, under OpenAI's and under Anthropic's name."""
+    return {"X-Request-Id": request_id, "Request-Id": request_id}
 
 
 async def _disconnected(receive: Receive) -> None:

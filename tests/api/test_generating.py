@@ -1,6 +1,7 @@
 """What generating routes answer, seen by the official client and on the wire."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -203,7 +204,7 @@ def test_an_abort_by_the_engine_is_a_finish_reason(server):
 
 def test_request_ids(server):
     response = server.chat(request_id="my-id_1")
-    assert response.json()["id"] == response.headers["x-request-id"] == "chatcmpl-my-id_1"
+    assert (response.json()["id"], response.headers["x-request-id"]) == ("chatcmpl-my-id_1", "my-id_1")
     server.chat(rid="my-id_1")
     ids = [request.request_id for request in server.engine.submitted]
     assert len(set(ids)) == 2
@@ -260,3 +261,23 @@ def test_an_engine_that_breaks_its_promise_is_an_error_not_a_hang(server):
     server.say("a", finish=None)
     assert server.chat().status_code == 503
     assert "error" in events(server.chat(stream=True))[-1]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_whose_time_is_over_ends_with_what_it_has(serve, stream):
+    body = {"messages": MESSAGES, "stream": stream, "rid": "slow", "thinking": {"type": "disabled"}}
+    for settings, headers in (({}, {"X-Request-Timeout": "0.3"}), ({"request_timeout_s": 0.3}, {})):
+        server = serve(**settings)
+        server.engine.hold = True
+        with ThreadPoolExecutor() as pool:
+            first = pool.submit(server.client.post, "/v1/chat/completions", json=body, headers=headers)
+            wait_for(lambda server=server: server.engine.waiting)
+            second = server.client.post("/v1/completions", json={"prompt": "x"}, headers={"X-Request-Id": "slow"})
+            assert (second.status_code, second.json()["error"]["param"]) == (400, "request_id")
+            response = first.result()
+        ends = [chunk["choices"][0] for chunk in events(response)] if stream else response.json()["choices"]
+        assert ends[-1]["finish_reason"] == "abort"
+        assert "Hello" in response.text
+        assert response.headers["x-request-id"] == "slow"
+    for header in ("X-Request-Timeout", "X-Request-Id"):
+        assert server.client.post("/v1/completions", json={"prompt": "x"}, headers={header: "a b"}).status_code == 400
