@@ -150,10 +150,11 @@ def test_a_wrong_setting_is_told_and_nothing_is_sent(server: Server, page: Page)
 
 
 def test_live_numbers_follow_the_server(server: Server, page: Page) -> None:
-    page.wait(lambda: len(page.text("#tiles .spark")) == 0 and page.driver.find_elements("css selector", ".spark"))
+    page.find("#tiles .spark")
     stats = server.client.get("/stats", headers={"Authorization": "Bearer secret"}).json()
     shown = page.driver.execute_script(
-        "return Object.fromEntries([...document.querySelectorAll('.tile')].map((t) => [...t.children].map((c) => c.textContent)))"
+        "const tiles = [...document.querySelectorAll('.tile')];"
+        "return Object.fromEntries(tiles.map((tile) => [...tile.children].map((part) => part.textContent)));"
     )
     assert shown["Running"] == str(stats["running"])
     assert shown["Queued"] == str(stats["queued"])

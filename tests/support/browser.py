@@ -82,10 +82,11 @@ def open_page(url: str, width: int = 1280, height: int = 860) -> Iterator[Page]:
 
 def main(path: str) -> None:
     """Chat with the embedded model and save what the page looks like."""
-    with serve() as server, open_page(server.url) as page:
+    with serve() as server, open_page(server.url, height=1380) as page:
         page.write("#max_tokens", "120")
         for text in ("How do I fold a paper boat?", "And a paper plane?"):
             page.write("#prompt", text)
+            page.find("#thinking").click()  # off, then on
             page.find("#send").click()
             page.wait(lambda: page.find("#stop").is_enabled())
             page.wait(lambda: page.find("#send").is_enabled())

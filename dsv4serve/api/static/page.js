@@ -91,11 +91,11 @@ class Answer {
     this.thought.append(text);
   }
 
-  endThinking() {
+  endThinking(open = false) {
     if (!this.fold || this.thoughtEnded) return;
     this.thoughtEnded = true;
     this.summary.textContent = `Thought for ${((this.last - this.started) / 1000).toFixed(1)} s`;
-    this.fold.open = false;
+    this.fold.open = open;
   }
 
   takeCall(delta) {
@@ -115,7 +115,7 @@ class Answer {
   // What came is kept; calls only when they are whole.
   end() {
     this.last ??= performance.now();
-    this.endThinking();
+    this.endThinking(true); // only thoughts came: there is nothing else to see
     const whole = this.finish === "tool_calls";
     if (whole) {
       this.message.tool_calls = this.calls.map((entry) => ({
