@@ -10,7 +10,7 @@ from dsv4serve.api.auth import ApiKeys
 from dsv4serve.api.errors import error_response
 from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.routes_page import FILES
-from dsv4serve.obs.metrics import arrived
+from dsv4serve.obs.requests import arrived
 from dsv4serve.types import Dsv4Error, ShuttingDown
 
 OPEN = frozenset({"/health", "/ready", "/metrics", *FILES})

@@ -19,7 +19,8 @@ from dsv4serve.chat.render import OutputStart
 from dsv4serve.chat.reply import Delta
 from dsv4serve.chat.tools import Tool
 from dsv4serve.engine.messages import EngineInfo
-from dsv4serve.obs.metrics import RequestTimer, arrived
+from dsv4serve.obs.logging import request_id as log_request_id
+from dsv4serve.obs.requests import RequestTimer
 from dsv4serve.types import (
     Dsv4Error,
     EngineUnavailable,
@@ -136,6 +137,7 @@ def build_call(
     request_id = own_id or response_id
     # One id may be in use at two frontends, or still end in the engine; what comes after the slash is never the same.
     engine_id = f"{request_id}/{secrets.token_hex(4)}"
+    log_request_id.set(own_id or response_id)
     num_copies = body.n or 1
     choices: list[Choice] = []
     for prompt in prompts:
@@ -216,7 +218,7 @@ async def _run_choice(frontend: Frontend, choice: Choice) -> AsyncGenerator[Even
     info, request = frontend.ready_info(), choice.request
     stream = cast(AsyncGenerator[RequestOutput, None], frontend.engine.submit(request))
     frontend.running.add(request.request_id)
-    timer = RequestTimer(frontend.metrics, arrived.get())
+    timer = RequestTimer(request, frontend.metrics, frontend.tracer)
     try:
         async with aclosing(stream):
             async for output in stream:

@@ -95,7 +95,7 @@ def main() -> int:
     """Exit code 0 after a drain, 2 for a wrong configuration or checkpoint."""
     spec = ProcessSpec.from_environment()
     die_with_parent(spec.parent_pid)
-    configure("frontend", str(spec.config.get("log_level", "info")))
+    configure("frontend", spec.config["log_level"], spec.config["log_format"])
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -35,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal; returns the exit code. Raises ConfigError."""
     config = engine_config(args)
-    configure("launcher", config.log_level)
+    configure("launcher", config.log_level, config.log_format)
     ModelConfig.load(config.model)  # the wrong folder is one message here, not one of every child
     if not config.api_key and not is_loopback(config.host):
         print(

@@ -105,7 +105,7 @@ def main() -> int:
     spec = ProcessSpec.from_environment()
     die_with_parent(spec.parent_pid)
     config = spec.engine_config()
-    configure("launcher", config.log_level)
+    configure("launcher", config.log_level, config.log_format)
     try:
         return asyncio.run(_supervise(config))
     except Dsv4Error as error:

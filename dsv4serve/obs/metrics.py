@@ -8,14 +8,10 @@ Without it, in a process of its own, the numbers are this process's.
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterable, Mapping
-from contextvars import ContextVar
+from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, disable_created_metrics
 from prometheus_client.multiprocess import MultiProcessCollector
-
-from dsv4serve.types import FinishReason, RequestOutput
 
 PREFIX = "dsv4serve:"
 MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client reads it when it is imported
@@ -30,9 +26,6 @@ REQUEST_BUCKETS = (
     *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5),
     *(10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0),
 )
-
-# When the HTTP request that is being answered came (time.perf_counter).
-arrived: ContextVar[float] = ContextVar("arrived")
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -70,39 +63,3 @@ class FrontendMetrics:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return registry.collect()
-
-
-class RequestTimer:
-    """Observes one request from the arrival of its HTTP request, `arrived` (time.perf_counter), to its end."""
-
-    def __init__(self, metrics: FrontendMetrics, arrived: float) -> None:
-        self._metrics, self._arrived = metrics, arrived
-        self._last = 0.0  # when the last token came
-
-    def output(self, output: RequestOutput) -> None:
-        """Take one engine output as it comes."""
-        num_tokens = len(output.token_ids)
-        if not num_tokens:
-            return
-        now = time.perf_counter()
-        if not self._last:
-            self._metrics.ttft.observe(now - self._arrived)
-            if output.queue_s is not None:
-                self._metrics.queue.observe(output.queue_s)
-        else:
-            for _ in range(num_tokens):  # tokens of one output came together: they share the time
-                self._metrics.itl.observe((now - self._last) / num_tokens)
-        self._last = now
-
-    def end(self, finish_reason: str, malformed: Mapping[str, int]) -> None:
-        """The request is over; `malformed` is what its parser counted."""
-        metrics = self._metrics
-        metrics.e2e.observe(time.perf_counter() - self._arrived)
-        metrics.requests.labels(finish_reason).inc()
-        if finish_reason == FinishReason.ABORT:
-            metrics.aborted.inc()
-        for kind, count in malformed.items():
-            if kind == "reasoning_not_closed":
-                metrics.reasoning_not_closed.inc(count)
-            else:
-                metrics.malformed.labels(kind).inc(count)

@@ -1,0 +1,50 @@
+"""Traces: one span a request with a child for each phase, sent to an OpenTelemetry collector over OTLP/HTTP.
+
+OpenTelemetry comes with the extra `otel` and is imported only when an endpoint is configured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from dsv4serve import __version__
+from dsv4serve.types import ConfigError
+
+
+class Tracer:
+    """Sends spans to `endpoint`, a URL with its path, in a thread of its own. Raises ConfigError without the extra."""
+
+    def __init__(self, endpoint: str) -> None:
+        try:
+            from opentelemetry import trace
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"otlp_endpoint: {error}; pip install 'dsv4serve[otel]'") from None
+        self._provider = TracerProvider(
+            resource=Resource.create({"service.name": "dsv4serve", "service.version": __version__})
+        )
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        self._tracer = self._provider.get_tracer("dsv4serve")
+        self._in_span = trace.set_span_in_context
+
+    def record(self, phases: Sequence[tuple[str, float, float]], attributes: Mapping[str, str | int]) -> None:
+        """A span of the first of `phases` (name, begin, end by time.perf_counter) and the others as its children."""
+        offset = time.time() - time.perf_counter()
+        (name, begin, end), *children = phases
+        span = self._tracer.start_span(name, start_time=_ns(begin + offset), attributes=dict(attributes))
+        for child, child_begin, child_end in children:
+            inner = self._tracer.start_span(child, self._in_span(span), start_time=_ns(child_begin + offset))
+            inner.end(_ns(child_end + offset))
+        span.end(_ns(end + offset))
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._provider.shutdown()
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)
