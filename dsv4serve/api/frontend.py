@@ -6,23 +6,19 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Protocol, TypeVar
 
-import orjson
-
+from dsv4serve.api.generation_config import read_generation_config
 from dsv4serve.api.live import Live, StatsSource
 from dsv4serve.chat.effort import resolve_contract
 from dsv4serve.chat.tokenizer import ChatTokenizer
 from dsv4serve.config import EngineConfig
 from dsv4serve.engine.messages import EngineInfo
 from dsv4serve.obs.metrics import FrontendMetrics
-from dsv4serve.obs.traces import Tracer
-from dsv4serve.types import CheckpointError, EngineUnavailable, InvalidRequest, ModelNotFound, Request, RequestOutput
+from dsv4serve.types import EngineUnavailable, InvalidRequest, ModelNotFound, Request, RequestOutput
 
 T = TypeVar("T")
 TOKENIZE_THREADS = 2
-MAX_GENERATION_CONFIG_BYTES = 1 << 20
 
 
 class Engine(StatsSource, Protocol):
@@ -44,9 +40,8 @@ class Frontend:
     def __init__(self, config: EngineConfig, engine: Engine, tokenizer: ChatTokenizer) -> None:
         self.config, self.engine, self.tokenizer = config, engine, tokenizer
         self.effort_contract = resolve_contract(config.effort_contract, config.model)
-        self.default_temperature, self.default_top_p = read_generation_config(config.model)
+        self.sampling_defaults = read_generation_config(config.model)
         self.metrics = FrontendMetrics()
-        self.tracer = Tracer(config.otlp_endpoint) if config.otlp_endpoint else None
         self.live = Live(engine, self.metrics)
         self.draining = False
         self.num_active = 0  # HTTP requests between their first byte and their end, probes not counted
@@ -97,30 +92,5 @@ class Frontend:
             await self.engine.abort(request_id)
 
     def close(self) -> None:
-        """Free the threads and send the last traces."""
-        if self.tracer is not None:
-            self.tracer.close()
+        """Free the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def read_generation_config(directory: Path) -> tuple[float, float]:
-    """Default (temperature, top_p) from `directory`/generation_config.json; 1.0 each where it says nothing."""
-    path = directory / "generation_config.json"
-    try:
-        with path.open("rb") as file:
-            raw = orjson.loads(file.read(MAX_GENERATION_CONFIG_BYTES))
-    except FileNotFoundError:
-        raw = {}
-    except (OSError, orjson.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    values = []
-    for name, highest in (("temperature", 2.0), ("top_p", 1.0)):
-        value = raw.get(name)
-        value = 1.0 if value is None else value
-        lowest_ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= highest
-        if not lowest_ok or (name == "top_p" and value == 0):
-            raise CheckpointError(f"{path}: {name} is {value!r}; expected a number up to {highest:g}")
-        values.append(float(value))
-    return values[0], values[1]

@@ -13,14 +13,15 @@ from typing import Any, cast
 
 from dsv4serve.api.errors import RequestFailed
 from dsv4serve.api.frontend import Frontend
+from dsv4serve.api.logprobs import Token
+from dsv4serve.api.sampling import fit, sampling_params
 from dsv4serve.api.schemas import REQUEST_ID, Sampling
 from dsv4serve.chat.output import OutputParser
 from dsv4serve.chat.render import OutputStart
 from dsv4serve.chat.reply import Delta
 from dsv4serve.chat.tools import Tool
 from dsv4serve.engine.messages import EngineInfo
-from dsv4serve.obs.logging import request_id as log_request_id
-from dsv4serve.obs.requests import RequestTimer
+from dsv4serve.obs.metrics import RequestTimer, arrived
 from dsv4serve.types import (
     Dsv4Error,
     EngineUnavailable,
@@ -29,7 +30,7 @@ from dsv4serve.types import (
     QueueFull,
     Request,
     RequestOutput,
-    SamplingParams,
+    TokenLogprobs,
 )
 
 SEED_BITS = 2**63 - 1
@@ -45,6 +46,10 @@ class Choice:
     request: Request
     parser: OutputParser
     include_stop: bool
+    keeps_tokens: bool = False
+    echo: str | None = None  # the prompt's text, if it comes before the output
+    is_echo_only: bool = False
+    tokens: list[Token] = field(default_factory=list)  # if kept: those of an echoed prompt, then the output's
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # the stop string or requested stop id that ended it
     matched_stop: str | int | None = None  # the same, and EOS's id where that ended it
@@ -54,9 +59,19 @@ class Choice:
         """Take one engine output. Raises RequestFailed when it is an error."""
         if output.num_cached_tokens is not None:
             self.num_cached_tokens = output.num_cached_tokens
-        delta = self.parser.feed(output.token_ids, None if self.include_stop else output.stop_token_id)
         if output.finish_reason is FinishReason.ERROR:
             raise _failure(output)
+        echo = self._take_echo(output)
+        if self.is_echo_only:
+            self.finish_reason = FinishReason.LENGTH.value
+            return Delta(content=echo)
+        num_before = self.parser.num_tokens
+        delta = self.parser.feed(output.token_ids, None if self.include_stop else output.stop_token_id)
+        delta.content = echo + delta.content
+        if self.keeps_tokens:
+            num_new = self.parser.num_tokens - num_before
+            logprobs: Sequence[TokenLogprobs | None] = output.logprobs or [None] * num_new
+            self.tokens += map(Token, output.token_ids[:num_new], logprobs[:num_new])
         if output.finish_reason is not None and not self.parser.is_done:
             delta.extend(self.parser.finish(is_cut=output.finish_reason is not FinishReason.STOP))
         if self.parser.stopped_by is not None:
@@ -72,6 +87,15 @@ class Choice:
             self.finish_reason = "tool_calls"
         return delta
 
+    def _take_echo(self, output: RequestOutput) -> str:
+        """The prompt's text, with the first output."""
+        echo, self.echo = self.echo, None
+        if echo is not None and self.keeps_tokens:
+            ids = self.request.prompt_ids
+            known: Sequence[TokenLogprobs | None] = output.prompt_logprobs or [None] * (len(ids) - 1)
+            self.tokens += [Token(*pair, is_prompt=True) for pair in zip(ids, [None, *known], strict=True)]
+        return echo or ""
+
 
 @dataclass(slots=True)
 class Event:
@@ -80,6 +104,7 @@ class Event:
     choice: Choice
     delta: Delta
     is_last: bool
+    tokens: list[Token] = field(default_factory=list)  # if kept: the new ones
 
 
 @dataclass(slots=True)
@@ -125,8 +150,8 @@ def build_call(
 ) -> Call:
     """The engine requests of one HTTP request.
 
-    `max_tokens` None is the rest of the context; `prefix` starts the response id; `start` and `tools` are
-    those of chat.output.OutputParser; `headers` may bring X-Request-Id and X-Request-Timeout.
+    `max_tokens` None is the rest of the context, 0 the prompt alone, echoed; `prefix` starts the response id; `start`
+    and `tools` are those of chat.output.OutputParser; `headers` may bring X-Request-Id and X-Request-Timeout.
     Raises InvalidRequest when lengths or ids do not fit the model.
     """
     model = frontend.check_model(body.model)
@@ -137,12 +162,14 @@ def build_call(
     request_id = own_id or response_id
     # One id may be in use at two frontends, or still end in the engine; what comes after the slash is never the same.
     engine_id = f"{request_id}/{secrets.token_hex(4)}"
-    log_request_id.set(own_id or response_id)
+    params = sampling_params(frontend, info, body, start, may_call=tools is not None)
     num_copies = body.n or 1
+    is_echo_only, skip_special_tokens = max_tokens == 0, body.skip_special_tokens is not False
     choices: list[Choice] = []
     for prompt in prompts:
         base = body.seed if body.seed is not None else secrets.randbits(63)
         frontend.check_length(len(prompt), info.max_model_len)
+        echo = frontend.tokenizer.decode(prompt, skip_special_tokens) if body.echoes else None
         for copy in range(num_copies):
             index = len(choices)
             parser = OutputParser(
@@ -150,16 +177,18 @@ def build_call(
                 start=start,
                 tools=tools,
                 stops=body.stops,
-                include_stop=bool(body.include_stop_str_in_output),
-                skip_special_tokens=body.skip_special_tokens is not False,
+                include_stop=body.keeps_stop,
+                min_tokens=params.min_tokens,
+                skip_special_tokens=skip_special_tokens,
             )
             request = Request(
                 request_id=f"{engine_id}-{index}",
                 prompt_ids=prompt,
-                sampling=_sampling(frontend, info, body, len(prompt), max_tokens, derive_seed(base, copy)),
+                sampling=fit(params, info, len(prompt), 1 if is_echo_only else max_tokens, derive_seed(base, copy)),
                 priority=body.priority or 0,
             )
-            choices.append(Choice(index, copy, request, parser, bool(body.include_stop_str_in_output)))
+            keeps_tokens = body.num_logprobs is not None or bool(body.return_token_ids)
+            choices.append(Choice(index, copy, request, parser, body.keeps_stop, keeps_tokens, echo, is_echo_only))
     timeout_s = _timeout(headers.get("x-request-timeout"), frontend.config.request_timeout_s)
     return Call(request_id, response_id, model, choices, sum(map(len, prompts)), timeout_s)
 
@@ -218,13 +247,14 @@ async def _run_choice(frontend: Frontend, choice: Choice) -> AsyncGenerator[Even
     info, request = frontend.ready_info(), choice.request
     stream = cast(AsyncGenerator[RequestOutput, None], frontend.engine.submit(request))
     frontend.running.add(request.request_id)
-    timer = RequestTimer(request, frontend.metrics, frontend.tracer)
+    timer = RequestTimer(frontend.metrics, arrived.get())
     try:
         async with aclosing(stream):
             async for output in stream:
                 timer.output(output)
+                num_before = len(choice.tokens)
                 delta = choice.feed(output, info.eos_token_id)
-                yield Event(choice, delta, choice.finish_reason is not None)
+                yield Event(choice, delta, choice.finish_reason is not None, choice.tokens[num_before:])
                 if choice.finish_reason is not None:
                     return  # after a stop string or calls the engine may still be at it: closing the stream aborts it
     except Dsv4Error:
@@ -234,38 +264,6 @@ async def _run_choice(frontend: Frontend, choice: Choice) -> AsyncGenerator[Even
         timer.end(choice.finish_reason or FinishReason.ABORT, choice.parser.malformed)
         frontend.running.discard(request.request_id)
     raise EngineUnavailable("the engine ended the request without a result")
-
-
-def _sampling(
-    frontend: Frontend, info: EngineInfo, body: Sampling, num_prompt: int, max_tokens: int | None, seed: int
-) -> SamplingParams:
-    room = info.max_model_len - num_prompt
-    if max_tokens is not None and max_tokens > room:
-        raise InvalidRequest(
-            f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}; together they may have "
-            f"{info.max_model_len}",
-            "max_tokens",
-        )
-    max_tokens = max_tokens or room
-    min_tokens = body.min_tokens or 0
-    if min_tokens > max_tokens:
-        raise InvalidRequest(f"min_tokens ({min_tokens}) is above max_tokens ({max_tokens})", "min_tokens")
-    for position, token_id in enumerate(body.stop_token_ids or ()):
-        if token_id >= info.vocab_size:
-            raise InvalidRequest(
-                f"id {token_id} is outside the vocabulary (0 to {info.vocab_size - 1})", f"stop_token_ids.{position}"
-            )
-    return SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        temperature=frontend.default_temperature if body.temperature is None else body.temperature,
-        top_p=frontend.default_top_p if body.top_p is None else body.top_p,
-        top_k=min(max(body.top_k or 0, 0), info.vocab_size),
-        min_p=body.min_p or 0.0,
-        seed=seed,
-        stop_token_ids=tuple(body.stop_token_ids or ()),
-        ignore_eos=bool(body.ignore_eos),
-    )
 
 
 def _timeout(header: str | None, limit_s: float) -> float | None:

@@ -11,9 +11,11 @@ from dsv4serve.api.body import read_body
 from dsv4serve.api.chat_prompt import ChatPrompt, build_prompt
 from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.generation import Call, Choice, Event, build_call
+from dsv4serve.api.logprobs import Token, chat_logprobs
 from dsv4serve.api.schemas import ChatBody, ChatSwitches
 from dsv4serve.api.streaming import Generated
 from dsv4serve.chat.reply import CallDelta, Reply
+from dsv4serve.chat.tokenizer import ChatTokenizer
 from dsv4serve.types import InvalidRequest
 
 router = APIRouter()
@@ -24,12 +26,18 @@ class ChatShape:
 
     name, chunk_name = "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, tokenizer: ChatTokenizer, body: ChatBody) -> None:
+        self._tokenizer = tokenizer
+        self._has_logprobs, self._has_ids = bool(body.logprobs), bool(body.return_token_ids)
+
     def opening(self, choice: Choice) -> dict[str, Any]:
         """The role chunk."""
-        return _chunk(choice, {"role": "assistant", "content": ""})
+        chunk = _chunk(choice, {"role": "assistant", "content": ""})
+        return chunk | {"prompt_token_ids": choice.request.prompt_ids} if self._has_ids else chunk
 
     def pieces(self, event: Event) -> list[dict[str, Any]]:
-        """At most one chunk of reasoning, one of content, one of tool calls."""
+        """At most one chunk of reasoning, one of content, one of tool calls. What was asked about tokens goes with the
+        first of them."""
         delta, parts = event.delta, []
         if delta.reasoning:
             parts.append(_chunk(event.choice, {"reasoning_content": delta.reasoning, "reasoning": delta.reasoning}))
@@ -37,6 +45,9 @@ class ChatShape:
             parts.append(_chunk(event.choice, {"content": delta.content}))
         if delta.calls:
             parts.append(_chunk(event.choice, {"tool_calls": _call_deltas(delta.calls)}))
+        if event.tokens:
+            parts = parts or [_chunk(event.choice, {})]
+            parts[0] |= self._about(event.tokens)
         return parts
 
     def closing(self, choice: Choice) -> dict[str, Any]:
@@ -55,7 +66,19 @@ class ChatShape:
             message["reasoning"] = reasoning
         if calls:
             message["tool_calls"] = calls
-        return {"index": choice.index, "message": message, "logprobs": None} | _end(choice)
+        about = self._about(choice.tokens)
+        if self._has_ids:
+            about["prompt_token_ids"] = choice.request.prompt_ids
+        return {"index": choice.index, "message": message, "logprobs": None} | about | _end(choice)
+
+    def _about(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        """The fields that describe tokens, as far as they were asked for."""
+        about: dict[str, Any] = {}
+        if self._has_logprobs:
+            about["logprobs"] = chat_logprobs(self._tokenizer, tokens)
+        if self._has_ids:
+            about["token_ids"] = [token.id for token in tokens]
+        return about
 
 
 @router.post("/v1/chat/completions")
@@ -64,7 +87,7 @@ async def chat_completions(http: Request) -> Response:
     frontend: Frontend = http.app.state.frontend
     body = await read_body(http, ChatBody, frontend.config.max_body_bytes)
     call = await chat_call(frontend, body, "chatcmpl-", http.headers)
-    return Generated(frontend, call, ChatShape(), bool(body.stream), body.wants_usage_chunk)
+    return Generated(frontend, call, ChatShape(frontend.tokenizer, body), bool(body.stream), body.wants_usage_chunk)
 
 
 async def chat_call(frontend: Frontend, body: ChatBody, prefix: str, headers: Mapping[str, str]) -> Call:

@@ -9,10 +9,11 @@ from fastapi import APIRouter, Request, Response
 from dsv4serve.api.body import read_body
 from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.generation import Choice, Event, build_call
+from dsv4serve.api.logprobs import CompletionLogprobs, Token
 from dsv4serve.api.schemas import MAX_PROMPTS, CompletionBody
 from dsv4serve.api.streaming import Generated
 from dsv4serve.chat.reply import Reply
-from dsv4serve.chat.tokenizer import ControlToken
+from dsv4serve.chat.tokenizer import ChatTokenizer, ControlToken
 from dsv4serve.engine.messages import EngineInfo
 from dsv4serve.types import InvalidRequest
 
@@ -25,24 +26,44 @@ class CompletionShape:
 
     name = chunk_name = "text_completion"
 
-    def opening(self, choice: Choice) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, body: CompletionBody) -> None:
+        self._tokenizer, self._body = tokenizer, body
+        self._logprobs: dict[int, CompletionLogprobs] = {}  # by choice
+
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
         """Completions have no role chunk."""
+        if not self._body.return_token_ids:
+            return None
+        return _chunk(choice, "") | {"prompt_token_ids": choice.request.prompt_ids}
 
     def pieces(self, event: Event) -> list[dict[str, Any]]:
         """One chunk; the last text goes with the finish_reason."""
-        return [] if event.is_last and not event.delta.content else [_chunk(event.choice, event.delta.content)]
+        if event.is_last and not event.delta.content and not event.tokens:
+            return []
+        return [_chunk(event.choice, event.delta.content) | self._about(event.choice, event.tokens)]
 
     def closing(self, choice: Choice) -> dict[str, Any]:
         """The finish chunk."""
-        return self.whole(choice, Reply())
+        return _chunk(choice, "") | _end(choice)
 
     def whole(self, choice: Choice, reply: Reply) -> dict[str, Any]:
         """The text."""
-        return _chunk(choice, reply.content) | {
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-            "matched_stop": choice.matched_stop,
-        }
+        about = self._about(choice, choice.tokens)
+        if self._body.return_token_ids:
+            about["prompt_token_ids"] = choice.request.prompt_ids
+        return _chunk(choice, reply.content) | about | _end(choice)
+
+    def _about(self, choice: Choice, tokens: list[Token]) -> dict[str, Any]:
+        """The fields that describe tokens, as far as they were asked for."""
+        about: dict[str, Any] = {}
+        if self._body.logprobs is not None:
+            if choice.index not in self._logprobs:
+                skip_special_tokens = self._body.skip_special_tokens is not False
+                self._logprobs[choice.index] = CompletionLogprobs(self._tokenizer, skip_special_tokens)
+            about["logprobs"] = self._logprobs[choice.index].take(tokens)
+        if self._body.return_token_ids:
+            about["token_ids"] = [token.id for token in tokens if not token.is_prompt]
+        return about
 
 
 @router.post("/v1/completions")
@@ -52,12 +73,25 @@ async def completions(http: Request) -> Response:
     body = await read_body(http, CompletionBody, frontend.config.max_body_bytes)
     frontend.check_model(body.model)
     info = frontend.ready_info()
-    prompts = await frontend.in_thread(lambda: prompt_ids(frontend, info, body.prompt, bool(body.add_special_tokens)))
+    prompts = await frontend.in_thread(lambda: _prompts(frontend, info, body))
     if len(prompts) * (body.n or 1) > MAX_PROMPTS:
         raise InvalidRequest(f"{len(prompts)} prompts x n {body.n} is above {MAX_PROMPTS} choices", "n")
-    limit = body.max_tokens or DEFAULT_MAX_TOKENS
+    limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     call = build_call(frontend, info, body, prompts, limit, prefix="cmpl-", start=None, headers=http.headers)
-    return Generated(frontend, call, CompletionShape(), bool(body.stream), body.wants_usage_chunk)
+    shape = CompletionShape(frontend.tokenizer, body)
+    return Generated(frontend, call, shape, bool(body.stream), body.wants_usage_chunk)
+
+
+def _prompts(frontend: Frontend, info: EngineInfo, body: CompletionBody) -> list[list[int]]:
+    """The prompts of a body, each with the suffix around its gap if there is one."""
+    prompts = prompt_ids(frontend, info, body.prompt, bool(body.add_special_tokens) and not body.suffix)
+    if not body.suffix:
+        return prompts
+    frontend.check_length(frontend.tokenizer.min_tokens(body.suffix), info.max_model_len, at_least=True)
+    suffix, control_ids = frontend.tokenizer.encode(body.suffix), frontend.tokenizer.control_ids
+    bos = [control_ids[ControlToken.BOS]] if body.add_special_tokens else []
+    head, tail = [*bos, control_ids[ControlToken.FIM_BEGIN]], [*suffix, control_ids[ControlToken.FIM_END]]
+    return [[*head, *prompt, control_ids[ControlToken.FIM_HOLE], *tail] for prompt in prompts]
 
 
 def prompt_ids(frontend: Frontend, info: EngineInfo, prompt: Any, add_bos: bool) -> list[list[int]]:
@@ -99,3 +133,11 @@ def _is_id(value: Any) -> bool:
 
 def _chunk(choice: Choice, text: str) -> dict[str, Any]:
     return {"index": choice.index, "text": text, "logprobs": None, "finish_reason": None}
+
+
+def _end(choice: Choice) -> dict[str, Any]:
+    return {
+        "finish_reason": choice.finish_reason,
+        "stop_reason": choice.stop_reason,
+        "matched_stop": choice.matched_stop,
+    }

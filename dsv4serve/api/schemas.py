@@ -13,28 +13,27 @@ MAX_N = 128
 MAX_PROMPTS = 1024
 MAX_STOPS, MAX_STOP_CHARS = 16, 1024
 MAX_STOP_IDS = 256
+MAX_BIAS = 1024
+MAX_BAD_WORDS = 128
+MAX_LOGPROBS = 20
 REQUEST_ID = r"^[A-Za-z0-9._:-]{1,128}$"
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 RequestId = Annotated[str, Field(pattern=REQUEST_ID)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
 
-# Fields of OpenAI's API that this server does not have yet, with the values that ask for nothing.
+# Fields of known APIs that a route, or this server, does not have, with the values that ask for nothing.
 NOT_YET: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "echo": (None, False),
-    "frequency_penalty": (None, 0),
     "function_call": (None, "none", "auto"),
     "functions": (None, []),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
     "modalities": (None, ["text"]),
-    "presence_penalty": (None, 0),
     "prompt_logprobs": (None,),
-    "repetition_penalty": (None, 1),
     "response_format": (None, {"type": "text"}),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
-    "top_logprobs": (None, 0),
 }
 # Accepted and without effect here.
 IGNORED = (
@@ -65,7 +64,7 @@ class Strict(BaseModel):
         absent = {name: neutral for name, neutral in NOT_YET.items() if name not in cls.model_fields}
         for name, neutral in absent.items():
             if name in raw and not any(type(raw[name]) is type(v) and raw[name] == v for v in _widen(neutral)):
-                raise InvalidRequest(f"{name} is not supported yet", name)
+                raise InvalidRequest(f"{name} is not supported here", name)
         return {key: value for key, value in raw.items() if key not in absent and key not in ignored}
 
 
@@ -124,7 +123,25 @@ class Sampling(Strict):
     stop: Any = None  # a string or a list of strings; checked below so that the message can say so
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
+    no_stop_trim: bool | None = None  # the same under its other name
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
+                Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)],
+            ],
+            Field(max_length=MAX_BIAS),
+        ]
+        | None
+    ) = None
+    bad_words: (
+        Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=MAX_BAD_WORDS)] | None
+    ) = None
+    return_token_ids: bool | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -138,6 +155,26 @@ class Sampling(Strict):
     def stops(self) -> list[str]:
         """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @property
+    def keeps_stop(self) -> bool:
+        """Whether what ended a choice stays in its text."""
+        return bool(self.include_stop_str_in_output or self.no_stop_trim)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Best tokens to list beside each token; None for no log probabilities."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt comes before the output."""
+        return False
+
+    @property
+    def reasoning_budget(self) -> int | None:
+        """Tokens after which the reasoning is ended."""
+        return None
 
     @property
     def wants_usage_chunk(self) -> bool:
@@ -162,8 +199,29 @@ class CompletionBody(Sampling):
     """POST /v1/completions."""
 
     prompt: Any  # a string, a list of strings, a list of ids, or a list of lists of ids
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    suffix: str | None = None  # what stands behind the gap that is to be filled
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None  # 0 only with echo
     add_special_tokens: bool | None = None
+    echo: bool | None = None
+    logprobs: NumLogprobs | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """The field `logprobs`."""
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        """The field `echo`."""
+        return bool(self.echo)
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("max_tokens: 0 asks for nothing, unless echo is true; give at least 1", "max_tokens")
+        if self.echo and self.suffix:
+            raise InvalidRequest("echo and suffix cannot be combined", "echo")
+        return self
 
 
 class ChatBody(Sampling, ChatSwitches):
@@ -172,6 +230,25 @@ class ChatBody(Sampling, ChatSwitches):
     messages: list[Any]
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    thinking_token_budget: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """From the fields `logprobs` and `top_logprobs`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def reasoning_budget(self) -> int | None:
+        """The field `thinking_token_budget`."""
+        return self.thinking_token_budget
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs is allowed only with logprobs true", "top_logprobs")
+        return self
 
 
 class TokenizeBody(ChatSwitches):

@@ -46,11 +46,12 @@ class StopMatcher:
         self._include = include
         self._matched = [0] * len(self._stops)
         self._held = ""
+        self.is_armed = True  # while False text passes unread; set it before any text is held
         self.stopped_by: str | None = None
 
     def feed(self, text: str) -> str:
         """The text that can be shown now. After a match `stopped_by` is set and nothing more comes out."""
-        if not self._stops:
+        if not self._stops or not self.is_armed:
             return text
         if self.stopped_by is not None:
             return ""

@@ -24,14 +24,17 @@ class OutputParser:
         tools: Sequence[Tool] | None = None,
         stops: Sequence[str] = (),
         include_stop: bool = False,
+        min_tokens: int = 0,
         skip_special_tokens: bool = True,
     ) -> None:
         """`start` None is a raw completion: every id is content and nothing is trimmed. `tools` None looks for no
-        calls; an empty list looks for calls of functions that are not known."""
+        calls; an empty list looks for calls of functions that are not known. Stop strings count in what comes
+        after the first `min_tokens` tokens."""
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
         self._matcher = StopMatcher(stops, include_stop)
         self._grammar = None if start is None else Grammar(start, tools, self._matcher)
         self._markers = {tokenizer.control_ids[token]: token for token in (ControlToken.END_THINK, ControlToken.DSML)}
+        self._min_tokens = min_tokens
         self.num_tokens = 0
         self.num_reasoning_tokens = 0
 
@@ -66,6 +69,7 @@ class OutputParser:
             if self.is_done:
                 break
             self.num_tokens += 1
+            self._matcher.is_armed = self.num_tokens > self._min_tokens
             if token_id == silent_id:
                 continue
             if grammar is None:

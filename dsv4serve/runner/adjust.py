@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsv4_kernels.sampling import add_bias, ban, penalise
+from dsv4_kernels.sampling import LOWEST, add_bias, ban, penalise
 from dsv4serve.types import SamplingParams, SlotStart
 
 
@@ -104,7 +104,7 @@ def adjust(logits: Tensor, adjustments: Sequence[RowAdjustment | None]) -> None:
     for row, adjustment in rows:
         forced = adjustment.forced
         if forced is not None:
-            logits[row] = -torch.inf
+            logits[row] = LOWEST
             logits[row, forced] = 0.0
 
 

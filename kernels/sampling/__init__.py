@@ -2,6 +2,7 @@
 per row."""
 
 from dsv4_kernels.sampling.reference import (
+    LOWEST,
     NonFiniteLogits,
     add_bias,
     ban,
@@ -11,4 +12,4 @@ from dsv4_kernels.sampling.reference import (
     uniform,
 )
 
-__all__ = ["NonFiniteLogits", "add_bias", "ban", "penalise", "sample", "token_logprobs", "uniform"]
+__all__ = ["LOWEST", "NonFiniteLogits", "add_bias", "ban", "penalise", "sample", "token_logprobs", "uniform"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 MASK = (1 << 64) - 1
+LOWEST = torch.finfo(torch.float32).min  # the logit of a banned token
 FIRST_WIDTH = 256  # candidates that are sorted before all of them are
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: successive counters land far apart
 
@@ -60,9 +61,8 @@ def penalise(
             multiplied (Keskar et al. 2019).
         frequency, presence: float32 [B]: then frequency x count is taken off, and presence once where count > 0.
     """
-    largest = torch.finfo(torch.float32).max
     factor = repetition.unsqueeze(1)
-    repeated = torch.where(logits > 0, logits / factor, logits * factor).clamp(-largest, largest)
+    repeated = torch.where(logits > 0, logits / factor, logits * factor).clamp(LOWEST, -LOWEST)
     logits = torch.where(in_prompt | (counts > 0), repeated, logits)
     return logits - (frequency.unsqueeze(1) * counts + presence.unsqueeze(1) * (counts > 0))
 
@@ -73,8 +73,11 @@ def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) ->
 
 
 def ban(logits: Tensor, rows: Tensor, token_ids: Tensor) -> None:
-    """Make the tokens at (rows, token_ids), int64 [N] each, impossible, in place. A row must keep one token."""
-    logits[rows, token_ids] = -torch.inf
+    """Give the tokens at (rows, token_ids), int64 [N] each, the lowest finite logit, in place.
+
+    They are drawn only from a row that has nothing else left, so that bans and masks together cannot empty a row.
+    """
+    logits[rows, token_ids] = LOWEST
 
 
 def sample(

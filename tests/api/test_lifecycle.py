@@ -9,7 +9,7 @@ import pytest
 from support.api import events, ids_answer, wait_for
 
 from dsv4serve.api.auth import ApiKeys
-from dsv4serve.api.frontend import read_generation_config
+from dsv4serve.api.generation_config import read_generation_config
 from dsv4serve.types import CheckpointError, FinishReason
 
 
