@@ -15,6 +15,7 @@ from dsv4serve.chat.tokenizer import ChatTokenizer
 from dsv4serve.config import EngineConfig
 from dsv4serve.engine.messages import EngineInfo
 from dsv4serve.obs.metrics import FrontendMetrics
+from dsv4serve.obs.traces import Tracer
 from dsv4serve.types import EngineUnavailable, InvalidRequest, ModelNotFound, Request, RequestOutput
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ class Frontend:
         self.effort_contract = resolve_contract(config.effort_contract, config.model)
         self.sampling_defaults = read_generation_config(config.model)
         self.metrics = FrontendMetrics()
+        self.tracer = Tracer(config.otlp_endpoint) if config.otlp_endpoint else None
         self.live = Live(engine, self.metrics)
         self.draining = False
         self.num_active = 0  # HTTP requests between their first byte and their end, probes not counted
@@ -92,5 +94,7 @@ class Frontend:
             await self.engine.abort(request_id)
 
     def close(self) -> None:
-        """Free the threads."""
+        """Free the threads and send the last traces."""
+        if self.tracer is not None:
+            self.tracer.close()
         self._threads.shutdown(wait=False, cancel_futures=True)

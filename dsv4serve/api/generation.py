@@ -21,7 +21,8 @@ from dsv4serve.chat.render import OutputStart
 from dsv4serve.chat.reply import Delta
 from dsv4serve.chat.tools import Tool
 from dsv4serve.engine.messages import EngineInfo
-from dsv4serve.obs.metrics import RequestTimer, arrived
+from dsv4serve.obs.logging import request_id as log_request_id
+from dsv4serve.obs.requests import RequestTimer
 from dsv4serve.types import (
     Dsv4Error,
     EngineUnavailable,
@@ -163,6 +164,7 @@ def build_call(
     # One id may be in use at two frontends, or still end in the engine; what comes after the slash is never the same.
     engine_id = f"{request_id}/{secrets.token_hex(4)}"
     params = sampling_params(frontend, info, body, start, may_call=tools is not None)
+    log_request_id.set(own_id or response_id)
     num_copies = body.n or 1
     is_echo_only, skip_special_tokens = max_tokens == 0, body.skip_special_tokens is not False
     choices: list[Choice] = []
@@ -247,7 +249,7 @@ async def _run_choice(frontend: Frontend, choice: Choice) -> AsyncGenerator[Even
     info, request = frontend.ready_info(), choice.request
     stream = cast(AsyncGenerator[RequestOutput, None], frontend.engine.submit(request))
     frontend.running.add(request.request_id)
-    timer = RequestTimer(frontend.metrics, arrived.get())
+    timer = RequestTimer(request, frontend.metrics, frontend.tracer)
     try:
         async with aclosing(stream):
             async for output in stream:
