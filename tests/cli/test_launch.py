@@ -18,10 +18,14 @@ OTHER_VALUES = {
     "served_model_name": (["x"], "x"),
     "load_format": (["dummy"], LoadFormat.DUMMY),
     "numerics": (["exact"], "exact"),
+    "effort_contract": (["0731"], "0731"),
+    "developer_role": (["user"], "user"),
     "host": (["0.0.0.0"], "0.0.0.0"),
     "api_key": (["one", "--api-key", "two"], ("one", "two")),
     "memory_fraction": (["0.5"], 0.5),
     "log_level": (["debug"], "debug"),
+    "log_format": (["json"], "json"),
+    "otlp_endpoint": (["http://h:4318/v1/traces"], "http://h:4318/v1/traces"),
 }
 
 
