@@ -1,7 +1,10 @@
-"""One torch thread per process: two on two shared cores are many times slower."""
+"""What every test needs before its first import."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: there is no GPU
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # `support` and `tools`
 
