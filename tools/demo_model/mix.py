@@ -18,8 +18,8 @@ from tools.demo_model.sample import Sample
 from tools.demo_model.schedule import CATEGORIES
 
 MIXES: dict[str, tuple[float, ...]] = {  # in the order of CATEGORIES
-    "base": (0.24, 0.18, 0.17, 0.14, 0.06, 0.11, 0.10),
-    "chat": (0.18, 0.18, 0.16, 0.16, 0.07, 0.19, 0.06),
+    "base": (0.14, 0.24, 0.15, 0.20, 0.08, 0.11, 0.08),
+    "chat": (0.10, 0.22, 0.15, 0.22, 0.09, 0.16, 0.06),
 }
 PAD_ID = 2
 POOL = 24  # documents that wait for a place
