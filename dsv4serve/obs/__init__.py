@@ -1,1 +1,1 @@
-"""Logs (metrics and traces come with their issue). Imports nothing above."""
+"""Logs, metrics, traces. Imports nothing above."""
