@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from dsv4serve.api.generation_config import read_generation_config
+from dsv4serve.api.grammar_check import GrammarCheck
 from dsv4serve.api.live import Live, StatsSource
 from dsv4serve.chat.effort import resolve_contract
 from dsv4serve.chat.tokenizer import ChatTokenizer
@@ -43,6 +44,7 @@ class Frontend:
         self.effort_contract = resolve_contract(config.effort_contract, config.model)
         self.sampling_defaults = read_generation_config(config.model)
         self.metrics = FrontendMetrics()
+        self.grammar_check = GrammarCheck(config.model)
         self.tracer = Tracer(config.otlp_endpoint) if config.otlp_endpoint else None
         self.live = Live(engine, self.metrics)
         self.draining = False
@@ -97,4 +99,5 @@ class Frontend:
         """Free the threads and send the last traces."""
         if self.tracer is not None:
             self.tracer.close()
+        self.grammar_check.close()
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -11,6 +11,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import msgspec
+
 from dsv4serve.api.errors import RequestFailed
 from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.logprobs import Token
@@ -24,6 +26,7 @@ from dsv4serve.engine.messages import EngineInfo
 from dsv4serve.obs.logging import request_id as log_request_id
 from dsv4serve.obs.requests import RequestTimer
 from dsv4serve.types import (
+    Constraint,
     Dsv4Error,
     EngineUnavailable,
     FinishReason,
@@ -148,12 +151,13 @@ def build_call(
     start: OutputStart | None,
     tools: Sequence[Tool] | None = None,
     headers: Mapping[str, str],
+    constraint: Constraint | None = None,
 ) -> Call:
     """The engine requests of one HTTP request.
 
     `max_tokens` None is the rest of the context, 0 the prompt alone, echoed; `prefix` starts the response id; `start`
     and `tools` are those of chat.output.OutputParser; `headers` may bring X-Request-Id and X-Request-Timeout.
-    Raises InvalidRequest when lengths or ids do not fit the model.
+    `constraint` is what each output must match. Raises InvalidRequest when lengths or ids do not fit the model.
     """
     model = frontend.check_model(body.model)
     own_id = body.request_id or body.rid or headers.get("x-request-id")
@@ -164,6 +168,8 @@ def build_call(
     # One id may be in use at two frontends, or still end in the engine; what comes after the slash is never the same.
     engine_id = f"{request_id}/{secrets.token_hex(4)}"
     params = sampling_params(frontend, info, body, start, may_call=tools is not None)
+    if constraint is not None:
+        params = msgspec.structs.replace(params, constraint=constraint)
     log_request_id.set(own_id or response_id)
     num_copies = body.n or 1
     is_echo_only, skip_special_tokens = max_tokens == 0, body.skip_special_tokens is not False

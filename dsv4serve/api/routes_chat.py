@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from dsv4serve.api.body import read_body
 from dsv4serve.api.chat_prompt import ChatPrompt, build_prompt
+from dsv4serve.api.constraints import chat_constraint, has_client_grammar
 from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.generation import Call, Choice, Event, build_call
 from dsv4serve.api.logprobs import Token, chat_logprobs
@@ -16,7 +17,6 @@ from dsv4serve.api.schemas import ChatBody, ChatSwitches
 from dsv4serve.api.streaming import Generated
 from dsv4serve.chat.reply import CallDelta, Reply
 from dsv4serve.chat.tokenizer import ChatTokenizer
-from dsv4serve.types import InvalidRequest
 
 router = APIRouter()
 
@@ -94,19 +94,20 @@ async def chat_call(frontend: Frontend, body: ChatBody, prefix: str, headers: Ma
     """The call that answers `body`, whose response id starts with `prefix`. Raises InvalidRequest."""
     frontend.check_model(body.model)
     info = frontend.ready_info()
-    check_supported(body)
     prompt, ids = await chat_ids(frontend, body.messages, body, info.max_model_len)
+    constraint = chat_constraint(body, prompt, frontend.tokenizer)
+    if constraint is not None and has_client_grammar(body):
+        await frontend.grammar_check.check(constraint, info.vocab_size)
     limit = body.max_completion_tokens or body.max_tokens
     start, tools = prompt.start, prompt.tools
-    return build_call(frontend, info, body, [ids], limit, prefix=prefix, start=start, tools=tools, headers=headers)
-
-
-def check_supported(switches: ChatSwitches) -> None:
-    """Raise InvalidRequest for what needs constrained decoding, which is not there yet."""
-    if switches.tool_choice not in (None, "none", "auto"):
-        raise InvalidRequest("only tool_choice none and auto are supported yet", "tool_choice")
-    if switches.response_format not in (None, {"type": "text"}):
-        raise InvalidRequest("only a response_format of type text is supported yet", "response_format")
+    return build_call(
+        *(frontend, info, body, [ids], limit),
+        prefix=prefix,
+        start=start,
+        tools=tools,
+        headers=headers,
+        constraint=constraint,
+    )
 
 
 async def chat_ids(

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from dsv4serve.api.body import read_body
+from dsv4serve.api.constraints import body_constraint
 from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.generation import Choice, Event, build_call
 from dsv4serve.api.logprobs import CompletionLogprobs, Token
@@ -77,7 +78,12 @@ async def completions(http: Request) -> Response:
     if len(prompts) * (body.n or 1) > MAX_PROMPTS:
         raise InvalidRequest(f"{len(prompts)} prompts x n {body.n} is above {MAX_PROMPTS} choices", "n")
     limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    call = build_call(frontend, info, body, prompts, limit, prefix="cmpl-", start=None, headers=http.headers)
+    constraint = body_constraint(body)
+    if constraint is not None:
+        await frontend.grammar_check.check(constraint, info.vocab_size)
+    call = build_call(
+        *(frontend, info, body, prompts, limit), prefix="cmpl-", start=None, headers=http.headers, constraint=constraint
+    )
     shape = CompletionShape(frontend.tokenizer, body)
     return Generated(frontend, call, shape, bool(body.stream), body.wants_usage_chunk)
 

@@ -29,6 +29,7 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "function_call": (None, "none", "auto"),
     "functions": (None, []),
     "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, False, True),
     "prompt_logprobs": (None,),
     "response_format": (None, {"type": "text"}),
     "suffix": (None, ""),
@@ -38,7 +39,6 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
 # Accepted and without effect here.
 IGNORED = (
     "metadata",
-    "parallel_tool_calls",
     "prediction",
     "prompt_cache_key",
     "safety_identifier",
@@ -60,6 +60,10 @@ class Strict(BaseModel):
         """Drop what is ignored; refuse what does not exist yet unless its value asks for nothing."""
         if not isinstance(raw, dict):
             return raw
+        for name in raw:
+            if isinstance(name, str) and name.startswith("guided_"):
+                hint = "use structured_outputs with json, regex, choice or grammar"
+                raise InvalidRequest(f"{name} is an old name; {hint}", name)
         ignored = set(IGNORED).difference(cls.model_fields)
         absent = {name: neutral for name, neutral in NOT_YET.items() if name not in cls.model_fields}
         for name, neutral in absent.items():
@@ -144,6 +148,11 @@ class Sampling(Strict):
     return_token_ids: bool | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     ignore_eos: bool | None = None
+    # At most one of them; see api.constraints, which checks what is Any.
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: Any = None
+    structured_outputs: Any = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -230,6 +239,7 @@ class ChatBody(Sampling, ChatSwitches):
     messages: list[Any]
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    parallel_tool_calls: bool | None = None
     thinking_token_budget: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None

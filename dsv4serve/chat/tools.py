@@ -130,7 +130,7 @@ def response_format_text(raw: Any, param: str = "response_format") -> str:
     if kind != "json_schema":
         raise InvalidRequest("expected an object whose type is text, json_object or json_schema", param)
     schema = raw["json_schema"].get("schema") if isinstance(raw.get("json_schema"), dict) else None
-    _check_schema(schema, f"{param}.json_schema.schema")
+    check_schema(schema, f"{param}.json_schema.schema")
     return "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n" + to_json(schema)
 
 
@@ -185,7 +185,7 @@ def _tool(raw: Any, where: str) -> Tool:
     if not isinstance(function.get("description") or "", str):
         raise InvalidRequest("expected a string", f"{where}.description")
     if function.get("parameters") is not None:
-        _check_schema(function["parameters"], f"{where}.parameters")
+        check_schema(function["parameters"], f"{where}.parameters")
     tool = {key: value for key, value in function.items() if value is not None and key not in NOT_FOR_THE_MODEL}
     try:
         to_json(tool)
@@ -201,7 +201,8 @@ def _checked_name(name: Any, where: str) -> str:
     raise InvalidRequest(f"expected a name of 1 to 128 letters, digits and _ . : / -, got {shown}", where)
 
 
-def _check_schema(schema: Any, where: str) -> None:
+def check_schema(schema: Any, where: str) -> None:
+    """Raise InvalidRequest unless `schema` is a JSON schema."""
     if not isinstance(schema, dict):
         raise InvalidRequest(f"expected a JSON schema (an object), got {kind_of(schema)}", where)
     if not isinstance(schema.get("$schema", ""), str):

@@ -114,7 +114,7 @@ def test_every_wrong_field_is_a_400_that_names_it(server, route):
         (b'"tool_choice": "any"', "tool_choice"),
         (b'"continue_final_message": true', "messages"),
         (b'"add_generation_prompt": false', "add_generation_prompt"),
-        (b'"response_format": {"type": "json_object"}', "response_format"),
+        (b'"response_format": {"type": "json"}', "response_format"),
         (b'"max_completion_tokens": 0', "max_completion_tokens"),
         (b'"messages": []', "messages"),
         (b'"messages": "hi"', "messages"),

@@ -21,7 +21,7 @@ ALLOWED = {
     "model": BASE | {"dsv4_kernels"},
     "runner": BASE | {"dsv4_kernels", "memory", "weights", "model", "constrained"},
     "engine": BASE | {"scheduler", "cache", "runner"},
-    "api": BASE | {"engine", "chat"},
+    "api": BASE | {"engine", "chat", "constrained"},
     "cli": BASE
     | {"api", "chat", "engine", "scheduler", "cache", "runner", "model", "weights", "memory", "dsv4_kernels"},
     "dsv4_kernels": set(),
