@@ -48,7 +48,8 @@ class RequestState:
         self.num_prompt = len(request.prompt_ids)
         self.max_length = max_length  # prompt and outputs at which it ends
         self.last_computed = max_length - 1  # the last token is sampled and never computed
-        self.min_length = self.num_prompt + sampling.min_tokens
+        # A constraint that is complete leaves nothing but the end, which min_tokens must not ignore then.
+        self.min_length = self.num_prompt + (sampling.min_tokens if sampling.constraint is None else 0)
         self.stop_ids = set(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             self.stop_ids.add(eos_token_id)

@@ -6,7 +6,7 @@ import pytest
 from support.bench import Bench
 from support.fake_runner import generate_alone, prompt
 
-from dsv4serve.types import FinishReason, InvalidRequest, QueueFull, SchedulerOutput
+from dsv4serve.types import Constraint, FinishReason, InvalidRequest, QueueFull, SchedulerOutput
 
 
 def chunks(step: SchedulerOutput | None) -> dict[int, int]:
@@ -197,6 +197,18 @@ def test_stop_ids_end_a_request_after_min_tokens_and_are_counted() -> None:
         result = bench.results[name]
         assert result.token_ids == tokens[: end + 1]
         assert (result.finish_reason, result.stop_token_id) == (FinishReason.STOP, stop)
+
+
+def test_min_tokens_does_not_keep_a_constrained_request_from_its_end() -> None:
+    """A complete constraint allows nothing but the end, again and again."""
+    bench = Bench()
+    bench.add("free", prompt(0, 10), max_tokens=100)
+    bench.run()
+    stop = bench.results["free"].token_ids[5]
+    bench.add("r", prompt(0, 10), max_tokens=100, stop_token_ids=(stop,), min_tokens=50, constraint=Constraint("{}"))
+    bench.run()
+    assert bench.results["r"].finish_reason is FinishReason.STOP
+    assert len(bench.results["r"].token_ids) <= 6
 
 
 def test_eos_ends_a_request_unless_ignored() -> None:
