@@ -42,6 +42,11 @@ def parse_body(raw: bytes, schema: type[Schema]) -> Schema:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise InvalidRequest("the body must be a JSON object")
+    return validate(value, schema)
+
+
+def validate(value: dict[str, Any], schema: type[Schema]) -> Schema:
+    """`value` as `schema`. Raises InvalidRequest naming the first wrong field and what is allowed."""
     try:
         return schema.model_validate(value)
     except ValidationError as error:

@@ -1,4 +1,7 @@
-"""Every failure as one body: {"error": {"message", "type", "param", "code"}}, code = the HTTP status."""
+"""Every failure as one body: {"error": {"message", "type", "param", "code"}}, code = the HTTP status.
+
+Below /v1/messages it is Anthropic's: {"type": "error", "error": {"type", "message"}}.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,8 @@ TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_TYPES = {403: "permission_error", 500: "api_error", 503: "overloaded_error"}
 RETRY_AFTER_S = {429: "1", 503: "2"}
 INTERNAL = "internal error; the server's log has the details"
 
@@ -58,19 +63,24 @@ def error_body(error: Exception) -> dict[str, Any]:
     return _body(message, status, getattr(error, "param", None))
 
 
-def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> Response:
-    """The HTTP answer for `error`."""
-    body = error_body(error)
-    status = body["error"]["code"]
-    retry = {"Retry-After": RETRY_AFTER_S[status]} if status in RETRY_AFTER_S else {}
-    return json_response(body, status, {**retry, **(headers or {})})
+def anthropic_body(body: dict[str, Any]) -> dict[str, Any]:
+    """The same error as Anthropic's clients expect it."""
+    error = body["error"]
+    where = f"{error['param']}: " if error["param"] else ""
+    kind = ANTHROPIC_TYPES.get(error["code"], error["type"])
+    return {"type": "error", "error": {"type": kind, "message": where + error["message"]}}
+
+
+def error_response(error: Exception, path: str, headers: Mapping[str, str] | None = None) -> Response:
+    """The HTTP answer for `error` to a request for `path`."""
+    return _response(error_body(error), path, headers)
 
 
 def install(app: FastAPI) -> None:
     """Make every exception of `app` answer in this shape."""
 
-    def known(_: Request, error: Exception) -> Response:
-        return error_response(error)
+    def known(request: Request, error: Exception) -> Response:
+        return error_response(error, request.url.path)
 
     def http(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
@@ -78,18 +88,26 @@ def install(app: FastAPI) -> None:
             404: f"no such route: {request.url.path}",
             405: f"{request.method} is not allowed for {request.url.path}",
         }.get(status, str(getattr(error, "detail", error)))
-        return json_response(_body(detail, status, None), status, getattr(error, "headers", None))
+        return _response(_body(detail, status, None), request.url.path, getattr(error, "headers", None))
 
-    def invalid(_: Request, error: Exception) -> Response:
+    def invalid(request: Request, error: Exception) -> Response:
         items = error.errors() if isinstance(error, RequestValidationError) else []
         message = "; ".join(str(item.get("msg")) for item in items) or str(error)
         param = ".".join(map(str, items[0].get("loc", ()))) if items else None
-        return json_response(_body(message, 400, param), 400)
+        return _response(_body(message, 400, param), request.url.path, None)
 
     app.add_exception_handler(Dsv4Error, known)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, known)
+
+
+def _response(body: dict[str, Any], path: str, headers: Mapping[str, str] | None) -> Response:
+    status = body["error"]["code"]
+    retry = {"Retry-After": RETRY_AFTER_S[status]} if status in RETRY_AFTER_S else {}
+    if path.startswith(ANTHROPIC_PATH):
+        body = anthropic_body(body)
+    return json_response(body, status, {**retry, **(headers or {})})
 
 
 def _body(message: str, status: int, param: str | None) -> dict[str, Any]:

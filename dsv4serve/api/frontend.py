@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
+from dsv4serve.api.auth import ApiKeys
 from dsv4serve.api.generation_config import read_generation_config
 from dsv4serve.api.grammar_check import GrammarCheck
 from dsv4serve.api.live import Live, StatsSource
@@ -41,6 +42,7 @@ class Frontend:
 
     def __init__(self, config: EngineConfig, engine: Engine, tokenizer: ChatTokenizer) -> None:
         self.config, self.engine, self.tokenizer = config, engine, tokenizer
+        self.keys = ApiKeys(config.read_api_keys(), config.admin_api_key)
         self.effort_contract = resolve_contract(config.effort_contract, config.model)
         self.sampling_defaults = read_generation_config(config.model)
         self.metrics = FrontendMetrics()

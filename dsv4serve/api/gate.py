@@ -6,7 +6,6 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dsv4serve.api.auth import ApiKeys
 from dsv4serve.api.errors import error_response
 from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.routes_page import FILES
@@ -28,7 +27,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, frontend: Frontend) -> None:
         self._app, self._frontend = app, frontend
-        self._keys = ApiKeys(frontend.config.api_key)
+        self._keys = frontend.keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
@@ -36,14 +35,16 @@ class Gate:
             await self._app(scope, receive, send)
             return
         frontend = self._frontend
-        if not self._keys.accepts(dict(scope["headers"]).get(b"authorization")):
+        if not self._keys.accepts(dict(scope["headers"])):
             frontend.metrics.responses.labels("other", Unauthorized.status).inc()
             error = Unauthorized("no valid API key: send the header 'Authorization: Bearer KEY'")
-            await error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+            await error_response(error, scope["path"], {"WWW-Authenticate": "Bearer"})(scope, receive, send)
             return
         if frontend.draining:
             frontend.metrics.responses.labels("other", ShuttingDown.status).inc()
-            refusal = error_response(ShuttingDown("the server is shutting down"), {"Connection": "close"})
+            refusal = error_response(
+                ShuttingDown("the server is shutting down"), scope["path"], {"Connection": "close"}
+            )
             await refusal(scope, receive, send)
             return
         arrived.set(time.perf_counter())

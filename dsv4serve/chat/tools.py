@@ -108,7 +108,7 @@ def calls_block(calls: Sequence[ToolCall]) -> list[Segment]:
     segments: list[Segment] = list(OPEN_CALLS)
     for index, call in enumerate(calls):
         segments += ["\n<" if index else "<", DSML, f'invoke name="{call.name}">\n']
-        for place, (name, value) in enumerate(_arguments(call.arguments).items()):
+        for place, (name, value) in enumerate(arguments_object(call.arguments).items()):
             is_text = isinstance(value, str)
             segments += ["\n<" if place else "<", DSML, f'parameter name="{name}" string="{str(is_text).lower()}">']
             segments += [value if is_text else to_json(value), "</", DSML, "parameter>"]
@@ -139,7 +139,7 @@ def to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _arguments(text: str) -> Mapping[str, Any]:
+def arguments_object(text: str) -> Mapping[str, Any]:
     """A call's arguments. What is no JSON object becomes one string, so that the model sees its own mistake."""
     try:
         value = json.loads(text)

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     config = engine_config(args)
     configure("launcher", config.log_level, config.log_format)
     ModelConfig.load(config.model)  # the wrong folder is one message here, not one of every child
-    if not config.api_key and not is_loopback(config.host):
+    if not config.read_api_keys() and not is_loopback(config.host):
         print(
             f"dsv4serve: warning: {config.host} is reachable from other machines and no --api-key is set: "
             "anyone there can use this server",

@@ -67,7 +67,18 @@ class EngineConfig(BaseSettings):
     host: Annotated[str, Field(description="address the HTTP server binds")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="TCP port of the HTTP server; 0 = any free one")] = 8000
     frontends: Annotated[int, Field(ge=1, le=64, description="HTTP frontend processes")] = 1
-    api_key: Annotated[tuple[str, ...], Field(description="accepted API keys; none = open; repeatable")] = ()
+    api_key: Annotated[
+        tuple[str, ...], Field(repr=False, description="accepted API keys; none = open; repeatable")
+    ] = ()
+    api_key_file: Annotated[
+        tuple[Path, ...], Field(description="files with more API keys, one a line; repeatable")
+    ] = ()
+    admin_api_key: Annotated[
+        str, Field(repr=False, description="key that may also abort everything and flush the cache; empty = none")
+    ] = ""
+    cors_origin: Annotated[
+        tuple[str, ...], Field(description="origins whose pages may call the API from a browser; repeatable")
+    ] = ()
     page: Annotated[bool, Field(description="serve the playground at /; its calls need a key like any other")] = True
     max_model_len: Annotated[
         int, Field(ge=0, description="tokens, prompt + output of one request; 0 = what model and memory allow")
@@ -113,6 +124,19 @@ class EngineConfig(BaseSettings):
         """The name under which the API serves the model."""
         return self.served_model_name or self.model.resolve().name
 
+    def read_api_keys(self) -> list[str]:
+        """The keys of `api_key` and of the files. Raises ConfigError for a file that has none or cannot be read."""
+        keys = list(self.api_key)
+        for path in self.api_key_file:
+            try:
+                lines = path.read_text(encoding="utf-8").split()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"api_key_file {path}: {error}") from None
+            if not lines:
+                raise ConfigError(f"api_key_file {path}: there is no key in it")
+            keys += lines
+        return keys
+
 
 def load_engine_config(flags: dict[str, Any] | None = None, recipe: Path | None = None) -> EngineConfig:
     """Merge defaults < `recipe` (YAML) < DSV4_* environment < `flags`.
@@ -150,4 +174,5 @@ def _explain(item: Any) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"unknown setting {name!r}; known: {', '.join(EngineConfig.model_fields)}"
-    return f"{name}: {item['msg']} (got {item['input']!r})"
+    got = "" if "api_key" in name else f" (got {item['input']!r})"
+    return f"{name}: {item['msg']}{got}"

@@ -69,7 +69,9 @@ def private_server(config: EngineConfig) -> Iterator[PrivateServer]:
     """
     ModelConfig.load(config.model)
     key = secrets.token_urlsafe()
-    config = config.model_copy(update={"host": "127.0.0.1", "port": 0, "api_key": (key,)})
+    config = config.model_copy(
+        update={"host": "127.0.0.1", "port": 0, "api_key": (key,), "api_key_file": (), "admin_api_key": ""}
+    )
     spec = ProcessSpec(config=config_values(config), endpoint="", parent_pid=os.getpid())
     process = subprocess.Popen(
         command(LAUNCHER_MODULE),

@@ -295,7 +295,7 @@ def ready_text(config: EngineConfig, host: str, port: int) -> str:
         }
     )
     words = ["curl", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
-    if config.api_key:
+    if config.read_api_keys():
         words += ["-H", "Authorization: Bearer YOUR_API_KEY"]
     return f"dsv4serve ready on {url} (model {config.model_name})\n  {shlex.join(words)}"
 

@@ -10,7 +10,8 @@ from support.api import events, ids_answer, wait_for
 
 from dsv4serve.api.auth import ApiKeys
 from dsv4serve.api.generation_config import read_generation_config
-from dsv4serve.types import CheckpointError, FinishReason
+from dsv4serve.config import EngineConfig
+from dsv4serve.types import CheckpointError, ConfigError, FinishReason
 
 
 def test_probes_and_models(server):
@@ -66,8 +67,8 @@ def test_api_keys(serve):
 
 
 def test_an_empty_key_opens_nothing():
-    for header in (None, b"", b"Bearer", b"Bearer "):
-        assert not ApiKeys([""]).accepts(header)
+    for header in (b"", b"Bearer", b"Bearer "):
+        assert not ApiKeys([""]).accepts({b"authorization": header, b"x-api-key": b""})
         assert ApiKeys([]).accepts(header)
 
 
@@ -235,3 +236,18 @@ def test_a_wrong_generation_config_is_named(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         read_generation_config(tmp_path)
+
+
+def test_keys_come_from_files_too(serve, tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("one\ntwo\n")
+    server = serve(api_key_file=(path,), api_key=("three",), admin_api_key="boss")
+    for key in ("one", "two", "three", "boss"):
+        for headers in ({"Authorization": f"Bearer {key}"}, {"x-api-key": key}):
+            assert server.client.get("/v1/models", headers=headers).status_code == 200
+    assert server.client.get("/v1/models", headers={"x-api-key": "one\ntwo".replace("\n", "")}).status_code == 401
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="no key"):
+        EngineConfig(api_key_file=(path,)).read_api_keys()
+    assert "three" not in repr(server.app.state.frontend.config)
+    assert "boss" not in repr(server.app.state.frontend.config)
