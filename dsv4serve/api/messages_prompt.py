@@ -59,6 +59,7 @@ def chat_body(body: CountBody) -> ChatBody:
         "tool_choice": _tool_choice(choice),
         "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") else None,
         "thinking": _thinking(thinking),
+        "thinking_token_budget": thinking.get("budget_tokens"),
         "reasoning_effort": output.get("effort"),
         "response_format": _response_format(_object(output.get("format"), "output_config.format")),
     }

@@ -195,3 +195,9 @@ def test_other_errors(serve):
         server.engine.answer = answer
         with pytest.raises(anthropic.APIStatusError, match="no engine"):
             list(client.messages.create(model="demo", stream=True, **body))
+
+
+def test_the_budget_of_thinking_arrives(server):
+    thinking = {"type": "enabled", "budget_tokens": 7}
+    server.client.post("/v1/messages", json={"messages": MESSAGES, "max_tokens": 5, "thinking": thinking})
+    assert server.engine.submitted[0].sampling.thinking_budget == 7
