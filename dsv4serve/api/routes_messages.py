@@ -14,7 +14,7 @@ from dsv4serve.api.errors import anthropic_body, error_body, json_response
 from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.generation import Choice, Event
 from dsv4serve.api.messages_prompt import CountBody, MessagesBody, chat_body
-from dsv4serve.api.routes_chat import chat_call, chat_ids, check_supported
+from dsv4serve.api.routes_chat import chat_call, chat_ids
 from dsv4serve.api.streaming import Answer
 from dsv4serve.chat.reply import Reply
 from dsv4serve.chat.tools import arguments_object
@@ -124,7 +124,6 @@ async def count_tokens(http: Request) -> Response:
     frontend: Frontend = http.app.state.frontend
     chat = chat_body(await read_body(http, CountBody, frontend.config.max_body_bytes))
     frontend.check_model(chat.model)
-    check_supported(chat)
     _, ids = await chat_ids(frontend, chat.messages, chat, None)
     return json_response({"input_tokens": len(ids)})
 
