@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dsv4serve.api.errors import error_response
 from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.routes_page import FILES
-from dsv4serve.obs.requests import arrived
+from dsv4serve.obs.requests import arrived, traceparent
 from dsv4serve.types import Dsv4Error, ShuttingDown
 
 OPEN = frozenset({"/health", "/ready", "/metrics", *FILES})
@@ -35,7 +35,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         frontend = self._frontend
-        if not self._keys.accepts(dict(scope["headers"])):
+        headers = dict(scope["headers"])
+        if not self._keys.accepts(headers):
             frontend.metrics.responses.labels("other", Unauthorized.status).inc()
             error = Unauthorized("no valid API key: send the header 'Authorization: Bearer KEY'")
             await error_response(error, scope["path"], {"WWW-Authenticate": "Bearer"})(scope, receive, send)
@@ -48,21 +49,27 @@ class Gate:
             await refusal(scope, receive, send)
             return
         arrived.set(time.perf_counter())
-        status = CLIENT_GONE
+        traceparent.set(headers.get(b"traceparent", b"").decode("latin-1"))
+        answered = False
 
-        async def noting(message: Message) -> None:
-            nonlocal status
+        def count(status: int) -> None:
+            nonlocal answered
+            if not answered:
+                answered = True
+                route = getattr(scope.get("route"), "path", "other")  # not the path: anybody can ask for any
+                frontend.metrics.responses.labels(route, status).inc()
+
+        async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
-                status = message["status"]
+                count(message["status"])
             await send(message)
 
         frontend.num_active += 1
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, counting)
         except Exception:
-            status = 500  # sent outside of this door
+            count(500)  # the answer is made outside of this door
             raise
         finally:
             frontend.num_active -= 1
-            route = getattr(scope.get("route"), "path", "other")  # not the path: anybody can ask for any
-            frontend.metrics.responses.labels(route, status).inc()
+            count(CLIENT_GONE)

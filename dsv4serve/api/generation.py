@@ -27,7 +27,6 @@ from dsv4serve.obs.logging import request_id as log_request_id
 from dsv4serve.obs.requests import RequestTimer
 from dsv4serve.types import (
     Constraint,
-    Dsv4Error,
     EngineUnavailable,
     FinishReason,
     InvalidRequest,
@@ -265,7 +264,7 @@ async def _run_choice(frontend: Frontend, choice: Choice) -> AsyncGenerator[Even
                 yield Event(choice, delta, choice.finish_reason is not None, choice.tokens[num_before:])
                 if choice.finish_reason is not None:
                     return  # after a stop string or calls the engine may still be at it: closing the stream aborts it
-    except Dsv4Error:
+    except Exception:
         choice.finish_reason = FinishReason.ERROR
         raise
     finally:

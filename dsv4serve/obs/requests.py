@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 # When the HTTP request that is being answered came (time.perf_counter).
 arrived: ContextVar[float] = ContextVar("arrived")
+# Its header of that name (W3C Trace Context): the client's span, whose child the request is.
+traceparent: ContextVar[str] = ContextVar("traceparent", default="")
 
 
 class RequestTimer:
@@ -71,7 +73,8 @@ class RequestTimer:
             extra={"fields": {**facts, "ttft_s": ttft_s, "e2e_s": round(now - self._arrived, 6)}},
         )
         if self._tracer is not None:
-            self._tracer.record(self._phases(now), {f"dsv4serve.{name}": value for name, value in facts.items()})
+            attributes = {f"dsv4serve.{name}": value for name, value in facts.items()}
+            self._tracer.record(self._phases(now), attributes, traceparent.get())
 
     def _phases(self, now: float) -> list[tuple[str, float, float]]:
         """Names, begins and ends (time.perf_counter), the whole first; what was not reached is not there."""

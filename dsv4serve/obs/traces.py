@@ -22,6 +22,7 @@ class Tracer:
             from opentelemetry.sdk.resources import Resource
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ModuleNotFoundError as error:
             raise ConfigError(f"otlp_endpoint: {error}; pip install 'dsv4serve[otel]'") from None
         self._provider = TracerProvider(
@@ -29,13 +30,19 @@ class Tracer:
         )
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
         self._tracer = self._provider.get_tracer("dsv4serve")
-        self._in_span = trace.set_span_in_context
+        self._in_span, self._extract = trace.set_span_in_context, TraceContextTextMapPropagator().extract
 
-    def record(self, phases: Sequence[tuple[str, float, float]], attributes: Mapping[str, str | int]) -> None:
-        """A span of the first of `phases` (name, begin, end by time.perf_counter) and the others as its children."""
+    def record(
+        self, phases: Sequence[tuple[str, float, float]], attributes: Mapping[str, str | int], traceparent: str
+    ) -> None:
+        """A span of the first of `phases` (name, begin, end by time.perf_counter) and the others as its children.
+
+        `traceparent` is the client's header, or empty; one that is malformed is ignored.
+        """
         offset = time.time() - time.perf_counter()
         (name, begin, end), *children = phases
-        span = self._tracer.start_span(name, start_time=_ns(begin + offset), attributes=dict(attributes))
+        parent = self._extract({"traceparent": traceparent})
+        span = self._tracer.start_span(name, parent, start_time=_ns(begin + offset), attributes=dict(attributes))
         for child, child_begin, child_end in children:
             inner = self._tracer.start_span(child, self._in_span(span), start_time=_ns(child_begin + offset))
             inner.end(_ns(child_end + offset))

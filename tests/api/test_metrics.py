@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.api import STATS, ids_answer
@@ -15,7 +16,7 @@ PREFIX = "dsv4serve:"
 
 def scrape(server) -> dict[tuple[str, ...], float]:
     """(name without prefix, label values...) -> value."""
-    response = server.client.get("/metrics")
+    response = httpx.get(server.url + "/metrics")  # its own connection: after a 500 the server closes it
     assert response.headers["content-type"].startswith("text/plain; version=")
     found = {}
     for family in text_string_to_metric_families(response.text):
@@ -52,6 +53,22 @@ def test_metrics_need_no_key_and_are_served_during_a_drain(serve):
     server = serve(api_key=("secret",))
     server.app.state.frontend.draining = True
     assert scrape(server)["engine_up",] == 1
+
+
+def test_refused_and_failed_calls_are_counted_too(serve):
+    server = serve(api_key=("secret",))
+    assert server.chat().status_code == 401
+    server.client.headers["Authorization"] = "Bearer secret"
+
+    def fails(request):
+        raise RuntimeError("odd")
+
+    server.engine.answer = fails
+    assert server.chat().status_code == 500
+    found = scrape(server)
+    assert found["requests_total", "error"] == 1
+    assert found["http_responses_total", "other", "401"] == 1
+    assert found["http_responses_total", "/v1/chat/completions", "500"] == 1
 
 
 def test_requests_are_timed_and_counted_by_how_they_end(server):

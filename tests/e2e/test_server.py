@@ -43,6 +43,18 @@ def test_models_health_and_tokenize(server: Server, client: openai.OpenAI) -> No
     assert post(server, "/detokenize", json={"tokens": ids}).json()["text"] == "The sea is wide."
 
 
+def test_every_frontend_has_the_metrics_of_all(server: Server) -> None:
+    body = {"prompt": "The sea", "max_tokens": 4, "ignore_eos": True}
+    for _ in range(6):  # a connection each, so that several frontends are met
+        assert post(server, "/v1/completions", json=body).status_code == 200
+    name = "dsv4serve:time_to_first_token_seconds_count "
+    pages = [httpx.get(server.url + "/metrics").text for _ in range(6)]
+    counts = {line.removeprefix(name) for page in pages for line in page.splitlines() if line.startswith(name)}
+    (count,) = counts
+    assert float(count) >= 6
+    assert all("dsv4serve:engine_up 1.0" in page for page in pages)
+
+
 def test_chat_whole_and_streamed_are_the_same_text(client: openai.OpenAI) -> None:
     """Same seed, same tokens, however they are delivered."""
     settings: dict[str, Any] = {"model": "demo", "messages": CHAT, "max_tokens": 40, "seed": 7}

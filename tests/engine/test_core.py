@@ -7,7 +7,7 @@ import threading
 import msgspec
 import pytest
 import zmq
-from support.counting_runner import FAIL, VOCAB, CountingRunner
+from support.counting_runner import FAIL, STEP_S, VOCAB, CountingRunner
 from support.engine_process import request, tokens
 
 from dsv4serve.config import EngineConfig
@@ -110,6 +110,9 @@ def test_stats_are_answered_by_the_loop(loop, context, endpoint):
     stats = frontend.ask(GetStats())
     assert isinstance(stats, EngineStats)
     assert (stats.num_running, stats.num_finished, stats.num_generated_tokens) == (0, 1, 3)
+    assert list(stats.step_times) == ["schedule", "prepare", "execute", "sample", "update"]
+    assert {sum(times.counts) for times in stats.step_times.values()} == {stats.num_steps}
+    assert stats.step_times["execute"].sum >= stats.num_steps * STEP_S
 
 
 def test_stats_count_the_frontends_that_said_hello(loop, context, endpoint):

@@ -7,7 +7,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from dsv4serve.obs.metrics import FrontendMetrics
-from dsv4serve.obs.requests import RequestTimer, arrived
+from dsv4serve.obs.requests import RequestTimer, arrived, traceparent
 from dsv4serve.obs.traces import Tracer
 from dsv4serve.types import ConfigError, Request, RequestOutput, SamplingParams
 
@@ -81,6 +81,19 @@ def test_a_request_is_a_span_with_its_phases_as_children(collector, clock):
         "dsv4serve.output_tokens": 2,
         "dsv4serve.cached_tokens": 0,
     }
+
+
+def test_the_request_is_a_child_of_the_clients_span(collector, clock):
+    endpoint, spans = collector
+    tracer = Tracer(endpoint)
+    for header in (f"00-{'ab' * 16}-{'cd' * 8}-01", "nonsense"):
+        traceparent.set(header)
+        run(tracer, clock, None, [], "abort")
+    traceparent.set("")
+    tracer.close()
+    known, unknown = (span for span in spans if span.name == "request")
+    assert (known.trace_id.hex(), known.parent_span_id.hex()) == ("ab" * 16, "cd" * 8)
+    assert not unknown.parent_span_id
 
 
 def test_a_request_that_never_got_a_token_only_waited(collector, clock):
