@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from dsv4serve.types import ConfigError
 
@@ -156,6 +156,8 @@ def load_engine_config(flags: dict[str, Any] | None = None, recipe: Path | None 
         return EngineConfig(**{**_read_recipe(recipe), **environment, **(flags or {})})
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
+    except SettingsError as error:  # only lists can be unreadable
+        raise ConfigError(f'environment: {error}; a list is written as JSON: DSV4_API_KEY=["KEY"]') from None
 
 
 def _read_recipe(recipe: Path | None) -> dict[str, Any]:

@@ -71,6 +71,14 @@ def test_a_wrong_value_is_an_error_that_names_it(words, message):
         parse(*words)
 
 
+def test_a_list_in_the_environment_is_json_and_anything_else_an_error(monkeypatch):
+    monkeypatch.setenv("DSV4_API_KEY", '["a", "b"]')
+    assert parse().api_key == ("a", "b")
+    monkeypatch.setenv("DSV4_API_KEY", "a")
+    with pytest.raises(ConfigError, match=r'api_key.*\["KEY"\]'):
+        parse()
+
+
 def test_help_has_description_and_default_of_every_field(capsys):
     parser = argparse.ArgumentParser()
     add_engine_flags(parser)
