@@ -12,6 +12,7 @@ from dsv4serve.api import (
     routes_messages,
     routes_metrics,
     routes_page,
+    routes_responses,
     routes_server,
     routes_tokens,
 )
@@ -26,7 +27,15 @@ def create_app(config: EngineConfig, client: Engine, tokenizer: ChatTokenizer) -
     app = FastAPI(title="dsv4serve", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False
     frontend = app.state.frontend = Frontend(config, client, tokenizer)
-    for routes in (routes_chat, routes_completions, routes_messages, routes_tokens, routes_metrics, routes_server):
+    for routes in (
+        routes_chat,
+        routes_completions,
+        routes_messages,
+        routes_responses,
+        routes_tokens,
+        routes_metrics,
+        routes_server,
+    ):
         app.include_router(routes.router)
     if config.page:
         app.include_router(routes_page.router)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -47,6 +47,11 @@ class Reply:
             if call.index == len(self._calls):
                 self._calls.append((call, []))
             self._calls[call.index][1].append(call.arguments)
+
+    def as_delta(self) -> Delta:
+        """The whole message as one delta."""
+        calls = [replace(first, arguments="".join(pieces)) for first, pieces in self._calls]
+        return Delta(self.reasoning, self.content, calls)
 
     @property
     def reasoning(self) -> str:
