@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple, Protocol
 from dsv4serve.engine.messages import EngineInfo, EngineStats
 from dsv4serve.obs.metrics import ITL, TTFT, FrontendMetrics
 from dsv4serve.types import EngineUnavailable
+
+logger = logging.getLogger(__name__)
 
 WINDOW_S = 60.0
 RATE_WINDOW_S = 10.0
@@ -60,7 +63,10 @@ class Live:
     async def run(self) -> None:
         """Sample until cancelled."""
         while True:
-            await self.refresh()
+            try:
+                await self.refresh()
+            except Exception:  # another frontend's file, half written: the next sample is a second away
+                logger.warning("a sample of the metrics failed", exc_info=True)
             await asyncio.sleep(SAMPLE_S)
 
     async def refresh(self) -> None:

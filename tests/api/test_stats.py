@@ -129,6 +129,27 @@ def test_latencies_are_of_the_last_minute(live, source, clock):
     assert live.latency(TTFT) is None
 
 
+def test_one_sample_that_fails_does_not_end_the_sampling(live, source, monkeypatch):
+    monkeypatch.setattr("dsv4serve.api.live.SAMPLE_S", 0.01)
+
+    answers = iter([OSError("half a file"), STATS])
+
+    async def answer() -> EngineStats:
+        if isinstance(found := next(answers), Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(source, "stats", answer)
+
+    async def run() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await live.run()
+
+    asyncio.run(run())
+    assert live.engine_stats == STATS
+
+
 def test_quantiles_are_linear_within_a_bucket():
     counts = {1.0: 0, 2.0: 10, 4.0: 20, float("inf"): 20}
     assert quantile(counts, 0.5) == 2.0
