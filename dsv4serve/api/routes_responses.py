@@ -135,9 +135,9 @@ class ResponsesAnswer(Answer):
             return self._event(f"{name}.delta", **where, delta=step.text, **logprobs)
         called = {"name": block.call.name} if block.call is not None else {}
         done = self._event(f"{name}.done", **where, **{field: block.text}, **called, **logprobs)
+        done += self._content(block, "done", block.text)
         item = self._item(block, self._status if self._call.choices[0].finish_reason else "completed")
-        ended = self._event("response.output_item.done", output_index=block.index, item=item)
-        return done + self._content(block, "done", block.text) + ended
+        return done + self._event("response.output_item.done", output_index=block.index, item=item)
 
     def _content(self, block: Block, what: str, text: str) -> bytes:
         if block.kind == "call":
