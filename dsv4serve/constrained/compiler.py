@@ -16,6 +16,8 @@ from dsv4serve.types import Constraint, InvalidRequest
 MAX_CACHE_BYTES = 256 << 20
 # xgrammar writes a grammar as text with these escapes.
 DSML, MARKER_ESCAPE = r"\uff5cDSML\uff5c", rf"\U{ord(MARKER):08x}"
+# What it takes for a character of a JSON string that has a length: control characters too, which JSON forbids.
+STRING_CHARACTER = r"[^\"\\\r\n]"
 # In front of what went wrong stand the time and the line of xgrammar's source.
 SOURCE = re.compile(r"^\[[^\]]*\] \S+:\d+: ")
 
@@ -79,6 +81,9 @@ class Compiler:
             grammar = xgrammar.Grammar.from_structural_tag(text)
             written = str(grammar)
             uses_marker = DSML in written
+            if STRING_CHARACTER in written and "json_schema" in text:
+                written = written.replace(STRING_CHARACTER, r"[^\0-\x1f\"\\]")
+                grammar = xgrammar.Grammar.from_ebnf(written)
             if uses_marker:
                 grammar = xgrammar.Grammar.from_ebnf(_with_marker(written))
             compiled = self._compiler.compile_grammar(grammar)
