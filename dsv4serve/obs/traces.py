@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dsv4serve import __version__
 from dsv4serve.types import ConfigError
 
+EXPORT_TIMEOUT_S = 3.0  # also what a collector that is gone costs a drain
+
 
 class Tracer:
     """Sends spans to `endpoint`, a URL with its path, in a thread of its own. Raises ConfigError without the extra."""
@@ -28,7 +30,8 @@ class Tracer:
         self._provider = TracerProvider(
             resource=Resource.create({"service.name": "dsv4serve", "service.version": __version__})
         )
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        exporter = OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT_S)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("dsv4serve")
         self._in_span, self._extract = trace.set_span_in_context, TraceContextTextMapPropagator().extract
 
