@@ -1,7 +1,7 @@
 """What a request's sampling parameters and its history change in its logits before a token is drawn.
 
 In this order: penalties, bias, bans. A grammar's mask comes after them. Requests that ask for nothing have no
-RowAdjustment and cost nothing; bias and bans touch single logits; only penalties work on whole rows.
+RowAdjustment and cost nothing; the others touch single logits, never a whole row, but for the one that forces a token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dsv4serve.types import SamplingParams, SlotStart
 class RowAdjustment:
     """The adjustments of one request. Built from the ids known at a slot's start, so a retraction changes nothing."""
 
-    def __init__(self, start: SlotStart, vocab_size: int, eos_token_id: int) -> None:
+    def __init__(self, start: SlotStart, eos_token_id: int) -> None:
         params, num_prompt = start.sampling, start.num_prompt_tokens
         self.params = params
         self.outputs = start.token_ids[num_prompt:]  # only if params.needs_history
@@ -28,11 +28,12 @@ class RowAdjustment:
         self.bias = (list(params.logit_bias), list(params.logit_bias.values()))  # ids, and what to add to their logits
         self._in_reasoning = params.thinking_budget is not None and not set(self.outputs) & set(params.thinking_end_ids)
         self.has_penalty = _has_penalty(params)
-        self.counts = self.in_prompt = torch.empty(0)
+        self.counts: dict[int, int] = {}  # of penalised tokens: how often the output has them
+        if params.repetition_penalty != 1.0:
+            self.counts = dict.fromkeys(start.token_ids[:num_prompt], 0)
         if self.has_penalty:
-            self.counts = torch.bincount(torch.tensor(self.outputs, dtype=torch.int64), minlength=vocab_size).int()
-            self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool)
-            self.in_prompt[start.token_ids[:num_prompt]] = True
+            for token in self.outputs:
+                self.counts[token] = self.counts.get(token, 0) + 1
 
     def append(self, token: int) -> None:
         """Take the token that was drawn."""
@@ -40,7 +41,7 @@ class RowAdjustment:
         if self.params.needs_history:
             self.outputs.append(token)
         if self.has_penalty:
-            self.counts[token] += 1
+            self.counts[token] = self.counts.get(token, 0) + 1
         if token in self.params.thinking_end_ids:
             self._in_reasoning = False
 
@@ -64,7 +65,7 @@ class RowAdjustment:
         return self.params.thinking_end_ids[0]
 
 
-def row_adjustment(start: SlotStart, vocab_size: int, eos_token_id: int) -> RowAdjustment | None:
+def row_adjustment(start: SlotStart, eos_token_id: int) -> RowAdjustment | None:
     """The adjustments of the request that takes a slot; None when it has none."""
     params = start.sampling
     wanted = (
@@ -75,7 +76,7 @@ def row_adjustment(start: SlotStart, vocab_size: int, eos_token_id: int) -> RowA
         or params.thinking_budget is not None
         or params.min_tokens > start.num_output_tokens
     )
-    return RowAdjustment(start, vocab_size, eos_token_id) if wanted else None
+    return RowAdjustment(start, eos_token_id) if wanted else None
 
 
 def adjust(logits: Tensor, adjustments: Sequence[RowAdjustment | None]) -> None:
@@ -83,7 +84,7 @@ def adjust(logits: Tensor, adjustments: Sequence[RowAdjustment | None]) -> None:
     rows = [(row, adjustment) for row, adjustment in enumerate(adjustments) if adjustment is not None]
     if not rows:
         return
-    _penalise(logits, [(row, adjustment) for row, adjustment in rows if adjustment.has_penalty])
+    _penalise(logits, [(row, adjustment) for row, adjustment in rows if adjustment.counts])
     places: list[int] = []
     ids: list[int] = []
     values: list[float] = []
@@ -111,15 +112,16 @@ def adjust(logits: Tensor, adjustments: Sequence[RowAdjustment | None]) -> None:
 def _penalise(logits: Tensor, rows: list[tuple[int, RowAdjustment]]) -> None:
     if not rows:
         return
-    index = torch.tensor([row for row, _ in rows])
+    lengths = torch.tensor([len(adjustment.counts) for _, adjustment in rows])
     params = [adjustment.params for _, adjustment in rows]
-    logits[index] = penalise(
-        logits[index],
-        counts=torch.stack([adjustment.counts for _, adjustment in rows]),
-        in_prompt=torch.stack([adjustment.in_prompt for _, adjustment in rows]),
-        repetition=torch.tensor([p.repetition_penalty for p in params]),
-        frequency=torch.tensor([p.frequency_penalty for p in params]),
-        presence=torch.tensor([p.presence_penalty for p in params]),
+    penalise(
+        logits,
+        rows=torch.tensor([row for row, _ in rows]).repeat_interleave(lengths),
+        token_ids=torch.tensor([token for _, adjustment in rows for token in adjustment.counts]),
+        counts=torch.tensor([count for _, adjustment in rows for count in adjustment.counts.values()]),
+        repetition=torch.tensor([p.repetition_penalty for p in params]).repeat_interleave(lengths),
+        frequency=torch.tensor([p.frequency_penalty for p in params]).repeat_interleave(lengths),
+        presence=torch.tensor([p.presence_penalty for p in params]).repeat_interleave(lengths),
     )
 
 

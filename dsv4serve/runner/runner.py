@@ -49,7 +49,7 @@ class Runner:
         self.eos_token_id = transformer.config.eos_token_id
         max_pages = -(-plan.max_model_len // PAGE_TOKENS)
         self._constraints = Constraints(read_vocabulary)
-        self._slots = SlotTable(plan.num_slots, max_pages, self.vocab_size, self.eos_token_id)
+        self._slots = SlotTable(plan.num_slots, max_pages, self.eos_token_id)
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> StepOutput:
@@ -173,7 +173,8 @@ class Runner:
         ).tolist()
         for slot, token in zip(batch, token_ids, strict=True):
             slots.sampled(slot, token)
-            self._constraints.accept(slot, token)
+            if (wrong := self._constraints.accept(slot, token)) is not None:
+                result.errors[slot] = wrong
             result.slots.append(slot)
             result.token_ids.append([token])
         for row, values in zip(kept, raw, strict=True) if kept else ():

@@ -15,11 +15,11 @@ class SlotTable:
     Args:
         num_slots: slots of the cache.
         max_pages: pages that the longest request has.
-        vocab_size, eos_token_id: of the model.
+        eos_token_id: of the model.
     """
 
-    def __init__(self, num_slots: int, max_pages: int, vocab_size: int, eos_token_id: int) -> None:
-        self._vocab_size, self._eos_token_id = vocab_size, eos_token_id
+    def __init__(self, num_slots: int, max_pages: int, eos_token_id: int) -> None:
+        self._eos_token_id = eos_token_id
         self._page_table = np.full((num_slots, max_pages), -1, dtype=np.int64)
         self._num_pages = [0] * num_slots
         self.num_computed = [0] * num_slots
@@ -40,7 +40,7 @@ class SlotTable:
         self.num_outputs[slot] = start.num_output_tokens
         self.last_token[slot] = -1
         self.sampling[slot] = start.sampling
-        self.adjustments[slot] = row_adjustment(start, self._vocab_size, self._eos_token_id)
+        self.adjustments[slot] = row_adjustment(start, self._eos_token_id)
         is_wanted = start.sampling.num_prompt_logprobs is not None and start.num_output_tokens == 0
         self._prompt_ids[slot] = start.token_ids if is_wanted else []
 

@@ -51,20 +51,26 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Ten
 
 
 def penalise(
-    logits: Tensor, *, counts: Tensor, in_prompt: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor
-) -> Tensor:
-    """Logits of tokens that the text has already, made smaller: float32 [B, V] -> float32 [B, V], finite stays finite.
+    logits: Tensor,
+    *,
+    rows: Tensor,
+    token_ids: Tensor,
+    counts: Tensor,
+    repetition: Tensor,
+    frequency: Tensor,
+    presence: Tensor,
+) -> None:
+    """Make tokens that a text has already less likely, in place: float32 logits [B, V]. What is finite stays finite.
 
     Args:
-        counts: int32 [B, V], how often the output has each token; in_prompt: bool [B, V].
-        repetition: float32 [B], > 0: the logit of a token of prompt or output is divided by it if positive, else
-            multiplied (Keskar et al. 2019).
-        frequency, presence: float32 [B]: then frequency x count is taken off, and presence once where count > 0.
+        rows, token_ids: int64 [N], the places of the tokens of prompt and output, none twice.
+        counts: int64 [N], how often the output has the token; 0 for one of the prompt alone.
+        repetition: float32 [N], > 0: the logit is divided by it if positive, else multiplied (Keskar et al. 2019).
+        frequency, presence: float32 [N]: then frequency x count is taken off, and presence once where count > 0.
     """
-    factor = repetition.unsqueeze(1)
-    repeated = torch.where(logits > 0, logits / factor, logits * factor).clamp(LOWEST, -LOWEST)
-    logits = torch.where(in_prompt | (counts > 0), repeated, logits)
-    return logits - (frequency.unsqueeze(1) * counts + presence.unsqueeze(1) * (counts > 0))
+    values = logits[rows, token_ids]
+    values = torch.where(values > 0, values / repetition, values * repetition).clamp(LOWEST, -LOWEST)
+    logits[rows, token_ids] = values - frequency * counts - presence * (counts > 0)
 
 
 def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) -> None:

@@ -42,37 +42,42 @@ def test_logprobs_of_a_row_do_not_depend_on_its_batch():
 
 def test_penalties_equal_the_literal_definition():
     logits = random(4, 40, seed=2)
-    counts = torch.randint(0, 3, (4, 40), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
-    in_prompt = torch.rand(4, 40, generator=torch.Generator().manual_seed(4)) < 0.3
+    counts = torch.randint(0, 3, (4, 40), generator=torch.Generator().manual_seed(3))
+    is_seen = (counts > 0) | (torch.rand(4, 40, generator=torch.Generator().manual_seed(4)) < 0.3)
     repetition, frequency, presence = [1.0, 1.3, 0.5, 2.0], [0.5, 0.0, -1.5, 2.0], [0.0, 0.7, 1.0, -2.0]
-    got = penalise(
-        logits,
-        counts=counts,
-        in_prompt=in_prompt,
-        repetition=torch.tensor(repetition),
-        frequency=torch.tensor(frequency),
-        presence=torch.tensor(presence),
+    rows, token_ids = is_seen.nonzero(as_tuple=True)
+    got = logits.clone()
+    penalise(
+        got,
+        rows=rows,
+        token_ids=token_ids,
+        counts=counts[rows, token_ids],
+        repetition=torch.tensor(repetition)[rows],
+        frequency=torch.tensor(frequency)[rows],
+        presence=torch.tensor(presence)[rows],
     )
     for row in range(4):
         for token in range(40):
             value, count = logits[row, token].item(), counts[row, token].item()
-            if count or in_prompt[row, token]:
+            if is_seen[row, token]:
                 value = value / repetition[row] if value > 0 else value * repetition[row]
             value -= frequency[row] * count + (presence[row] if count else 0.0)
             assert math.isclose(got[row, token].item(), value, rel_tol=1e-5, abs_tol=1e-5)
 
 
 def test_the_smallest_repetition_penalty_keeps_logits_finite():
-    got = penalise(
-        torch.tensor([[5.0, -5.0, 1.0]]),
-        counts=torch.tensor([[1, 1, 0]], dtype=torch.int32),
-        in_prompt=torch.zeros(1, 3, dtype=torch.bool),
-        repetition=torch.tensor([1e-40]),
-        frequency=torch.tensor([-2.0]),
-        presence=torch.tensor([-2.0]),
+    logits = torch.tensor([[5.0, -5.0, 1.0]])
+    penalise(
+        logits,
+        rows=torch.tensor([0, 0]),
+        token_ids=torch.tensor([0, 1]),
+        counts=torch.tensor([1, 1]),
+        repetition=torch.tensor([1e-40, 1e-40]),
+        frequency=torch.tensor([-2.0, -2.0]),
+        presence=torch.tensor([-2.0, -2.0]),
     )
-    assert torch.isfinite(got).all()
-    assert got.argmax() == 0
+    assert torch.isfinite(logits).all()
+    assert logits.argmax() == 0
 
 
 def test_bias_and_bans_touch_only_the_places_named():
