@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +13,10 @@ from torch import Tensor
 from dsv4serve.constrained.compiler import Compiled, Compiler
 from dsv4serve.types import Constraint
 
+# An ambiguous grammar takes longer with each token. Steps wait for every row, so one that takes this long ends.
+MAX_TOKEN_S = 0.05  # processor time, on average over the last tokens
+AVERAGED_TOKENS = 4
+
 
 class _Row:
     """Progress of one request through its grammar."""
@@ -18,17 +24,25 @@ class _Row:
     def __init__(self, compiled: Compiled, after_id: int | None) -> None:
         self.compiled, self.matcher = compiled, compiled.matcher()
         self._after_id = after_id
+        self._costs: deque[float] = deque([0.0] * AVERAGED_TOKENS, AVERAGED_TOKENS)
 
     @property
     def is_open(self) -> bool:
         """Whether the grammar has begun."""
         return self._after_id is None
 
+    @property
+    def is_too_slow(self) -> bool:
+        """Whether the grammar takes too long for others to wait."""
+        return sum(self._costs) > MAX_TOKEN_S * AVERAGED_TOKENS
+
     def accept(self, token: int) -> None:
         """Take a token that was drawn. The one that ends the request need not be part of the grammar."""
         if self._after_id is None:
             if not self.matcher.is_terminated():
+                begin = time.thread_time()
                 self.matcher.accept_token(token)
+                self._costs[-1] += time.thread_time() - begin
         elif token == self._after_id:
             self._after_id = None
 
@@ -37,7 +51,9 @@ class _Row:
         if self.matcher.is_terminated():
             bitmask[index] = -1  # the sequence has ended, and nobody reads what it draws
             return
+        begin = time.thread_time()
         self.matcher.fill_next_token_bitmask(bitmask, index)
+        self._costs.append(time.thread_time() - begin)
         if not self.compiled.uses_marker:
             word, bit = divmod(self.compiled.marker_id, 32)
             bitmask[index, word] &= ~(1 << bit) if bit < 31 else 0x7FFFFFFF
@@ -68,6 +84,11 @@ class TokenMasks:
         row = self._rows.get(slot)
         if row is not None:
             row.accept(token)
+
+    def is_too_slow(self, slot: int) -> bool:
+        """Whether the slot's grammar takes so long that its request should end."""
+        row = self._rows.get(slot)
+        return row is not None and row.is_too_slow
 
     def apply(self, logits: Tensor, batch: Sequence[int]) -> None:
         """Set what the grammars forbid to -inf: float32 [B, V] in place, row b of slot batch[b].

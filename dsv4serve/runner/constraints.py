@@ -14,6 +14,8 @@ from dsv4serve.types import Constraint, SlotStart
 if TYPE_CHECKING:
     from dsv4serve.constrained.masks import TokenMasks
 
+TOO_SLOW = "the grammar is too ambiguous: each token takes longer than others can wait for; repeat less in repeats"
+
 
 class Constraints:
     """The token masks of the slots.
@@ -54,10 +56,12 @@ class Constraints:
         if self._masks is not None:
             self._masks.start(start.slot, constraint, start.token_ids[start.num_prompt_tokens :])
 
-    def accept(self, slot: int, token: int) -> None:
-        """The slot's request has drawn `token`."""
-        if self._masks is not None:
-            self._masks.accept(slot, token)
+    def accept(self, slot: int, token: int) -> str | None:
+        """The slot's request has drawn `token`. Why it cannot go on, if it cannot."""
+        if self._masks is None:
+            return None
+        self._masks.accept(slot, token)
+        return TOO_SLOW if self._masks.is_too_slow(slot) else None
 
     def apply(self, logits: Tensor, batch: Sequence[int]) -> None:
         """Mask float32 [B, V] in place, row b of slot batch[b]; see TokenMasks.apply."""

@@ -358,7 +358,11 @@ class Scheduler:
                 if owner.started_at is not None:
                     output.queue_s = owner.started_at - owner.added_at
                     output.prefill_s = self._clock() - owner.started_at
-            if token in owner.stop_ids and len(tokens) >= owner.min_length:
+            if slot in result.errors:
+                output.finish_reason, output.error = FinishReason.ERROR, result.errors[slot]
+                output.error_status = InvalidRequest.status
+                self._end(owner)
+            elif token in owner.stop_ids and len(tokens) >= owner.min_length:
                 output.finish_reason, output.stop_token_id = FinishReason.STOP, token
                 self._end(owner)
             elif len(tokens) == owner.max_length:

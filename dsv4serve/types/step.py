@@ -84,6 +84,7 @@ class StepOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     slots: list[int] = []
     token_ids: list[list[int]] = []
     logits: dict[int, list[bytes]] = {}  # slot -> float32 rows, one per new token, where asked for
+    errors: dict[int, str] = {}  # slot -> why its request cannot go on, for the client
     prompt_logits: dict[int, list[bytes]] = {}  # slot -> float32 rows of this chunk's wanted prompt tokens
     logprobs: dict[int, list[TokenLogprobs]] = {}  # slot -> one per new token, where asked for
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # slot -> of the prompt tokens that follow this chunk's rows

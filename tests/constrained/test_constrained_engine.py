@@ -103,3 +103,14 @@ def test_a_grammar_is_stronger_than_bans() -> None:
     yes = tag({"type": "const_string", "value": "yes"})
     ban = tuple(range(4, 96))
     assert text_of(engine().run([request("r", yes, banned_token_ids=ban)])["r"]) == "yes"
+
+
+def test_a_grammar_that_becomes_too_slow_ends_its_own_request(monkeypatch) -> None:
+    """Ambiguous repeats take longer with every token, and every step waits for the slowest row."""
+    monkeypatch.setattr("dsv4serve.constrained.masks.MAX_TOKEN_S", 0.001)
+    slow = tag({"type": "regex", "pattern": "((a*)*)*b"})
+    requests = [request("slow", slow, banned_token_ids=(VOCABULARY.token_bytes.index(b"b"),), max_tokens=400)]
+    requests.append(request("other", tag({"type": "regex", "pattern": "[a-z]{9}"})))
+    outputs = engine().run(requests)
+    assert outputs["slow"].finish_reason is FinishReason.ERROR
+    assert re.fullmatch("[a-z]{9}", text_of(outputs["other"]))
