@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from dsv4serve import __version__
 from dsv4serve.api import (
     errors,
     routes_chat,
     routes_completions,
+    routes_control,
     routes_messages,
     routes_metrics,
     routes_page,
@@ -30,6 +32,7 @@ def create_app(config: EngineConfig, client: Engine, tokenizer: ChatTokenizer) -
     for routes in (
         routes_chat,
         routes_completions,
+        routes_control,
         routes_messages,
         routes_responses,
         routes_tokens,
@@ -41,4 +44,8 @@ def create_app(config: EngineConfig, client: Engine, tokenizer: ChatTokenizer) -
         app.include_router(routes_page.router)
     errors.install(app)
     app.add_middleware(Gate, frontend=frontend)
+    if config.cors_origin:  # outside of the gate: a browser's first question carries no key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.cors_origin, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
     return app

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     413: "request_too_large",
@@ -28,7 +29,7 @@ TYPES = {
     503: "service_unavailable_error",
 }
 ANTHROPIC_PATH = "/v1/messages"
-ANTHROPIC_TYPES = {403: "permission_error", 500: "api_error", 503: "overloaded_error"}
+ANTHROPIC_TYPES = {500: "api_error", 503: "overloaded_error"}
 RETRY_AFTER_S = {429: "1", 503: "2"}
 INTERNAL = "internal error; the server's log has the details"
 

@@ -36,6 +36,12 @@ class Engine(StatsSource, Protocol):
     async def abort(self, request_id: str) -> None:
         """End an open request with finish_reason abort."""
 
+    async def abort_call(self, call_id: str | None) -> int:
+        """End the requests of any frontend that begin with `call_id`/, or all; how many. Raises EngineUnavailable."""
+
+    async def flush_cache(self) -> int:
+        """Forget all prefixes; the number of pages freed. Raises EngineUnavailable."""
+
 
 class Frontend:
     """Shared by all routes. Everything runs on one event loop, except tokenising."""

@@ -270,6 +270,13 @@ class TokenizeBody(ChatSwitches):
     add_special_tokens: bool | None = None
 
 
+class AbortBody(Strict):
+    """POST /abort_request."""
+
+    rid: RequestId | None = None
+    abort_all: bool | None = None
+
+
 class DetokenizeBody(Strict):
     """POST /detokenize."""
 

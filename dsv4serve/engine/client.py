@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import AsyncIterator
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -13,8 +15,11 @@ from zmq.utils.monitor import recv_monitor_message
 
 from dsv4serve.engine.messages import (
     Abort,
+    AbortCall,
+    Done,
     EngineInfo,
     EngineStats,
+    FlushCache,
     FromFrontend,
     GetStats,
     Hello,
@@ -52,6 +57,7 @@ class EngineClient:
         # None: ended on this side, the engine's own end is still to come, so the id cannot be used again yet.
         self._open: dict[str, asyncio.Queue[RequestOutput] | None] = {}
         self._stats: list[asyncio.Future[EngineStats]] = []
+        self._unanswered: deque[asyncio.Future[int]] = deque()  # one per Done to come, also when nobody waits any more
         self._asked_at: float | None = None  # when the oldest unanswered probe was sent
         self._heard_at = 0.0
         self._tasks: list[asyncio.Task[None]] = []
@@ -123,6 +129,17 @@ class EngineClient:
             self._send(Abort([request_id]))
             queue.put_nowait(_end(request_id, FinishReason.ABORT))
 
+    async def abort_call(self, call_id: str | None) -> int:
+        """Abort the requests of any frontend whose ids begin with `call_id` and a slash, or all; how many there were.
+
+        Raises EngineUnavailable when none answers in time.
+        """
+        return await self._done(AbortCall(call_id))
+
+    async def flush_cache(self) -> int:
+        """Forget all prefixes; how many pages that freed. Raises EngineUnavailable when none answers in time."""
+        return await self._done(FlushCache())
+
     async def stats(self) -> EngineStats:
         """Ask the step loop for its gauges. Raises EngineUnavailable when none answers in time."""
         if not self.is_ready:
@@ -130,6 +147,18 @@ class EngineClient:
         future: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
         self._stats.append(future)
         self._ask()
+        try:
+            async with asyncio.timeout(self._stuck_s):
+                return await future
+        except TimeoutError:
+            raise EngineUnavailable(f"the engine has not answered for {self._stuck_s:g} s") from None
+
+    async def _done(self, message: AbortCall | FlushCache) -> int:
+        if not self.is_ready:
+            raise EngineUnavailable("the engine is not ready")
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._unanswered.append(future)
+        self._send(message)
         try:
             async with asyncio.timeout(self._stuck_s):
                 return await future
@@ -208,6 +237,10 @@ class EngineClient:
                     if not future.done():
                         future.set_result(message)
                 self._stats.clear()
+            case Done(count=count):
+                future_count = self._unanswered.popleft()
+                if not future_count.done():
+                    future_count.set_result(count)
             case EngineInfo():
                 self.info = message
                 self._ready.set()
@@ -220,15 +253,17 @@ class EngineClient:
             self._open.pop(output.request_id, None)
 
     def _end_all(self, reason: FinishReason, error: str | None) -> None:
-        """End every open request and every waiting stats()."""
+        """End every open request and every waiting question."""
         for request_id, queue in self._open.items():
             if queue is not None:
                 queue.put_nowait(_end(request_id, reason, error, None if error is None else 500))
         self._open.clear()
-        for future in self._stats:
+        waiting: list[asyncio.Future[Any]] = [*self._stats, *self._unanswered]
+        for future in waiting:
             if not future.done():
                 future.set_exception(EngineUnavailable(error or "the client was closed"))
         self._stats.clear()
+        self._unanswered.clear()
 
 
 def _end(

@@ -20,8 +20,11 @@ import zmq
 
 from dsv4serve.engine.messages import (
     Abort,
+    AbortCall,
+    Done,
     EngineInfo,
     EngineStats,
+    FlushCache,
     FromEngine,
     GetStats,
     Hello,
@@ -145,6 +148,10 @@ class EngineCore:
                 self._submit(identity, request)
             case Abort(request_ids=request_ids):
                 self._abort(identity, request_ids)
+            case AbortCall(call_id=call_id):
+                self._send(identity, Done(self._abort_call(call_id)))
+            case FlushCache():
+                self._send(identity, Done(self._scheduler.flush_prefix_cache()))
             case GetStats():
                 stats = asdict(self._scheduler.stats())
                 num_frontends = len(self._requests)
@@ -207,6 +214,17 @@ class EngineCore:
         if self._preparing.pop(internal, None) is not None:
             return RequestOutput(request_id=internal, finish_reason=FinishReason.ABORT)
         return self._scheduler.abort(internal)
+
+    def _abort_call(self, call_id: str | None) -> int:
+        """Abort a call's requests, or all, whoever submitted them. Returns how many there were."""
+        found = [
+            internal
+            for internal, (_, request_id) in self._owners.items()
+            if call_id is None or request_id.startswith(call_id + "/")
+        ]
+        aborted = [output for internal in found if (output := self._scheduler.abort(internal)) is not None]
+        self._reply(aborted)
+        return len(aborted)
 
     # Replying
 

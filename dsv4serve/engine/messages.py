@@ -28,6 +28,19 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     request_ids: list[str]
 
 
+class AbortCall(msgspec.Struct, frozen=True, tag="abort_call"):
+    """Stop the requests of every frontend whose id begins with `call_id` and a slash; None: all requests.
+
+    Answered by Done, whose count is how many there were.
+    """
+
+    call_id: str | None
+
+
+class FlushCache(msgspec.Struct, frozen=True, tag="flush_cache"):
+    """Forget all prefixes; what requests hold stays with them. Answered by Done, whose count is the pages freed."""
+
+
 class GetStats(msgspec.Struct, frozen=True, tag="get_stats"):
     """Ask for EngineStats; also the liveness probe (the step loop answers it, not a thread beside it)."""
 
@@ -69,14 +82,20 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="engine_stats")
     step_times: dict[str, StepHistogram] = {}  # schedule, prepare, execute, sample, update
 
 
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """The answer to AbortCall or FlushCache; answers come in the order of the questions."""
+
+    count: int
+
+
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     """New tokens and ends of one step, for one frontend."""
 
     outputs: list[RequestOutput]
 
 
-FromFrontend = Hello | Submit | Abort | GetStats
-FromEngine = EngineInfo | EngineStats | Outputs
+FromFrontend = Hello | Submit | Abort | AbortCall | FlushCache | GetStats
+FromEngine = EngineInfo | EngineStats | Outputs | Done
 
 encode = msgspec.msgpack.Encoder().encode
 decode_from_frontend = msgspec.msgpack.Decoder(FromFrontend).decode

@@ -143,9 +143,11 @@ class Scheduler:
         self._end(state)
         return RequestOutput(request_id=request_id, finish_reason=FinishReason.ABORT)
 
-    def flush_prefix_cache(self) -> None:
-        """Forget all reusable prefixes."""
+    def flush_prefix_cache(self) -> int:
+        """Forget all prefixes, and return how many pages that freed. Requests keep what they use."""
+        num_free = self._pages.num_free
         self._tree.clear()
+        return self._pages.num_free - num_free
 
     @property
     def has_requests(self) -> bool:

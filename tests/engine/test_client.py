@@ -252,3 +252,29 @@ def test_ctrl_c_does_not_reach_the_engine_and_sigterm_stops_it(engine):
     asyncio.run(main())
     engine.process.terminate()
     assert engine.process.wait(10) == 0
+
+
+def test_any_frontend_can_abort_a_call_and_flush(engine):
+    engine.start()
+
+    async def main():
+        async with connected(engine.endpoint) as one, connected(engine.endpoint) as other:
+            asked = [request(f"{name}/1-{i}", max_tokens=4000) for name in ("a", "ab") for i in range(2)]
+            tasks = [asyncio.create_task(collect(one, single)) for single in asked]
+
+            async def all_run():
+                return (await other.stats()).num_running == 4
+
+            await until(all_run)
+            assert await asyncio.gather(other.abort_call("a"), other.abort_call("x")) == [2, 0]
+            ends = await asyncio.gather(*tasks[:2])
+            assert {outputs[-1].finish_reason for outputs in ends} == {FinishReason.ABORT}
+            assert not any(task.done() for task in tasks[2:])
+            assert await other.abort_call(None) == 2
+            await asyncio.gather(*tasks)
+            await collect(one, request("long", prompt=range(1, 600), max_tokens=1))
+            num_cached = (await other.stats()).num_cached_pages
+            assert await other.flush_cache() == num_cached > 0
+            assert (await other.stats()).num_cached_pages == (await other.stats()).num_cached_tails == 0
+
+    asyncio.run(main())

@@ -70,6 +70,15 @@ class FakeEngine:
     async def stats(self) -> EngineStats:
         return STATS
 
+    async def abort_call(self, call_id: str | None) -> int:
+        found = [name for name in self.waiting if call_id is None or name.startswith(call_id + "/")]
+        for request_id in found:
+            await self.abort(request_id)
+        return len(found)
+
+    async def flush_cache(self) -> int:
+        return 7
+
     async def submit(self, request: Request):
         self.submitted.append(request)
         finished = False
