@@ -8,6 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 from dsv4serve import __version__
 from dsv4serve.api import (
     errors,
+    openapi,
     routes_chat,
     routes_completions,
     routes_control,
@@ -30,6 +31,7 @@ def create_app(config: EngineConfig, client: Engine, tokenizer: ChatTokenizer) -
     app.router.redirect_slashes = False
     frontend = app.state.frontend = Frontend(config, client, tokenizer)
     for routes in (
+        openapi,
         routes_chat,
         routes_completions,
         routes_control,
