@@ -18,6 +18,7 @@ MAX_CACHE_BYTES = 256 << 20
 DSML, MARKER_ESCAPE = r"\uff5cDSML\uff5c", rf"\U{ord(MARKER):08x}"
 # What it takes for a character of a JSON string that has a length: control characters too, which JSON forbids.
 STRING_CHARACTER = r"[^\"\\\r\n]"
+HEX_ESCAPE = re.compile(r"\\\\|\\x([0-9a-f]{2})")  # behind an escaped backslash x is a letter
 # In front of what went wrong stand the time and the line of xgrammar's source.
 SOURCE = re.compile(r"^\[[^\]]*\] \S+:\d+: ")
 
@@ -83,13 +84,19 @@ class Compiler:
             uses_marker = DSML in written
             if STRING_CHARACTER in written and "json_schema" in text:
                 written = written.replace(STRING_CHARACTER, r"[^\0-\x1f\"\\]")
-                grammar = xgrammar.Grammar.from_ebnf(written)
+                grammar = _read(written)
             if uses_marker:
-                grammar = xgrammar.Grammar.from_ebnf(_with_marker(written))
+                grammar = _read(_with_marker(written))
             compiled = self._compiler.compile_grammar(grammar)
         except (RuntimeError, ValueError) as error:
             raise InvalidRequest(f"not a grammar that can be enforced: {SOURCE.sub('', str(error)).strip()}") from None
         return Compiled(compiled, uses_marker, self._vocabulary.eos_token_id, self._vocabulary.marker_id)
+
+
+def _read(written: str) -> xgrammar.Grammar:
+    """The grammar that xgrammar has written. It writes U+00DF as \\xdf, and reads a digit behind as a part of it."""
+    fixed = HEX_ESCAPE.sub(lambda found: rf"\u00{found[1]}" if found[1] else found[0], written)
+    return xgrammar.Grammar.from_ebnf(fixed)
 
 
 def _with_marker(written: str) -> str:
