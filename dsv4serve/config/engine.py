@@ -112,9 +112,9 @@ class EngineConfig(BaseSettings):
     ] = 60.0
     threads: Annotated[int, Field(ge=1, description="CPU threads of the engine's tensor library")] = 1
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$", description="log level")] = "info"
-    log_format: Annotated[
-        str, Field(pattern="^(text|json)$", description="lines of text, or a JSON object a line")
-    ] = "text"
+    log_format: Annotated[str, Field(pattern="^(text|json)$", description="lines of text, or a JSON object a line")] = (
+        "text"
+    )
     otlp_endpoint: Annotated[
         str, Field(description="URL that takes OpenTelemetry traces, such as http://host:4318/v1/traces; empty = none")
     ] = ""
