@@ -205,7 +205,7 @@ BAD = [
             {"stream_options": {"include_usage": True}},
             {"unknown_field": 1},
             {"logprobs": True},
-            {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"},
+            {"tool_choice": "required"},
         )
     ),
     b'{"model": "demo", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
