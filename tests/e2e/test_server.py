@@ -204,7 +204,7 @@ BAD = [
             {"stream": "yes"},
             {"stream_options": {"include_usage": True}},
             {"unknown_field": 1},
-            {"logprobs": True},
+            {"logprobs": "yes"},
             {"tool_choice": "required"},
         )
     ),
