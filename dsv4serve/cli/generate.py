@@ -136,8 +136,8 @@ async def _generate(
             output = await task
             failed |= output.error is not None
             print(_line(index, prompts[index], output, tokenizer), flush=True)
-            tensors[f"{index}.output"] = output.logits
-            tensors[f"{index}.prompt"] = output.prompt_logits
+            tensors[f"{index}.output"] = list(output.logits)
+            tensors[f"{index}.prompt"] = list(output.prompt_logits)
     if args.logits_out is not None:
         _write_rows(args.logits_out, tensors)
     return 1 if failed else 0
@@ -164,8 +164,8 @@ async def _collect(client: EngineClient, request: Request) -> RequestOutput:
     total = RequestOutput(request_id=request.request_id)
     async for part in client.submit(request):
         total.token_ids = total.token_ids + part.token_ids
-        total.logits = total.logits + part.logits
-        total.prompt_logits = total.prompt_logits + part.prompt_logits
+        total.logits = [*total.logits, *part.logits]
+        total.prompt_logits = [*total.prompt_logits, *part.prompt_logits]
         total.finish_reason, total.error = part.finish_reason, part.error
         if part.num_cached_tokens is not None:
             total.num_cached_tokens = part.num_cached_tokens

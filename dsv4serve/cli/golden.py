@@ -165,8 +165,8 @@ def _generate(golden: GoldenFolder, num_tokens: int, max_step_tokens: int, obser
     while (planned := scheduler.schedule()) is not None:
         for output in scheduler.update(planned, runner.execute(planned)):
             merged.token_ids += output.token_ids
-            merged.logits += output.logits
-            merged.prompt_logits += output.prompt_logits
+            merged.logits = [*merged.logits, *output.logits]
+            merged.prompt_logits = [*merged.prompt_logits, *output.prompt_logits]
     return merged
 
 

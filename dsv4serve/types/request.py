@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 import msgspec
@@ -101,7 +102,10 @@ class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     prefill_s: float | None = None  # likewise: from there to the first token
     error: str | None = None
     error_status: int | None = None  # HTTP status that fits `error`; None means 500
-    logits: list[bytes] = []  # float32 rows [vocab_size], one per token of token_ids, if asked for
-    prompt_logits: list[bytes] = []  # float32 rows [vocab_size] of the last num_prompt_logits prompt tokens
-    logprobs: list[TokenLogprobs] = []  # one per token of token_ids, if asked for
-    prompt_logprobs: list[TokenLogprobs] = []  # with the first tokens, if asked for: prompt tokens from the second on
+    # Defaults are tuples: a list would be made anew for every output.
+    logits: Sequence[bytes] = ()  # float32 rows [vocab_size], one per token of token_ids, if asked for
+    prompt_logits: Sequence[bytes] = ()  # float32 rows [vocab_size] of the last num_prompt_logits prompt tokens
+    logprobs: Sequence[TokenLogprobs] = ()  # one per token of token_ids, if asked for
+    prompt_logprobs: Sequence[
+        TokenLogprobs
+    ] = ()  # with the first tokens, if asked for: from the second prompt token on

@@ -96,8 +96,8 @@ class Bench:
         total = self.results[output.request_id]
         assert total.finish_reason is None, "output after the end"
         total.token_ids = total.token_ids + output.token_ids
-        total.logits = total.logits + output.logits
-        total.prompt_logits = total.prompt_logits + output.prompt_logits
+        total.logits = [*total.logits, *output.logits]
+        total.prompt_logits = [*total.prompt_logits, *output.prompt_logits]
         total.finish_reason, total.stop_token_id = output.finish_reason, output.stop_token_id
         if output.num_cached_tokens is not None:
             assert total.num_cached_tokens is None, "reported twice"

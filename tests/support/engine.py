@@ -102,10 +102,10 @@ class Engine:
 def _merge(total: RequestOutput, part: RequestOutput) -> None:
     assert total.finish_reason is None, f"{part.request_id} has output after its end"
     total.token_ids = total.token_ids + part.token_ids
-    total.logits = total.logits + part.logits
-    total.prompt_logits = total.prompt_logits + part.prompt_logits
-    total.logprobs = total.logprobs + part.logprobs
-    total.prompt_logprobs = total.prompt_logprobs + part.prompt_logprobs
+    total.logits = [*total.logits, *part.logits]
+    total.prompt_logits = [*total.prompt_logits, *part.prompt_logits]
+    total.logprobs = [*total.logprobs, *part.logprobs]
+    total.prompt_logprobs = [*total.prompt_logprobs, *part.prompt_logprobs]
     total.finish_reason = part.finish_reason
     if part.num_cached_tokens is not None:
         assert total.num_cached_tokens is None
