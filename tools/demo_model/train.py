@@ -1,6 +1,6 @@
 """Trains the demo model on one GPU and writes the official checkpoint and its BF16 master.
 
-    python -m tools.demo_model.train OUT --tokenizer DIR --steps 6000
+    python -m tools.demo_model.train OUT --tokenizer DIR --steps 3600
 
 The same command and seed see the same data in the same order; GPU sums are not bit-reproducible. Progress goes to
 OUT/log.jsonl, one line every LOG_EVERY steps. Facts and choices: docs/demo-model.md.
@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model.", allow_abbrev=False)
     parser.add_argument("out", type=Path, help="new folder for log and checkpoints")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
-    parser.add_argument("--steps", type=int, default=6000, help=f"updates of {STEP_TOKENS} tokens each")
+    parser.add_argument("--steps", type=int, default=3600, help=f"updates of {STEP_TOKENS} tokens each")
     parser.add_argument("--seed", type=int, default=20261123)
     parser.add_argument("--workers", type=int, default=14, help="processes that make data")
     parser.add_argument("--device", default="cuda")
