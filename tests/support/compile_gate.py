@@ -1,11 +1,12 @@
-"""Compiles the Triton kernels for a GPU that is not here; prints what the compiler made of them, one JSON line each.
+"""Compiles an operation's Triton kernels for a GPU that is not here; prints what the compiler made of them.
 
-    python tests/support/compile_gate.py 103     (90 = Hopper, 103 = GB300)
+    python tests/support/compile_gate.py 103 mhc     (90 = Hopper, 103 = GB300)
 
-A process of its own: TRITON_INTERPRET must not be set, and the stub driver stays. The public functions of the kernels
-run on CPU tensors of true shapes; each launch compiles instead of launching.
+One JSON line for each launch of `launches/<operation>.py`, whose public functions run on CPU tensors of true shapes; a
+launch compiles instead. A process of its own: TRITON_INTERPRET must not be set, and the stub driver stays.
 """
 
+import importlib
 import json
 import re
 import subprocess
@@ -20,7 +21,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
+MATRIX = ("HMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -97,29 +98,17 @@ def describe(kernel, run: str) -> dict:
     }
 
 
-def launch_mhc(name: str, shapes, num_tokens: int) -> None:
-    """The mHC kernels: boundary with and without a finished sublayer, and the final collapse."""
-    from dsv4_kernels.mhc import triton as mhc
-    from dsv4_kernels.mhc.cases import Case
-
-    inputs = Case(name, num_tokens, shapes).make(0, torch.bfloat16)
-    streams, norm = inputs["streams"], torch.ones(shapes.hidden_size)
-    post, comb = torch.ones(num_tokens, 4), torch.ones(num_tokens, 4, 4)
-    mhc.mhc_boundary(norm=norm, output=streams[:, 0].contiguous(), post=post, comb=comb, **inputs)
-    mhc.mhc_boundary(norm=norm, **inputs)
-    head = {key: inputs[key] for key in ("streams", "hc_eps", "norm_eps")}
-    mhc.mhc_head(fn=inputs["fn"][:4], base=inputs["base"][:4], scale=inputs["scale"][:1], norm=norm, **head)
-
-
 def main() -> None:
-    compiled = record_launches(int(sys.argv[1]))
-    from dsv4_kernels.cases import FLASH, PRO
-
-    for name, shapes, num_tokens in (("pro", PRO, 1), ("flash", FLASH, 128)):
+    capability, operation = int(sys.argv[1]), sys.argv[2]
+    compiled = record_launches(capability)
+    launches = importlib.import_module(f"launches.{operation}")
+    for run in launches.RUNS:
         compiled.clear()
-        launch_mhc(name, shapes, num_tokens)
+        launches.launch(run)
         for kernel in compiled:
-            print(json.dumps(describe(kernel, f"{name}, {num_tokens} tokens")))
+            line = describe(kernel, run)
+            expected = launches.matrix_instructions(kernel.name, run, capability)
+            print(json.dumps(line | {"expected_instructions": sorted(expected)}))
 
 
 if __name__ == "__main__":
