@@ -5,5 +5,6 @@ can hold it. The reference builds each table once a step, on first use, and all 
 """
 
 from dsv4_kernels.metadata.reference import C4, C4_WIDTH, C128, Closings, Group, HistoryTable, Segments, StepMetadata
+from dsv4_kernels.metadata.rows import Rows
 
-__all__ = ["C4", "C4_WIDTH", "C128", "Closings", "Group", "HistoryTable", "Segments", "StepMetadata"]
+__all__ = ["C4", "C4_WIDTH", "C128", "Closings", "Group", "HistoryTable", "Rows", "Segments", "StepMetadata"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv4_kernels.metadata import C4, C128, StepMetadata
+from dsv4_kernels.metadata import C4, C128, Rows, StepMetadata
 
 PAGE = 256
 
@@ -119,3 +119,13 @@ def test_c128_segments_partition_the_step(seed: int, decode_only: bool) -> None:
         assert (index in segments.closing.tolist()) == closes
         assert (index in segments.open.tolist()) != closes
     assert seen == list(range(step.num_rows))
+
+
+def test_rows_of_a_step_know_their_request_and_padding_is_marked():
+    slots, starts, counts = (torch.tensor(values, dtype=torch.int32) for values in ([7, 2, 5], [130, 9, 0], [1, 0, 3]))
+    rows = Rows.build(slots, starts, counts, num_rows=6)
+    assert rows.slots.tolist() == [7, 5, 5, 5, -1, -1]
+    assert rows.positions.tolist() == [130, 0, 1, 2, -1, -1]
+    assert rows.firsts.tolist() == [0, 1, 1, 1, -1, -1]
+    assert rows.counts.tolist() == [1, 3, 3, 3, 0, 0]
+    assert all(values.dtype == torch.int32 for values in vars(rows).values())
