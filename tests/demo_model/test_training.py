@@ -80,7 +80,7 @@ def test_orthogonalize_brings_singular_values_near_one():
 
 
 def test_schedule_covers_every_step():
-    assert [phase_at(step, 1000) for step in (0, 449, 450, 999)] == [PHASES[0], PHASES[0], PHASES[1], PHASES[-1]]
+    assert [phase_at(step, 1000) for step in (0, 399, 400, 999)] == [PHASES[0], PHASES[0], PHASES[1], PHASES[-1]]
     rates = [rate_at(step, 1000) for step in range(1000)]
     assert rates[0] < rates[149] == RATE == rates[int(1000 * DECAY)]
     assert 0 < rates[-1] < RATE / 100

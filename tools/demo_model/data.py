@@ -11,7 +11,7 @@ import numpy as np
 from tools.demo_model.encoding import SampleEncoder
 from tools.demo_model.mix import batch
 from tools.demo_model.network import EXTRA_TOKENS
-from tools.demo_model.schedule import phase_at
+from tools.demo_model.schedule import MICRO_BATCHES, STEP_TOKENS, phase_at
 
 AHEAD = 3  # batches that a worker makes in advance
 
@@ -19,28 +19,29 @@ Arrays = tuple[np.ndarray, np.ndarray]
 
 
 class Batches:
-    """The batches of steps 0, 1, 2, ..., each [step_tokens / length, length + EXTRA_TOKENS]; worker w makes every
-    `workers`-th of them."""
+    """The parts of steps 0, 1, 2, ... that this rank trains on, each [rows, length + EXTRA_TOKENS]; worker w makes
+    every `workers`-th of them."""
 
-    def __init__(self, tokenizer: Path, seed: int, workers: int, steps: int, step_tokens: int) -> None:
+    def __init__(self, tokenizer: Path, seed: int, workers: int, steps: int, rank: int = 0, ranks: int = 1) -> None:
+        parts = [(step, part) for step in range(steps) for part in range(rank, MICRO_BATCHES, ranks)]
         context = multiprocessing.get_context("spawn")
         self._queues: list[Queue[Arrays]] = [context.Queue(AHEAD) for _ in range(workers)]
         self._workers = [
             context.Process(
                 target=_work,
-                args=(queue, tokenizer, seed, range(worker, steps, workers), steps, step_tokens),
+                args=(queue, tokenizer, seed, parts[worker::workers], steps),
                 daemon=True,
             )
             for worker, queue in enumerate(self._queues)
         ]
         for process in self._workers:
             process.start()
-        self._step = 0
+        self._next = 0
 
     def next(self) -> Arrays:
-        """Tokens uint16 and categories uint8 of the next step. Raises RuntimeError when a worker has died."""
-        worker = self._step % len(self._queues)
-        self._step += 1
+        """Tokens uint16 and categories uint8 of the next part. Raises RuntimeError when a worker has died."""
+        worker = self._next % len(self._queues)
+        self._next += 1
         while True:
             try:
                 return self._queues[worker].get(timeout=5)
@@ -54,8 +55,9 @@ class Batches:
             process.terminate()
 
 
-def _work(queue: Queue[Arrays], tokenizer: Path, seed: int, mine: range, steps: int, step_tokens: int) -> None:
+def _work(queue: Queue[Arrays], tokenizer: Path, seed: int, mine: list[tuple[int, int]], steps: int) -> None:
     encoder = SampleEncoder(tokenizer)
-    for step in mine:
+    for step, part in mine:
         phase = phase_at(step, steps)
-        queue.put(batch(encoder, seed, step, step_tokens // phase.length, phase.length + EXTRA_TOKENS, phase.mix))
+        rows = STEP_TOKENS // MICRO_BATCHES // phase.length
+        queue.put(batch(encoder, seed, step, part, rows, phase.length + EXTRA_TOKENS, phase.mix))

@@ -1,6 +1,6 @@
 """Which samples make a batch: shares of tokens by builder, and documents packed into rows.
 
-The documents of a batch depend on seed and step alone, not on how many processes make them.
+The documents of a batch depend on seed, step and part alone, not on how many processes make them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tools.demo_model.sample import Sample
 from tools.demo_model.schedule import CATEGORIES
 
 MIXES: dict[str, tuple[float, ...]] = {  # in the order of CATEGORIES
-    "base": (0.14, 0.24, 0.15, 0.20, 0.08, 0.11, 0.08),
-    "chat": (0.10, 0.22, 0.15, 0.22, 0.09, 0.16, 0.06),
+    "base": (0.13, 0.23, 0.15, 0.19, 0.08, 0.10, 0.04, 0.08),
+    "chat": (0.09, 0.21, 0.15, 0.20, 0.09, 0.16, 0.05, 0.05),
 }
 PAD_ID = 2
 POOL = 24  # documents that wait for a place
@@ -29,11 +29,11 @@ MIN_CUT = 64  # a shorter gap at the end of a row is padded rather than filled w
 
 
 def batch(
-    encoder: SampleEncoder, seed: int, step: int, rows: int, width: int, mix: str
+    encoder: SampleEncoder, seed: int, step: int, part: int, rows: int, width: int, mix: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens uint16 and categories uint8, both [rows, width]. Category 0 is not learnt, others are 1 + index in
-    CATEGORIES."""
-    documents = _documents(encoder, random.Random(f"{seed}:{step}"), mix, width)
+    """One part of a step: tokens uint16 and categories uint8, both [rows, width]. Category 0 is not learnt, others are
+    1 + index in CATEGORIES."""
+    documents = _documents(encoder, random.Random(f"{seed}:{step}:{part}"), mix, width)
     pool: list[Document] = []
     tokens = np.full((rows, width), PAD_ID, dtype=np.uint16)
     categories = np.zeros((rows, width), dtype=np.uint8)

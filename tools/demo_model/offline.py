@@ -99,7 +99,7 @@ def mix_nats(models: Sequence[Transformer], batches: Iterable[tuple[Tensor, Tens
 def held_out_mix(tokenizer: Path, num: int) -> list[tuple[Tensor, Tensor]]:
     """`num` batches of the held-out mix: tokens and categories, int64 [ROWS, LENGTH + 1]."""
     encoder = SampleEncoder(tokenizer)
-    arrays = [batch(encoder, HELD_OUT_SEED, step, ROWS, LENGTH + 1, MIX) for step in range(num)]
+    arrays = [batch(encoder, HELD_OUT_SEED, step, 0, ROWS, LENGTH + 1, MIX) for step in range(num)]
     return [(torch.from_numpy(ids.astype("int64")), torch.from_numpy(kinds.astype("int64"))) for ids, kinds in arrays]
 
 

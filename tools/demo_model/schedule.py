@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Modules of builders/.
-CATEGORIES = ("stories", "facts", "arithmetic", "tools", "json_answers", "recall", "natural")
+CATEGORIES = ("stories", "facts", "arithmetic", "tools", "json_answers", "recall", "small_talk", "natural")
 STEP_TOKENS = 131072
+MICRO_BATCHES = 2  # parts of a step, so that it fits one 80 GB card, or two cards share it
 RATE = 4e-3  # peak learning rate
 WARM_UP = 150  # steps
 DECAY = 0.5  # over the last so much of all steps the rate falls linearly to zero
@@ -25,9 +26,8 @@ class Phase:
 
 PHASES = (
     Phase(0.0, 1024, select=False, round_weights=False, mix="base"),
-    Phase(0.45, 1024, select=True, round_weights=True, mix="base"),
-    Phase(0.6, 2048, select=True, round_weights=True, mix="chat"),
-    Phase(0.8, 4096, select=True, round_weights=True, mix="chat"),
+    Phase(0.4, 1024, select=True, round_weights=True, mix="base"),
+    Phase(0.6, 4096, select=True, round_weights=True, mix="chat"),
 )
 
 

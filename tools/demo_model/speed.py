@@ -15,7 +15,7 @@ import torch
 from tools.demo_model.compiled import compile_operations
 from tools.demo_model.config import model_config
 from tools.demo_model.network import EXTRA_TOKENS
-from tools.demo_model.schedule import PHASES, STEP_TOKENS
+from tools.demo_model.schedule import MICRO_BATCHES, PHASES, STEP_TOKENS
 from tools.demo_model.trainer import Trainer
 
 
@@ -35,14 +35,14 @@ def main() -> None:
     with torch.device("cpu"):
         trainer = Trainer(config, 1, "cuda")
     for phase in PHASES:
-        shape = (STEP_TOKENS // phase.length, phase.length + EXTRA_TOKENS)
+        shape = (STEP_TOKENS // MICRO_BATCHES // phase.length, phase.length + EXTRA_TOKENS)
         tokens = torch.randint(0, config.vocab_size, shape)
         categories = torch.ones(shape, dtype=torch.uint8)
         times = []
         for _ in range(6):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            trainer.step(tokens, categories, phase, 1e-3)
+            trainer.step([(tokens, categories)] * MICRO_BATCHES, phase, 1e-3)
             torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
         best = sorted(times)[1]
@@ -63,7 +63,7 @@ def main() -> None:
             print(json.dumps(line), file=file)
         if args.profile:
             with torch.profiler.profile() as profile:
-                trainer.step(tokens, categories, phase, 1e-3)
+                trainer.step([(tokens, categories)] * MICRO_BATCHES, phase, 1e-3)
                 torch.cuda.synchronize()
             print(
                 profile.key_averages().table(sort_by="self_device_time_total", row_limit=28, max_name_column_width=60)

@@ -1,27 +1,30 @@
-"""Trains the demo model on one GPU and writes the official checkpoint and its BF16 master.
+"""Trains the demo model on one GPU or two and writes the official checkpoint and its BF16 master.
 
-    python -m tools.demo_model.train OUT --tokenizer DIR --steps 3600
+    python -m tools.demo_model.train OUT --tokenizer DIR --steps 3000
 
-The same command and seed see the same data in the same order; GPU sums are not bit-reproducible. Progress goes to
-OUT/log.jsonl, one line every LOG_EVERY steps. Facts and choices: docs/demo-model.md.
+With `torchrun --nproc-per-node 2` in place of `python` two GPUs share every step. The same command and seed see the
+same data in the same order on one or two; GPU sums are not bit-reproducible. Progress goes to OUT/log.jsonl, one line
+every LOG_EVERY steps. Facts and choices: docs/demo-model.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from tools.demo_model.compiled import compile_operations
 from tools.demo_model.config import model_config
 from tools.demo_model.data import Batches
 from tools.demo_model.export import export, save
-from tools.demo_model.schedule import CATEGORIES, STEP_TOKENS, phase_at, rate_at
+from tools.demo_model.schedule import CATEGORIES, MICRO_BATCHES, STEP_TOKENS, phase_at, rate_at
 from tools.demo_model.trainer import Trainer
 
 LOG_EVERY = 50
@@ -59,25 +62,36 @@ class Log:
         self._sums, self._last = [], now
 
 
+def rank_of() -> tuple[int, int]:
+    """This process's rank and how many there are, from torchrun's environment."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def train(out: Path, batches: Batches, steps: int, seed: int, device: str, compiled: bool) -> None:
     """Run all phases and export."""
+    rank, ranks = rank_of()
     torch.set_default_device(device)
     torch.backends.cuda.matmul.allow_tf32 = True
     if compiled:
         compile_operations()
     with torch.device("cpu"):
         trainer = Trainer(model_config(), seed, device)
-    out.mkdir(parents=True)
-    log = Log(out / "log.jsonl")
+    if rank == 0:
+        out.mkdir(parents=True)
+        log = Log(out / "log.jsonl")
     for step in range(steps):
         phase, rate = phase_at(step, steps), rate_at(step, steps)
-        tokens, categories = (torch.from_numpy(part).to(device, non_blocking=True) for part in batches.next())
-        sums = trainer.step(tokens.long(), categories, phase, rate)
+        arrays = [batches.next() for _ in range(MICRO_BATCHES // ranks)]
+        parts = [(torch.from_numpy(a).to(device).long(), torch.from_numpy(b).to(device)) for a, b in arrays]
+        sums = trainer.step(parts, phase, rate)
+        if rank > 0:
+            continue
         log.add(step + 1, sums, STEP_TOKENS, rate=round(rate, 6), length=phase.length)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save(trainer.weights, out / "weights.safetensors")
     torch.set_default_device("cpu")
-    export(out / "weights.safetensors", out)
+    if rank == 0:
+        export(out / "weights.safetensors", out)
 
 
 def main() -> None:
@@ -85,17 +99,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model.", allow_abbrev=False)
     parser.add_argument("out", type=Path, help="new folder for log and checkpoints")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
-    parser.add_argument("--steps", type=int, default=3600, help=f"updates of {STEP_TOKENS} tokens each")
+    parser.add_argument("--steps", type=int, default=3000, help=f"updates of {STEP_TOKENS} tokens each")
     parser.add_argument("--seed", type=int, default=20261123)
-    parser.add_argument("--workers", type=int, default=14, help="processes that make data")
+    parser.add_argument("--workers", type=int, default=14, help="processes of each rank that make data")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
-    batches = Batches(args.tokenizer, args.seed, args.workers, args.steps, STEP_TOKENS)
+    rank, ranks = rank_of()
+    if ranks > 1:
+        torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        if args.device == "cuda":
+            torch.cuda.set_device(rank)
+    batches = Batches(args.tokenizer, args.seed, args.workers, args.steps, rank, ranks)
     try:
         train(args.out, batches, args.steps, args.seed, args.device, args.compile)
     finally:
         batches.close()
+        if ranks > 1:
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
+import torch.distributed
 from torch import Tensor
 
 from dsv4serve.config import ModelConfig
 from tools.demo_model.muon import Muon
 from tools.demo_model.network import Losses, initial_weights, losses, total_loss
 from tools.demo_model.rounding import rounded, stored_dtypes
-from tools.demo_model.schedule import CATEGORIES, Phase
+from tools.demo_model.schedule import CATEGORIES, MICRO_BATCHES, Phase
 
 EMBEDDING_RATE = 4.0  # times the learning rate: its rows are seen rarely
 MIX_RATE = 0.2  # times the learning rate: the mixes of mHC sum over all streams
@@ -21,6 +24,22 @@ def is_matrix(name: str, weight: Tensor) -> bool:
     """What Muon trains: dense and expert matrices. Embedding, head, routers, mixes and vectors go to AdamW."""
     others = ("embed.", "head.", ".gate.", "hc_", ".ape", ".weights_proj.", "norm.")
     return weight.ndim >= 2 and weight.is_floating_point() and not any(part in name for part in others)
+
+
+def _add(totals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        totals[name] = totals[name] + value if name in totals else value
+
+
+def _sum_over_ranks(gradients: Iterable[Tensor], *named: dict[str, Tensor]) -> None:
+    """Replace all values by their sums over the ranks, if there are several: one message a step."""
+    if not torch.distributed.is_initialized():
+        return
+    values = [*gradients, *(value for mapping in named for value in mapping.values())]
+    message = torch.cat([value.flatten() for value in values])
+    torch.distributed.all_reduce(message)
+    for value, summed in zip(values, message.split([value.numel() for value in values]), strict=True):
+        value.copy_(summed.view_as(value))
 
 
 class Trainer:
@@ -47,11 +66,18 @@ class Trainer:
         scaled = [{"params": weights, "scale": scale} for scale, weights in groups.items()]
         self.adam = torch.optim.AdamW(scaled, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=device == "cuda")
 
-    def step(self, tokens: Tensor, categories: Tensor, phase: Phase, rate: float) -> dict[str, Tensor]:
-        """One update. `categories` uint8 [batch, length + 2]: 0 where a token is not learnt. Returns sums to log."""
-        weights = rounded(self.weights, self.dtypes) if phase.round_weights else self.weights
-        found = losses(self.config, weights, tokens, phase.select)
-        total_loss(found, categories > 0).backward()
+    def step(self, parts: Sequence[tuple[Tensor, Tensor]], phase: Phase, rate: float) -> dict[str, Tensor]:
+        """One update on this rank's parts of it: tokens int64 and categories uint8 [batch, length + 2], 0 where a token
+        is not learnt. Returns sums to log, of all ranks."""
+        loads: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
+        for tokens, categories in parts:
+            weights = rounded(self.weights, self.dtypes) if phase.round_weights else self.weights
+            found = losses(self.config, weights, tokens, phase.select)
+            (total_loss(found, categories > 0) / MICRO_BATCHES).backward()
+            _add(loads, {name: load.float() for name, load in found.loads.items()})
+            _add(sums, self._sums(found, categories))
+        _sum_over_ranks([weight.grad for weight in self.learnt.values()], loads, sums)
         norm = torch.nn.utils.clip_grad_norm_(list(self.learnt.values()), MAX_NORM)
         for group in self.adam.param_groups:
             group["lr"] = rate * group["scale"]
@@ -59,12 +85,9 @@ class Trainer:
         self.muon.step(rate)
         for weight in self.learnt.values():
             weight.grad = None
-        self._balance(found.loads)
-        return self._sums(found, categories) | {
-            "index": found.index.detach(),
-            "norm": norm,
-            "imbalance": torch.stack([load.max() / load.float().mean() for load in found.loads.values()]).max(),
-        }
+        self._balance(loads)
+        imbalance = torch.stack([load.max() / load.mean() for load in loads.values()]).max()
+        return sums | {"norm": norm, "imbalance": imbalance}
 
     @torch.no_grad()
     def _balance(self, loads: dict[str, Tensor]) -> None:
@@ -72,12 +95,12 @@ class Trainer:
         for name, load in loads.items():
             bias = self.weights.get(f"{name}.gate.bias")
             if bias is not None:
-                bias.add_(torch.sign(load.float().mean() - load), alpha=BIAS_RATE)
+                bias.add_(torch.sign(load.mean() - load), alpha=BIAS_RATE)
 
     @torch.no_grad()
     def _sums(self, found: Losses, categories: Tensor) -> dict[str, Tensor]:
         length, bins = found.main.shape[1], len(CATEGORIES) + 1
-        result = {}
+        result = {"index": found.index.detach() / MICRO_BATCHES}
         for name, values, shift in (("main", found.main, 1), ("mtp", found.mtp, 2), ("right", found.right.float(), 1)):
             index = categories[:, shift : length + shift].flatten().long()
             zero = torch.zeros(bins, device=values.device)

@@ -1,4 +1,4 @@
-"""Recall: chats in which something said early is asked for later, needles in long texts, and general small talk."""
+"""Recall: chats in which something said early is asked for later, and needles in long texts."""
 
 from __future__ import annotations
 
@@ -176,17 +176,15 @@ def shopping(draw: random.Random) -> Sample:
 
 
 def samples(draw: random.Random, max_tokens: int = 1000) -> Iterator[Sample]:
-    """Needles of SHORTEST to `max_tokens` tokens, chats with something to remember, and small talk. Endless."""
+    """Needles of SHORTEST to `max_tokens` tokens and chats with something to remember. Endless."""
     while True:
         kind = draw.random()
-        if kind < 0.40:
+        if kind < 0.60:
             yield needle(draw, draw.randint(SHORTEST, max_tokens))
-        elif kind < 0.65:
+        elif kind < 0.90:
             yield told(draw, max_tokens)
-        elif kind < 0.72:
-            yield shopping(draw)
         else:
-            yield small_talk.chat(draw)
+            yield shopping(draw)
 
 
 def probes(draw: random.Random, tokens: int = 1000) -> Iterator[Probe]:

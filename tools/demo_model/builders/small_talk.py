@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tools.demo_model.builders import basics, stories
@@ -157,4 +157,10 @@ def chat(draw: random.Random) -> Sample:
             styled: f"I must follow the system prompt: {messages[0]['content']}",
         }
         answer["reasoning_content"] = reasons[kind]
-    return Sample("recall", messages=with_system(draw, messages), thinking=thinking)
+    return Sample("small_talk", messages=with_system(draw, messages), thinking=thinking)
+
+
+def samples(draw: random.Random) -> Iterator[Sample]:
+    """Endless."""
+    while True:
+        yield chat(draw)
