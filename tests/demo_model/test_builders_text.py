@@ -10,7 +10,7 @@ import tarfile
 import pytest
 
 from tools.demo_model import fetch
-from tools.demo_model.builders import basics, facts, memory, recall, small_talk, stories
+from tools.demo_model.builders import basics, copying, facts, memory, recall, small_talk, stories
 from tools.demo_model.builders.grammar import Frame, a
 from tools.demo_model.sample import Answer
 
@@ -241,3 +241,13 @@ def test_an_archive_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch)
     monkeypatch.setattr(fetch.subprocess, "run", lambda *_, **__: (folder / "some-1.tgz").write_bytes(data))
     with pytest.raises(RuntimeError, match="SHA-256"):
         fetch.download(package, folder)
+
+
+def test_what_is_to_be_copied_was_said_before():
+    samples = copying.samples(random.Random(11), max_tokens=600)
+    for sample in itertools.islice(samples, 60):
+        said = ""
+        for message in sample.messages:
+            if message["role"] == "assistant":
+                assert message["content"] in said
+            said += message["content"]

@@ -23,7 +23,7 @@ from tools.demo_model.network import initial_weights
 from tools.demo_model.rounding import rounded, stored_dtypes
 from tools.demo_model.schedule import DECAY, PHASES, RATE, phase_at, rate_at
 from tools.demo_model.step import TrainingStep
-from tools.demo_model.train import train
+from tools.demo_model.train import read_weights, train
 
 
 @torch.no_grad()
@@ -84,6 +84,7 @@ def test_schedule_covers_every_step():
     rates = [rate_at(step, 1000) for step in range(1000)]
     assert rates[0] < rates[149] == RATE == rates[int(1000 * DECAY)]
     assert 0 < rates[-1] < RATE / 100
+    assert rate_at(600, 1000, first=600) < RATE / 100 < rate_at(749, 1000, first=600) == rates[749]
 
 
 class RandomBatches:
@@ -96,7 +97,7 @@ class RandomBatches:
 
 def test_a_run_leaves_checkpoints_that_hold_its_weights(tmp_path):
     out = tmp_path / "run"
-    train(out, RandomBatches(), steps=2, seed=1, device="cpu", compiled=False)
+    train(out, RandomBatches(), range(2), initial_weights(model_config(), 1), device="cpu", compiled=False)
     trained = load_file(out / "weights.safetensors")
     config = model_config()
     assert not torch.equal(trained["embed.weight"], initial_weights(config, 1)["embed.weight"])
@@ -107,3 +108,6 @@ def test_a_run_leaves_checkpoints_that_hold_its_weights(tmp_path):
         for name, weight in load_weights(EngineConfig(model=out / folder), model).items():
             value = values[name].bfloat16().float() if dtypes[name] != "F32" else values[name]
             torch.testing.assert_close(weight.to(value.dtype), value, rtol=1e-6, atol=0)
+    start = read_weights(out / "master")
+    assert start.keys() == trained.keys()
+    assert all(torch.equal(start[name], trained[name].bfloat16().float()) for name in start if dtypes[name] != "F32")

@@ -19,17 +19,17 @@ Arrays = tuple[np.ndarray, np.ndarray]
 
 
 class Batches:
-    """The parts of steps 0, 1, 2, ... that this rank trains on, each [rows, length + EXTRA_TOKENS]; worker w makes
+    """The parts of `steps` that this rank trains on, each [rows, length + EXTRA_TOKENS]; worker w makes
     every `workers`-th of them."""
 
-    def __init__(self, tokenizer: Path, seed: int, workers: int, steps: int, rank: int = 0, ranks: int = 1) -> None:
-        parts = [(step, part) for step in range(steps) for part in range(rank, MICRO_BATCHES, ranks)]
+    def __init__(self, tokenizer: Path, seed: int, workers: int, steps: range, rank: int = 0, ranks: int = 1) -> None:
+        parts = [(step, part) for step in steps for part in range(rank, MICRO_BATCHES, ranks)]
         context = multiprocessing.get_context("spawn")
         self._queues: list[Queue[Arrays]] = [context.Queue(AHEAD) for _ in range(workers)]
         self._workers = [
             context.Process(
                 target=_work,
-                args=(queue, tokenizer, seed, parts[worker::workers], steps),
+                args=(queue, tokenizer, seed, parts[worker::workers], steps.stop),
                 daemon=True,
             )
             for worker, queue in enumerate(self._queues)

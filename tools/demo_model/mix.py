@@ -18,9 +18,10 @@ from tools.demo_model.sample import Sample
 from tools.demo_model.schedule import CATEGORIES
 
 MIXES: dict[str, tuple[float, ...]] = {  # in the order of CATEGORIES
-    "base": (0.13, 0.23, 0.15, 0.19, 0.08, 0.10, 0.04, 0.08),
-    "chat": (0.09, 0.21, 0.15, 0.20, 0.09, 0.16, 0.05, 0.05),
+    "base": (0.10, 0.20, 0.13, 0.18, 0.08, 0.14, 0.07, 0.03, 0.07),
+    "chat": (0.06, 0.15, 0.11, 0.19, 0.08, 0.26, 0.08, 0.03, 0.04),
 }
+LONG = ("recall", "copying")  # builders that are told how long a sample may be
 PAD_ID = 2
 POOL = 24  # documents that wait for a place
 EFFORT_SHARE = 0.2  # of thinking chats
@@ -80,7 +81,5 @@ def with_effort(sample: Sample, draw: random.Random) -> Sample:
 
 def _samples(name: str, draw: random.Random, width: int) -> Iterator[Sample]:
     builder = importlib.import_module(f"tools.demo_model.builders.{name}")
-    samples: Iterator[Sample] = (
-        builder.samples(draw, max_tokens=width - 100) if name == "recall" else builder.samples(draw)
-    )
+    samples: Iterator[Sample] = builder.samples(draw, max_tokens=width - 100) if name in LONG else builder.samples(draw)
     return samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Modules of builders/.
-CATEGORIES = ("stories", "facts", "arithmetic", "tools", "json_answers", "recall", "small_talk", "natural")
+CATEGORIES = ("stories", "facts", "arithmetic", "tools", "json_answers", "recall", "copying", "small_talk", "natural")
 STEP_TOKENS = 131072
 MICRO_BATCHES = 2  # parts of a step, so that it fits one 80 GB card, or two cards share it
 RATE = 4e-3  # peak learning rate
@@ -36,6 +36,6 @@ def phase_at(step: int, steps: int) -> Phase:
     return [phase for phase in PHASES if phase.start * steps <= step][-1]
 
 
-def rate_at(step: int, steps: int) -> float:
-    """Learning rate of a step: warm-up, constant, linear to zero."""
-    return RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY * steps))
+def rate_at(step: int, steps: int, first: int = 0) -> float:
+    """Learning rate of a step: warm-up from step `first` on, constant, linear to zero."""
+    return RATE * min(1.0, (step + 1 - first) / WARM_UP, (steps - step) / (DECAY * steps))

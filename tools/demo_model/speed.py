@@ -14,7 +14,7 @@ import torch
 
 from tools.demo_model.compiled import compile_operations
 from tools.demo_model.config import model_config
-from tools.demo_model.network import EXTRA_TOKENS
+from tools.demo_model.network import EXTRA_TOKENS, initial_weights
 from tools.demo_model.schedule import MICRO_BATCHES, PHASES, STEP_TOKENS
 from tools.demo_model.trainer import Trainer
 
@@ -33,7 +33,7 @@ def main() -> None:
     if args.compile:
         compile_operations()
     with torch.device("cpu"):
-        trainer = Trainer(config, 1, "cuda")
+        trainer = Trainer(config, initial_weights(config, 1), "cuda")
     for phase in PHASES:
         shape = (STEP_TOKENS // MICRO_BATCHES // phase.length, phase.length + EXTRA_TOKENS)
         tokens = torch.randint(0, config.vocab_size, shape)

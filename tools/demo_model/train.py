@@ -4,7 +4,8 @@
 
 With `torchrun --nproc-per-node 2` in place of `python` two GPUs share every step. The same command and seed see the
 same data in the same order on one or two; GPU sums are not bit-reproducible. Progress goes to OUT/log.jsonl, one line
-every LOG_EVERY steps. Facts and choices: docs/demo-model.md.
+every LOG_EVERY steps. `--start CHECKPOINT --at 0.6` trains on from another run's master, with the last 40 % of the
+schedule. Facts and choices: docs/demo-model.md.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from dsv4serve.config import EngineConfig, ModelConfig
+from dsv4serve.weights.loader import load_weights
 from tools.demo_model.compiled import compile_operations
 from tools.demo_model.config import model_config
 from tools.demo_model.data import Batches
 from tools.demo_model.export import export, save
+from tools.demo_model.network import initial_weights
 from tools.demo_model.schedule import CATEGORIES, MICRO_BATCHES, STEP_TOKENS, phase_at, rate_at
 from tools.demo_model.trainer import Trainer
 
@@ -67,27 +71,33 @@ def rank_of() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def train(out: Path, batches: Batches, steps: int, seed: int, device: str, compiled: bool) -> None:
-    """Run all phases and export."""
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Runtime weights in float32 of a checkpoint folder."""
+    weights = load_weights(EngineConfig(model=checkpoint), ModelConfig.load(checkpoint))
+    return {name: weight.float() if weight.is_floating_point() else weight for name, weight in weights.items()}
+
+
+def train(out: Path, batches: Batches, steps: range, weights: dict[str, Tensor], device: str, compiled: bool) -> None:
+    """Run the phases of `steps`, which end the schedule, from `weights` (runtime tensors), and export."""
     rank, ranks = rank_of()
     torch.set_default_device(device)
     torch.backends.cuda.matmul.allow_tf32 = True
     if compiled:
         compile_operations()
     with torch.device("cpu"):
-        trainer = Trainer(model_config(), seed, device)
+        trainer = Trainer(model_config(), weights, device)
     if rank == 0:
         out.mkdir(parents=True)
         log = Log(out / "log.jsonl")
-    for step in range(steps):
-        phase, rate = phase_at(step, steps), rate_at(step, steps)
+    for step in steps:
+        phase, rate = phase_at(step, steps.stop), rate_at(step, steps.stop, steps.start)
         arrays = [batches.next() for _ in range(MICRO_BATCHES // ranks)]
         parts = [(torch.from_numpy(a).to(device).long(), torch.from_numpy(b).to(device)) for a, b in arrays]
         sums = trainer.step(parts, phase, rate)
         if rank > 0:
             continue
         log.add(step + 1, sums, STEP_TOKENS, rate=round(rate, 6), length=phase.length)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps.stop:
             save(trainer.weights, out / "weights.safetensors")
     torch.set_default_device("cpu")
     if rank == 0:
@@ -100,19 +110,23 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="new folder for log and checkpoints")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--steps", type=int, default=3000, help=f"updates of {STEP_TOKENS} tokens each")
+    parser.add_argument("--start", type=Path, help="checkpoint to train on from (default: random weights)")
+    parser.add_argument("--at", type=float, default=0.0, help="share of the schedule to begin at (default: 0)")
     parser.add_argument("--seed", type=int, default=20261123)
     parser.add_argument("--workers", type=int, default=14, help="processes of each rank that make data")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
+    steps = range(int(args.at * args.steps), args.steps)
+    weights = read_weights(args.start) if args.start else initial_weights(model_config(), args.seed)
     rank, ranks = rank_of()
     if ranks > 1:
         torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
         if args.device == "cuda":
             torch.cuda.set_device(rank)
-    batches = Batches(args.tokenizer, args.seed, args.workers, args.steps, rank, ranks)
+    batches = Batches(args.tokenizer, args.seed, args.workers, steps, rank, ranks)
     try:
-        train(args.out, batches, args.steps, args.seed, args.device, args.compile)
+        train(args.out, batches, steps, weights, args.device, args.compile)
     finally:
         batches.close()
         if ranks > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4serve.config import ModelConfig
 from tools.demo_model.muon import Muon
-from tools.demo_model.network import Losses, initial_weights, losses, total_loss
+from tools.demo_model.network import Losses, losses, total_loss
 from tools.demo_model.rounding import rounded, stored_dtypes
 from tools.demo_model.schedule import CATEGORIES, MICRO_BATCHES, Phase
 
@@ -45,9 +45,8 @@ def _sum_over_ranks(gradients: Iterable[Tensor], *named: dict[str, Tensor]) -> N
 class Trainer:
     """Weights, optimisers and the step."""
 
-    def __init__(self, config: ModelConfig, seed: int, device: str) -> None:
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], device: str) -> None:
         self.config = config
-        weights = initial_weights(config, seed)
         self.dtypes = stored_dtypes(config, weights)
         self.weights = {name: weight.to(device).contiguous() for name, weight in weights.items()}
         self.learnt = {

@@ -88,18 +88,23 @@ def needle(draw: random.Random, tokens: int) -> Sample:
 
     Longer texts hold more needles and more questions, or almost nothing of them would be learnt.
     """
-    found = memory.needles(draw, draw.randint(1, max(4, min(24, tokens // 120))))
+    found = memory.needles(draw, draw.randint(1, max(4, min(48, tokens // 50))))
     first, *others = draw.sample(found, len(found))
-    others = others[: draw.randint(0, min(10, len(others)))] if draw.random() < 0.8 else []
-    text = haystack(draw, found, int(tokens / TOKENS_PER_WORD) - 25 - 16 * len(others))
-    if draw.random() < 0.1:
+    form = draw.random()
+    if form < 0.15:
+        others = []
+    elif form < 0.9:
+        others = others[: draw.randint(len(others) // 2, len(others))]
+    said = sum(f"{each.question} {each.answer}".count(" ") + 1 for each in others)
+    text = haystack(draw, found, int(tokens / TOKENS_PER_WORD) - 25 - said)
+    if form < 0.1:
         return Sample("recall", text=f"{text}\n\nQuestion: {first.question}\nAnswer: {first.answer}")
-    if draw.random() < 0.05:
-        first, others = absent(draw, found), []
+    if form < 0.15:
+        first = absent(draw, found)
     messages = [*read_and_ask(draw, first, text), {"role": "assistant", "content": first.answer}]
     for each in others:
         messages += turn(each.question, each.answer)
-    thinking = draw.random() < 0.25
+    thinking = draw.random() < 0.1  # of a thinking chat only the last answer is learnt
     if thinking:
         messages[-1]["reasoning_content"] = reason(draw, [first, *others][-1])
     if draw.random() < 0.4:
