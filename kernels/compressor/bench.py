@@ -1,0 +1,55 @@
+"""Time of one compressor of one layer, on a GPU: `python -m dsv4_kernels.compressor.bench OUT.jsonl`.
+
+Bytes and FLOPs: `Case.moved_bytes` and `Case.flops`. Memory decides at every size; a decode step is mostly one launch.
+The compressors of Pro and Flash have the same shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from dsv4_kernels.benching import measure, num_copies, relative_error, write_lines
+from dsv4_kernels.compressor.cases import INDEX, MAIN, Case
+from dsv4_kernels.compressor.triton import compress_c4, compress_c128
+from dsv4_kernels.kv_store import decode
+from dsv4_kernels.metadata import C4, C128
+
+# Decoding requests stand at all offsets in a block, far enough in for a full history.
+DECODE = tuple(Case("decode", tuple(range(1024, 1024 + size)), (1,) * size) for size in (1, 16, 64, 256))
+CASES = (*DECODE, Case("verify", tuple(range(1024, 1024 + 64)), (4,) * 64), Case("chunk", (8192,), (2048,)))
+COMPRESSORS = {
+    "c4": (compress_c4, C4, MAIN),
+    "indexer": (compress_c4, C4, INDEX),
+    "c128": (compress_c128, C128, MAIN),
+}
+MOST_COPIES = 8  # cases are made on the host
+
+
+def lines() -> Iterator[dict[str, Any]]:
+    """One line for each compressor and step."""
+    for name, (compress, ratio, row_format) in COMPRESSORS.items():
+        for case in CASES:
+            moved = case.moved_bytes(ratio, row_format)
+            copies = min(num_copies(moved), MOST_COPIES)
+            made = [case.make(ratio, row_format, seed, device="cuda") for seed in range(copies)]
+            compress(**made[0][0])
+            expected = made[0][1]()
+            found = tuple(plane[expected.entry_rows.cuda()].cpu() for plane in made[0][0]["planes"])
+            error = relative_error(decode(found, row_format), decode(expected.planes, row_format))
+            calls = [partial(compress, **arguments) for arguments, _ in made]
+            yield measure(calls, moved, case.flops(ratio, row_format.dim), peak="tf32").as_line(
+                op="compress",
+                implementation="triton",
+                shapes=f"{name} {case.name}",
+                num_tokens=sum(case.counts),
+                relative_error=error,
+            )
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    write_lines(lines())

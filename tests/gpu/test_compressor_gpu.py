@@ -1,0 +1,55 @@
+"""The compressors on a GPU against the references, at the shapes of the released models and of the demo."""
+
+import pytest
+import torch
+
+from dsv4_kernels.compressor.cases import CASES, INDEX, MAIN, POISON, Case
+from dsv4_kernels.compressor.triton import compress_c4, compress_c128
+from dsv4_kernels.kv_store import Format, RowFormat, decode
+from dsv4_kernels.metadata import C4, C128
+
+# Relative norm of the stored values. A float32 sum in another order now and then decides the rounding of an element
+# (bfloat16, then FP8 with 3 or FP4 with 1 bit of mantissa).
+BOUNDS = {Format.F32: 3e-6, Format.KV_FP8: 3e-3, Format.INDEX_FP4: 2e-2}
+DEMO_MAIN = RowFormat(Format.KV_FP8, 128, 64)
+EXACT = RowFormat(Format.F32, 512, 64)
+CHUNKS = Case("chunks", (256, 1000, 0), (512, 3, 700), num_padding=5)
+
+
+@pytest.mark.parametrize("case", [*CASES, CHUNKS], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("ratio", "row_format"),
+    [(C4, EXACT), (C4, MAIN), (C4, INDEX), (C4, DEMO_MAIN), (C128, EXACT), (C128, MAIN), (C128, DEMO_MAIN)],
+)
+@pytest.mark.parametrize("ring_rows", [8, 16])
+def test_a_step_closes_its_entries_and_keeps_what_the_next_needs(case, ratio, row_format, ring_rows):
+    arguments, expected = case.make(ratio, row_format, 1, ring_rows, device="cuda")
+    (compress_c4 if ratio == C4 else compress_c128)(**arguments)
+    expected = expected()
+    entries = expected.entry_rows.cuda()
+    planes = arguments["planes"]
+    for plane in planes:
+        untouched = torch.ones(len(plane), dtype=torch.bool, device="cuda")
+        untouched[entries] = False
+        assert (plane[untouched] == POISON).all()
+    found = decode(tuple(plane[entries].cpu() for plane in planes), row_format).double()
+    values = decode(expected.planes, row_format).double()
+    assert (found - values).norm() <= BOUNDS[row_format.format] * values.norm()
+    if ratio == C4:
+        assert torch.equal(arguments["ring"].cpu().nan_to_num(7.0), expected.kept.nan_to_num(7.0))
+    else:
+        torch.testing.assert_close(arguments["state"].cpu(), expected.kept, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(("ratio", "row_format"), [(C4, MAIN), (C4, INDEX), (C128, MAIN)])
+def test_a_step_leaves_the_same_bits_every_time(ratio, row_format):
+    """A race between reading and writing a slot's history would show as a difference between runs."""
+    case = Case("race", tuple(range(256, 256 + 64)), (37,) * 64)
+    kept = "ring" if ratio == C4 else "state"
+    runs = []
+    for _ in range(5):
+        arguments, _ = case.make(ratio, row_format, 1, device="cuda")
+        (compress_c4 if ratio == C4 else compress_c128)(**arguments)
+        runs.append([arguments[kept].nan_to_num(7.0), *arguments["planes"]])
+    for run in runs[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))
