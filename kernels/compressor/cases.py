@@ -116,7 +116,12 @@ class Case:
         """Bytes that the step must move: raw rows, bias and history in, entries and history out."""
         dim = row_format.dim
         raw_row = 4 * dim * (4 if ratio == C4 else 2)
-        total = raw_row * sum(self.counts) + ratio * raw_row // 2 + self.num_closed(ratio) * row_format.row_bytes
+        biases = {
+            (start + step) % ratio
+            for start, count in zip(self.starts, self.counts, strict=True)
+            for step in range(min(count, ratio))
+        }
+        total = raw_row * sum(self.counts) + raw_row // 2 * len(biases) + self.num_closed(ratio) * row_format.row_bytes
         for start, count in zip(self.starts, self.counts, strict=True):
             if ratio == C4:
                 closed = range(start // C4, (start + count) // C4)[:2]  # a pooled row is half of a raw one

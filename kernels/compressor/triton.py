@@ -321,7 +321,7 @@ def compress_c128(
             FORMAT=row_format.format.value,
             BLOCK=triton.next_power_of_2(dim),
             BLOCK_R=16,
-            num_warps=8,
+            num_warps=16,
         )
 
 

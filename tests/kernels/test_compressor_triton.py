@@ -140,8 +140,8 @@ def test_the_order_of_the_programs_does_not_matter(monkeypatch, ratio, row_forma
 
 def test_bytes_of_a_step():
     decode_row = Case("one", (7,), (1,))  # closes entry 1, which pools seven stored rows
-    assert decode_row.moved_bytes(C4, MAIN) == 2 * 8192 + 4 * 4096 + 7 * 4096 + 584
-    assert Case("one", (4,), (1,)).moved_bytes(C4, INDEX) == 2 * 2048 + 4 * 1024
+    assert decode_row.moved_bytes(C4, MAIN) == 2 * 8192 + 4096 + 7 * 4096 + 584
+    assert Case("one", (4,), (1,)).moved_bytes(C4, INDEX) == 2 * 2048 + 1024
     chunk = Case("chunk", (2, 256), (128, 256))  # closes blocks 0, 2 and 3
     assert chunk.moved_bytes(C128, MAIN) == (384 + 64) * 4096 + 3 * 584 + 2 * 6144
     assert chunk.flops(C4, 512) == 6 * 512 * 8 * (32 + 64)

@@ -1,0 +1,328 @@
+"""The indexer in Triton: queries, scores over pages of FP4 keys, exact top-k. Not used by the engine yet.
+
+Rounding points are the official ones, as in the bfloat16 reference: dots, products and sums are bfloat16. A dot of FP4
+vectors is exact in float32 unless their scales differ by more than 2^10, so it does not depend on its order; the sum
+over heads does, and now and then another order decides its rounding. Scores are kept as int16 keys of the same order.
+
+- Scores: a program takes up to 16 rows of one request and shares the keys that it reads between them. Even and odd
+  elements of a key, the low and high nibbles of its bytes, are multiplied apart, so nothing has to be interleaved.
+- Top-k: a program holds CHUNK keys in registers, finds the k-th largest bit by bit, and writes what is above it and the
+  first of its equals. Where a row has more keys, each chunk gives its k best to a further launch, which merges them.
+  Candidates stay in the order of entries, so ties are right there too.
+
+Scores never exceed MAX_SCORE_BYTES: more rows are taken in turns. At 16 heads or more a score costs thousands of
+operations and moves a few bytes, so computing it twice instead of keeping it would be slower.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4_kernels.kv_store import Format, Planes, RowFormat
+from dsv4_kernels.kv_store.tiles import fp4_code, fp4_groups, fp4_value, hadamard, interleave, power, rotate_pairs
+from dsv4_kernels.metadata import C4
+from dsv4_kernels.metadata.rows import Rows
+
+MAX_SCORE_BYTES = 256 << 20
+CHUNK = 8192  # keys that one program of the top-k holds
+SHARED_ROWS = 16  # rows of a request that share the keys they read
+BLOCK_E = 128  # entries of one matrix product
+LEAST_PROGRAMS = 1024  # that compute scores, if there is so much to compute
+
+
+@triton.jit
+def _prepare(
+    q,  # bf16 [tokens, HEADS, DIM], rows q_stride apart
+    weights,  # [tokens, HEADS], rows weights_stride apart
+    positions,
+    rotations,  # f32 [tokens, ROPE]
+    new_q,  # bf16 [tokens, HEADS, DIM]
+    new_weights,  # bf16 [tokens, HEADS]
+    num_vectors,
+    q_stride,
+    weights_stride,
+    scale,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    vector = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = vector < num_vectors
+    token, head = vector // HEADS, vector % HEADS
+    keep = inside & (tl.load(positions + token, mask=inside, other=-1) >= 0)
+    dim = tl.arange(0, DIM)[None, :]
+    x = tl.load(q + (token * q_stride + head * DIM)[:, None] + dim, mask=keep[:, None], other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(x, [BLOCK, DIM // 2, 2]))
+    even, odd = rotate_pairs(even, odd, (rotations + token * ROPE)[:, None], keep[:, None], DIM // 2, ROPE // 2)
+    # Rounded after the reshape: Triton 3.6 cannot feed a reshaped tensor to GB300's tensor cores as it is.
+    turned = hadamard(interleave(even, odd, [BLOCK, DIM]).to(tl.bfloat16), DIM)
+    scaled, byte = fp4_groups(turned.to(tl.float32), DIM // 32)
+    rounded = fp4_value(fp4_code(scaled)) * power(byte)[:, :, None]
+    rounded = tl.reshape(rounded.to(tl.bfloat16), [BLOCK, DIM])
+    tl.store(new_q + (vector * DIM)[:, None] + dim, rounded, mask=keep[:, None])
+    weight = tl.load(weights + token * weights_stride + head, mask=keep, other=0.0).to(tl.bfloat16).to(tl.float32)
+    tl.store(new_weights + vector, (weight * scale).to(tl.bfloat16), mask=keep)
+
+
+@triton.jit
+def _scores(
+    q,  # bf16 [rows, HEADS, DIM]
+    weights,  # bf16 [rows, HEADS]
+    slots,
+    positions,
+    firsts,
+    counts,
+    page_table,  # int32 [slots, table_width]
+    data,  # uint8 [page rows, DIM / 2]
+    scales,  # uint8 [page rows, DIM / 32]
+    keys,  # int16 [end_row - first_row, num_entries]
+    first_row,
+    end_row,
+    table_width,
+    num_entries,
+    TOP_K: tl.constexpr,
+    HEADS: tl.constexpr,
+    LANES: tl.constexpr,  # HEADS padded to a power of two, at least 16
+    DIM: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = first_row + tl.program_id(0)
+    position = tl.load(positions + row)
+    if position < 0:
+        return
+    inside = row - tl.load(firsts + row)  # the request
+    if (inside % ROWS != 0) & (row != first_row):
+        return  # a row before it takes this one along
+    num_rows = tl.minimum(ROWS - inside % ROWS, tl.load(counts + row) - inside)
+    num_rows = tl.minimum(num_rows, end_row - row)
+    visible = (position + num_rows) // 4  # to the last of the rows, which see no more than four entries less
+    if visible <= TOP_K:
+        return  # all are chosen
+    table = page_table + tl.load(slots + row).to(tl.int64) * table_width
+    head, dim = tl.arange(0, LANES), tl.arange(0, DIM)[None, :]
+    group = tl.arange(0, DIM // 32)
+    column = group[:, None] * 16 + tl.arange(0, 16)[None, :]  # bytes of a group of 32
+    for block in range(tl.program_id(1), tl.cdiv(visible, BLOCK), tl.num_programs(1)):
+        entry = block * BLOCK + tl.arange(0, BLOCK)
+        exists = entry < visible
+        page = tl.load(table + entry // PER_PAGE, mask=exists, other=0).to(tl.int64)
+        page_row = page * PER_PAGE + entry % PER_PAGE
+        at = (page_row * (DIM // 2))[:, None, None] + column[None, :, :]
+        codes = tl.load(data + at, mask=exists[:, None, None], other=0).to(tl.int32)
+        byte = tl.load(scales + (page_row * (DIM // 32))[:, None] + group[None, :], mask=exists[:, None], other=1)
+        scale = power(byte)[:, :, None]
+        even = tl.reshape(fp4_value(codes) * scale, [BLOCK, DIM // 2]).to(tl.bfloat16)
+        odd = tl.reshape(fp4_value(codes >> 4) * scale, [BLOCK, DIM // 2]).to(tl.bfloat16)
+        for step in range(num_rows):
+            vector = (row + step).to(tl.int64) * HEADS + head
+            values = tl.load(q + (vector * DIM)[:, None] + dim, mask=(head < HEADS)[:, None], other=0.0)
+            q_even, q_odd = tl.split(tl.reshape(values, [LANES, DIM // 2, 2]))
+            dots = tl.dot(even, tl.trans(q_even))
+            dots = tl.dot(odd, tl.trans(q_odd), dots)
+            weight = tl.load(weights + vector, mask=head < HEADS, other=0.0)
+            products = tl.maximum(dots.to(tl.bfloat16).to(tl.float32), 0.0) * weight.to(tl.float32)[None, :]
+            # Adding zero makes -0 equal to 0.
+            score = (tl.sum(products.to(tl.bfloat16).to(tl.float32), axis=1) + 0.0).to(tl.bfloat16)
+            bits = score.to(tl.int16, bitcast=True)
+            key = bits ^ ((bits >> 15) & 0x7FFF)
+            line = keys + (row + step - first_row).to(tl.int64) * num_entries
+            tl.store(line + entry, key, mask=entry < (position + step + 1) // 4)
+
+
+@triton.jit
+def _top_k(
+    keys,  # int16 [rows, width]: of all entries; with MERGE lists of TOP_K candidates
+    ids,  # int32 [rows, width], with MERGE: the candidates' entries
+    positions,  # of the rows
+    new_keys,  # int16 [rows, programs, TOP_K], without LAST
+    new_ids,  # int32 [rows, programs, TOP_K]
+    width,
+    span,  # entries that a list stands for; without MERGE, of a program
+    TOP_K: tl.constexpr,
+    LISTS: tl.constexpr,  # that a program merges
+    MERGE: tl.constexpr,
+    LAST: tl.constexpr,  # the ids are the answer
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # TOP_K padded to a power of two
+):
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    position = tl.load(positions + row)
+    if position < 0:
+        return
+    visible = (position + 1) // 4
+    out = (row * tl.num_programs(1) + part) * TOP_K
+    if visible <= TOP_K:  # all are chosen; nothing has scores
+        if LAST:
+            place = tl.arange(0, BLOCK_K)
+            tl.store(new_ids + out + place, tl.where(place < visible, place, -1), mask=place < TOP_K)
+        return
+    if visible <= part * LISTS * span:
+        return
+    index = tl.arange(0, BLOCK)
+    if MERGE:  # a list holds what is visible of its span, up to TOP_K
+        valid = (index % TOP_K < visible - (part * LISTS + index // TOP_K) * span) & (index < LISTS * TOP_K)
+        at = row * width + part * (LISTS * TOP_K) + index
+    else:
+        valid = (part * span + index < visible) & (index < span)
+        at = row * width + part * span + index
+    key = tl.where(valid, tl.load(keys + at, mask=valid, other=0).to(tl.int32) + 32768, -1)
+    wanted = tl.minimum(tl.sum((key >= 0).to(tl.int32)), TOP_K)
+    least = 0  # the largest key that at least `wanted` keys reach
+    for turn in range(16):
+        tried = least + (32768 >> turn)
+        least = tl.where(tl.sum((key >= tried).to(tl.int32)) >= wanted, tried, least)
+    num_equal = wanted - tl.sum((key > least).to(tl.int32))
+    chosen = (key > least) | ((key == least) & (tl.cumsum((key == least).to(tl.int32), 0) <= num_equal))
+    place = out + tl.cumsum(chosen.to(tl.int32), 0) - 1
+    entry = tl.load(ids + at, mask=chosen, other=0) if MERGE else part * span + index
+    tl.store(new_ids + place, entry, mask=chosen)
+    if not LAST:
+        tl.store(new_keys + place, (key - 32768).to(tl.int16), mask=chosen)
+
+
+def prepare_index_q(q: Tensor, weights: Tensor, rotations: Tensor, rows: Rows, scale: float) -> tuple[Tensor, Tensor]:
+    """Index queries and head weights as `select` takes them: RoPE, Hadamard, FP4 rounding; weights times `scale`.
+
+    Args:
+        q: bf16 [T, heads, d], the last two dims contiguous (columns of a wider product). d is a power of two.
+        weights: f32 or bf16 [T, heads], contiguous columns; rounded to bfloat16 before and after the product.
+        rotations: complex64 [T, rope_dim / 2] at the rows' positions.
+
+    Returns:
+        bf16 [T, heads, d] and bf16 [T, heads], not written for padding rows.
+    """
+    num_tokens, num_heads, dim = q.shape
+    if q.stride()[1:] != (dim, 1) or q.dtype != torch.bfloat16 or dim < 32 or dim & (dim - 1) or weights.stride(1) != 1:
+        raise ValueError(
+            f"prepare_index_q: q is {list(q.shape)}, {q.dtype}, strides {q.stride()}, weights have strides "
+            f"{weights.stride()}; expected bfloat16 with contiguous vectors of a power of two, contiguous weights"
+        )
+    new_q = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+    new_weights = torch.empty(num_tokens, num_heads, device=q.device, dtype=q.dtype)
+    if num_tokens:
+        block = 64
+        _prepare[(triton.cdiv(num_tokens * num_heads, block),)](
+            q,
+            weights,
+            rows.positions,
+            torch.view_as_real(rotations),
+            new_q,
+            new_weights,
+            num_tokens * num_heads,
+            q.stride(0),
+            weights.stride(0),
+            scale,
+            HEADS=num_heads,
+            DIM=dim,
+            ROPE=2 * rotations.shape[1],
+            BLOCK=block,
+            num_warps=4,
+        )
+    return new_q, new_weights
+
+
+def select(
+    q: Tensor,
+    weights: Tensor,
+    rows: Rows,
+    planes: Planes,
+    row_format: RowFormat,
+    page_table: Tensor,
+    page_tokens: int,
+    top_k: int,
+) -> Tensor:
+    """The C4 entries that each row attends to: the `top_k` best scores sum_h w_h relu(q_h . k), ties to the lower id.
+
+    Args:
+        q, weights: of `prepare_index_q`, contiguous.
+        planes: keys of `row_format` (INDEX_FP4) by page row; row r sees entries below (positions[r] + 1) // 4.
+        page_table: int32 [slots, pages]; its width times the entries of a page bounds what a row can see.
+
+    Returns:
+        Entry ids int32 [T, top_k] in ascending order, -1 after the visible ones; not written for padding rows.
+        Rows that see at most `top_k` entries get all of them, unscored.
+
+    Raises ValueError for other formats, and for a top_k above CHUNK / 2.
+    """
+    num_rows, num_heads, dim = q.shape
+    if row_format.format is not Format.INDEX_FP4 or row_format.dim != dim or q.dtype != torch.bfloat16:
+        raise ValueError(f"select: q is {list(q.shape)}, {q.dtype}, keys {row_format}; expected bfloat16 and index_fp4")
+    if top_k > CHUNK // 2:
+        raise ValueError(f"select: top_k is {top_k}; the kernels take at most {CHUNK // 2}")
+    per_page = page_tokens // C4
+    num_entries = page_table.shape[1] * per_page
+    chosen = torch.empty(num_rows, top_k, device=q.device, dtype=torch.int32)
+    rows_at_once = max(1, min(num_rows, MAX_SCORE_BYTES // (2 * num_entries)))
+    keys = torch.empty(rows_at_once, num_entries, device=q.device, dtype=torch.int16)
+    num_blocks = triton.cdiv(num_entries, BLOCK_E)
+    for first in range(0, num_rows, rows_at_once):
+        end = min(first + rows_at_once, num_rows)
+        if num_entries > top_k:
+            splits = min(num_blocks, max(8, triton.cdiv(LEAST_PROGRAMS, end - first)))
+            _scores[(end - first, splits)](
+                q,
+                weights,
+                rows.slots,
+                rows.positions,
+                rows.firsts,
+                rows.counts,
+                page_table,
+                *planes,
+                keys,
+                first,
+                end,
+                page_table.shape[1],
+                num_entries,
+                TOP_K=top_k,
+                HEADS=num_heads,
+                LANES=max(16, triton.next_power_of_2(num_heads)),
+                DIM=dim,
+                PER_PAGE=per_page,
+                ROWS=SHARED_ROWS,
+                BLOCK=BLOCK_E,
+                num_warps=4,
+            )
+        _choose(keys, rows.positions[first:end], chosen[first:end], num_entries)
+    return chosen
+
+
+def _choose(keys: Tensor, positions: Tensor, chosen: Tensor, num_entries: int) -> None:
+    """The best of each row's keys int16 [rows, num_entries], exactly, into `chosen` int32 [rows, top_k]."""
+    num_rows, top_k = chosen.shape
+    ids, merge, lists, span = chosen, False, 1, min(num_entries, CHUNK)
+    num_lists = triton.cdiv(num_entries, span)
+    while True:
+        programs = triton.cdiv(num_lists, lists)
+        new_keys, new_ids = keys, chosen
+        if programs > 1:
+            new_keys = torch.empty(num_rows, programs * top_k, device=keys.device, dtype=torch.int16)
+            new_ids = torch.empty(num_rows, programs * top_k, device=keys.device, dtype=torch.int32)
+        block = triton.next_power_of_2(lists * top_k if merge else span)
+        _top_k[(num_rows, programs)](
+            keys,
+            ids,
+            positions,
+            new_keys,
+            new_ids,
+            keys.shape[1],
+            span,
+            TOP_K=top_k,
+            LISTS=lists,
+            MERGE=merge,
+            LAST=programs == 1,
+            BLOCK=block,
+            BLOCK_K=triton.next_power_of_2(top_k),
+            num_warps=max(4, min(16, block // 512)),
+        )
+        if programs == 1:
+            return
+        keys, ids, merge = new_keys, new_ids, True
+        span, num_lists = span * lists, programs
+        lists = min(CHUNK // top_k, num_lists)

@@ -1,0 +1,159 @@
+"""The Triton indexer against the reference, by the interpreter on the CPU."""
+
+import pytest
+import torch
+from support import triton_interpreter  # noqa: F401  # before any kernel
+
+from dsv4_kernels.indexer import reference, triton
+from dsv4_kernels.indexer.cases import CASES, DEMO_HEADS, HEADS, KEYS, ROPE_DIM, Case, row_scores
+from dsv4_kernels.kv_store import Format, RowFormat
+from dsv4_kernels.metadata.rows import Rows
+from dsv4_kernels.quant import fake_quantize_fp4, hadamard
+from dsv4_kernels.rope import apply_rope, rope_frequencies, rope_table
+
+FLIPPED = 1e-3  # share of elements where a float32 sum in another order may decide a rounding
+STEP = 2.0**-7  # of bfloat16, relative; such a sum moves a score by at most one
+
+
+@pytest.fixture
+def _poisoned_memory(monkeypatch):
+    """Memory that nothing wrote is the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def by_reference(arguments, row):
+    scores = row_scores(arguments, row)
+    if len(scores) <= arguments["top_k"]:
+        return list(range(len(scores)))
+    chosen = reference.select(scores[None, None], torch.tensor([[len(scores)]]), arguments["top_k"])
+    return sorted(chosen.flatten().tolist())
+
+
+def assert_valid(chosen, visible):
+    """The best of the visible entries in ascending order, then -1."""
+    width = min(len(chosen), visible)
+    assert chosen[:width] == sorted(set(chosen[:width]))
+    assert all(0 <= entry < visible for entry in chosen[:width])
+    assert chosen[width:] == [-1] * (len(chosen) - width)
+
+
+@pytest.mark.parametrize("num_heads", [HEADS, DEMO_HEADS, 3])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_queries_are_rotated_and_rounded_as_the_model_does(case, num_heads):
+    draw = torch.Generator().manual_seed(1)
+    rows, num_rows, num_real = case.rows(), case.num_rows, sum(case.counts)
+    wide = torch.randn(num_rows, 64 + num_heads * KEYS.dim, generator=draw).bfloat16()
+    q = wide[:, 64:].unflatten(1, (num_heads, KEYS.dim))
+    weights = torch.randn(num_rows, num_heads + 5, generator=draw)[:, 5:]
+    rotations = rope_table(rows.positions.long(), rope_frequencies(ROPE_DIM, 160000.0, (16, 65536, 32, 1)))
+    scale = (num_heads * KEYS.dim) ** -0.5
+    found, found_weights = triton.prepare_index_q(q, weights, rotations, rows, scale)
+    expected = fake_quantize_fp4(hadamard(apply_rope(q, rotations)).bfloat16())
+    assert found.dtype == expected.dtype
+    assert (found != expected)[:num_real].sum() <= FLIPPED * expected.numel()
+    assert torch.equal(found_weights[:num_real], (weights.bfloat16() * scale)[:num_real])
+
+
+@pytest.mark.parametrize(("num_heads", "top_k"), [(HEADS, 64), (DEMO_HEADS, 64), (3, 5)])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_choice_is_exact_where_scores_are(case, num_heads, top_k):
+    """Small integers: no sum rounds, and many scores are equal, so the lower id has to win."""
+    arguments = case.make(num_heads, top_k, 2, whole_numbers=True)
+    chosen = triton.select(**arguments)
+    assert chosen.shape == (case.num_rows, top_k)
+    assert chosen.dtype == torch.int32
+    for row in range(sum(case.counts)):
+        expected = by_reference(arguments, row)
+        assert chosen[row].tolist() == expected + [-1] * (top_k - len(expected))
+    if sum(case.counts):
+        scores = row_scores(arguments, sum(case.counts) - 1)
+        assert len(scores.unique()) < 0.9 * len(scores)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_other_scores_decide_as_the_reference_but_for_one_step_at_the_threshold(case):
+    arguments = case.make(HEADS, 64, 3)
+    chosen = triton.select(**arguments)
+    for row in range(sum(case.counts)):
+        scores = row_scores(arguments, row).float()
+        assert_valid(chosen[row].tolist(), len(scores))
+        expected = by_reference(arguments, row)
+        disputed = sorted({entry for entry in chosen[row].tolist() if entry >= 0} ^ set(expected))
+        threshold = scores[expected].min() if expected else torch.tensor(0.0)
+        assert ((scores[disputed] - threshold).abs() <= STEP * threshold.abs()).all()
+
+
+@pytest.mark.parametrize(("chunk", "score_bytes"), [(128, 1 << 28), (24, 1 << 28), (8192, 2 * 192 * 7), (128, 1)])
+def test_chunks_and_turns_change_nothing(monkeypatch, chunk, score_bytes):
+    """Candidates of small chunks are merged over several launches, and rows take turns, cut inside of a request."""
+    arguments = Case("turns", (0, 640), (3, 14)).make(DEMO_HEADS, 6, 4, whole_numbers=True)
+    whole = triton.select(**arguments)
+    monkeypatch.setattr(triton, "CHUNK", chunk)
+    monkeypatch.setattr(triton, "MAX_SCORE_BYTES", score_bytes)
+    assert torch.equal(triton.select(**arguments), whole)
+
+
+@pytest.mark.usefixtures("_poisoned_memory")
+def test_padding_rows_are_not_written():
+    case = CASES[2]
+    arguments = case.make(DEMO_HEADS, 64, 5)
+    unwritten = torch.iinfo(torch.int32).max
+    chosen = triton.select(**arguments)
+    real = sum(case.counts)
+    assert (chosen[real:] == unwritten).all()
+    assert (chosen[:real] != unwritten).all()
+    rotations = torch.ones(case.num_rows, ROPE_DIM // 2, dtype=torch.complex64)
+    q, weights = triton.prepare_index_q(arguments["q"], arguments["weights"], rotations, arguments["rows"], 1.0)
+    assert q[real:].isnan().all()
+    assert weights[real:].isnan().all()
+    assert q[:real].isfinite().all()
+
+
+def test_rows_that_see_few_entries_get_all_without_scores():
+    case = Case("start", (0, 250), (9, 3))
+    arguments = case.make(DEMO_HEADS, 64, 6)
+    arguments["q"][:] = torch.nan
+    chosen = triton.select(**arguments)
+    for row, position in enumerate([*range(9), 250, 251, 252]):
+        visible = (position + 1) // 4
+        assert chosen[row].tolist() == list(range(visible)) + [-1] * (64 - visible)
+
+
+def test_a_request_is_chosen_for_alike_beside_a_broken_one_and_alone():
+    case = Case("batch", (600, 700, 800), (5, 20, 3))
+    together = triton.select(**case.make(HEADS, 64, 7))
+    broken = case.make(HEADS, 64, 7)
+    broken["q"][5:25] = torch.nan
+    chosen = triton.select(**broken)
+    assert torch.equal(chosen[:5], together[:5])
+    assert torch.equal(chosen[25:], together[25:])
+    for row in range(5, 25):
+        assert_valid(chosen[row].tolist(), (700 + row - 5 + 1) // 4)
+
+    alone = case.make(HEADS, 64, 7)
+    slot, start, count = (torch.tensor([value], dtype=torch.int32) for value in (alone["rows"].slots[25], 800, 3))
+    one = {"q": alone["q"][25:], "weights": alone["weights"][25:], "rows": Rows.build(slot, start, count, 3)}
+    assert torch.equal(triton.select(**alone | one), together[25:])
+
+
+def test_counts_of_a_decode_step():
+    case = Case("two", (4095, 255), (1, 1))  # 1,024 and 64 visible entries; only the first chooses
+    assert case.num_scores(512) == 1024
+    assert case.moved_bytes(HEADS, 512) == 1024 * 68 + 2 * (64 * 129 * 2 + 4 * 512)
+    assert case.flops(HEADS, 512) == 1024 * 64 * 259
+
+
+def test_what_the_kernels_do_not_take_is_refused():
+    arguments = CASES[0].make(DEMO_HEADS, 64, 8)
+    with pytest.raises(ValueError, match="expected bfloat16 and index_fp4"):
+        triton.select(**arguments | {"row_format": RowFormat(Format.INDEX_FP8, 128)})
+    with pytest.raises(ValueError, match="top_k is 5000; the kernels take at most 4096"):
+        triton.select(**arguments | {"top_k": 5000})
+    rotations = torch.ones(5, ROPE_DIM // 2, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"q is \[5, 4, 96\]"):
+        triton.prepare_index_q(
+            arguments["q"][..., :96].contiguous(), arguments["weights"], rotations, arguments["rows"], 1.0
+        )
