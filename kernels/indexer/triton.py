@@ -10,8 +10,8 @@ over heads does, and now and then another order decides its rounding. Scores are
   first of its equals. Where a row has more keys, each chunk gives its k best to a further launch, which merges them.
   Candidates stay in the order of entries, so ties are right there too.
 
-Scores never exceed MAX_SCORE_BYTES: more rows are taken in turns. At 16 heads or more a score costs thousands of
-operations and moves a few bytes, so computing it twice instead of keeping it would be slower.
+Scores take at most MAX_SCORE_BYTES (or 16 rows): more rows are taken in turns. With 64 heads a score costs 16,576
+operations and two bytes, so computing it a second time instead of keeping it would be slower.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BLOCK_E = 128  # entries of one matrix product
 LEAST_PROGRAMS = 1024  # that compute scores, if there is so much to compute
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_vectors"])
 def _prepare(
     q,  # bf16 [tokens, HEADS, DIM], rows q_stride apart
     weights,  # [tokens, HEADS], rows weights_stride apart
@@ -68,7 +68,7 @@ def _prepare(
     tl.store(new_weights + vector, (weight * scale).to(tl.bfloat16), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "end_row"])
 def _scores(
     q,  # bf16 [rows, HEADS, DIM]
     weights,  # bf16 [rows, HEADS]
@@ -259,7 +259,9 @@ def select(
     per_page = page_tokens // C4
     num_entries = page_table.shape[1] * per_page
     chosen = torch.empty(num_rows, top_k, device=q.device, dtype=torch.int32)
-    rows_at_once = max(1, min(num_rows, MAX_SCORE_BYTES // (2 * num_entries)))
+    # Whole groups of rows, so that every turn starts at an aligned address and runs the same machine code.
+    groups_at_once = max(1, MAX_SCORE_BYTES // (2 * num_entries * SHARED_ROWS))
+    rows_at_once = max(1, min(num_rows, groups_at_once * SHARED_ROWS))
     keys = torch.empty(rows_at_once, num_entries, device=q.device, dtype=torch.int16)
     num_blocks = triton.cdiv(num_entries, BLOCK_E)
     for first in range(0, num_rows, rows_at_once):
