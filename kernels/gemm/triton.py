@@ -69,9 +69,9 @@ def _product(
     block_step,
     out_token_step,
     out_block_step,
+    splits,
     FORMAT: tl.constexpr,
     QUANTIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,  # of K in one step
 ):
@@ -91,7 +91,7 @@ def _product(
     x_token = tl.minimum(token, num_tokens - 1).to(tl.int64)
     x_at = x_token * x_row + row_tile * 128 // group_rows * depth
     blocks = depth // DEPTH
-    per_split = tl.cdiv(blocks, SPLITS)
+    per_split = tl.cdiv(blocks, splits)
     total = tl.zeros([128, TOKENS], tl.float32)
     for block in range(split * per_split, tl.minimum(split * per_split + per_split, blocks)):
         weights = tl.load(weight + weight_row[:, None] + (block * DEPTH + k)[None, :])
@@ -247,11 +247,11 @@ def launch(
         x.stride(0),
         *(x_exponents.stride() if x_exponents is not None else (0, 0)),
         *out_steps,
+        splits,
         FORMAT=format_,
         QUANTIZE=quantize and splits == 1,
-        SPLITS=splits,
         TOKENS=tokens,
-        DEPTH=128 if format_ == "fp8" else 64,
+        DEPTH=128 if format_ == "fp8" or (format_ == "wide" and tokens <= 64) else 64,
         num_warps=num_warps,
         num_stages=num_stages,
     )
