@@ -23,7 +23,7 @@ from torch import Tensor
 ROTATED_BYTES = 512 << 20  # inputs rotate through so much, so that L2 does not hold them
 MAX_COPIES = 64
 SAMPLE_S, MEASUREMENT_S = 1e-3, 0.05  # device time of one sample and of all samples of a measurement, about
-SAMPLE_CALLS, SAMPLES = (1, 16), (3, 50)  # least and most
+SAMPLE_CALLS, SAMPLES = (1, 16), (3, 20)  # least and most
 CYCLES_PER_S = 2e9  # at least the clock of the card
 PEAK_SIDE = 8192  # of the square matrices whose product gives the matmul rates
 

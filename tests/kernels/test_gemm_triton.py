@@ -5,8 +5,10 @@ import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
 
 from dsv4_kernels.benching import relative_error
-from dsv4_kernels.cases import generator, matrix, nonzero
+from dsv4_kernels.cases import PRO, generator, matrix, nonzero
 from dsv4_kernels.gemm import triton as gemm
+from dsv4_kernels.gemm.bench import floor_bytes, flops
+from dsv4_kernels.gemm.cases import products
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.gemm.reference import linear
@@ -117,7 +119,7 @@ def test_one_product_over_a_stack_equals_two():
 
 def test_float_scales_are_powers_of_two_or_an_error():
     weight, _ = weight_of(200, 256)
-    scale = torch.ldexp(torch.ones(2, 2), weight.exponents.int() - 127)
+    scale = (weight.exponents.int() << 23).view(torch.float32)
     again = Fp8Weight.from_checkpoint(weight.codes, scale)
     assert torch.equal(again.exponents, weight.exponents)
     assert torch.equal(
@@ -150,3 +152,12 @@ def test_few_tokens_are_split_until_every_multiprocessor_has_work():
     assert tiles_for(64, 65536, 1536, fp8=True).splits == 1
     assert tiles_for(1, 128, 1024, fp8=True).splits == 2  # no fewer than 512 of K each
     assert tiles_for(65, 2048, 7168, fp8=True).splits == 1
+
+
+def test_the_floor_of_a_pro_decode_step():
+    latent = next(product for product in products(PRO) if product.name == "wq_a+wkv")
+    assert latent[1:] == (2048, 7168, True)
+    assert floor_bytes(latent, 1) == 2048 * 7168 + 7168 + 16 * 56 + 56 + 4096  # the weight is 99.9 % of it
+    assert flops(latent, 3) == 6 * 2048 * 7168
+    raw = next(product for product in products(PRO) if product.name == "raw")
+    assert floor_bytes(raw, 1) == 2 * 2624 * 7168 + 2 * 7168 + 4 * 2624

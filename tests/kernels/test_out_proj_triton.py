@@ -5,10 +5,11 @@ import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
 
 from dsv4_kernels.benching import relative_error
-from dsv4_kernels.cases import generator, matrix, nonzero
+from dsv4_kernels.cases import PRO, generator, matrix, nonzero
 from dsv4_kernels.gemm.fp8 import Fp8Weight
 from dsv4_kernels.gemm.triton import Tiles, grouped_fp8_out
 from dsv4_kernels.out_proj import reference
+from dsv4_kernels.out_proj.bench import floor_bytes, flops
 from dsv4_kernels.out_proj.triton import grouped_out_proj
 from dsv4_kernels.quant import dequantize_fp8, dequantize_fp8_blocks, quantize_fp8_blocks
 
@@ -74,3 +75,10 @@ def test_shapes_that_do_not_fit_are_named():
         grouped_out_proj(o[:, :5].contiguous(), wo_a, wo_b)
     with pytest.raises(ValueError, match="weight has 768 rows; expected 4 times a multiple of 128"):
         grouped_fp8_out(torch.ones(2, 1024, dtype=torch.bfloat16), wo_a, 4)
+
+
+def test_the_floor_of_a_pro_decode_step():
+    first, both = floor_bytes(PRO, 1)
+    assert first == 16384 * 4096 + 16384 * 4096 // 16384 + 2 * 65536 + 16384 + 128
+    assert both - first == 7168 * 16384 + 7168 + 16384 + 128 + 2 * 7168
+    assert flops(PRO, 1) == (2 * 16384 * 4096, 2 * 16384 * (4096 + 7168))
