@@ -71,11 +71,12 @@ def _product(
     out_block_step,
     splits,
     FORMAT: tl.constexpr,
-    QUANTIZE: tl.constexpr,
+    QUANTIZE: tl.constexpr,  # to E4M3, a group of 128 rows a token: ROWS is 128
+    ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,  # of K in one step
 ):
-    row_tiles, token_tiles = tl.cdiv(num_rows, 128), tl.cdiv(num_tokens, TOKENS)
+    row_tiles, token_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(num_tokens, TOKENS)
     # Programs that run together form a square of tiles, so that both operands come from L2.
     first = tl.program_id(0) // (8 * token_tiles) * 8
     in_square = tl.program_id(0) % (8 * token_tiles)
@@ -83,26 +84,26 @@ def _product(
     row_tile, token_tile = first + in_square % square_rows, in_square // square_rows
     split = tl.program_id(1)
 
-    row = row_tile * 128 + tl.arange(0, 128)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
     token = token_tile * TOKENS + tl.arange(0, TOKENS)
     k = tl.arange(0, DEPTH)
     # Rows beyond the end repeat the last one: a load without a mask, and what they give is not stored.
     weight_row = tl.minimum(row, num_rows - 1).to(tl.int64) * depth
     x_token = tl.minimum(token, num_tokens - 1).to(tl.int64)
-    x_at = x_token * x_row + row_tile * 128 // group_rows * depth
+    x_at = x_token * x_row + row_tile * ROWS // group_rows * depth
     blocks = depth // DEPTH
     per_split = tl.cdiv(blocks, splits)
-    total = tl.zeros([128, TOKENS], tl.float32)
+    total = tl.zeros([ROWS, TOKENS], tl.float32)
     for block in range(split * per_split, tl.minimum(split * per_split + per_split, blocks)):
         weights = tl.load(weight + weight_row[:, None] + (block * DEPTH + k)[None, :])
         values = tl.load(x + x_at[:, None] + (block * DEPTH + k)[None, :])
         if FORMAT == "bf16":
             total = tl.dot(weights, tl.trans(values), total)
         else:
-            scale_at = row_tile * (depth // 128) + block * DEPTH // 128
+            scale_at = row_tile * ROWS // 128 * (depth // 128) + block * DEPTH // 128
             scale = power_of_two(tl.load(weight_exponents + scale_at).to(tl.int32))
             if FORMAT == "fp8" and cuda_capability_geq(10):
-                weight_scale = tl.load(weight_exponents + scale_at + tl.zeros([128, DEPTH // 32], tl.int32))
+                weight_scale = tl.load(weight_exponents + scale_at + tl.zeros([ROWS, DEPTH // 32], tl.int32))
                 exponent = tl.load(x_exponents + x_token * token_step + block * block_step)
                 x_scale = tl.broadcast_to(exponent[:, None], [TOKENS, DEPTH // 32])
                 total = tl.dot_scaled(weights, weight_scale, "e4m3", tl.trans(values), x_scale, "e4m3", total)
@@ -196,12 +197,12 @@ def grouped_fp8_out(o: Tensor, weight: Fp8Weight, num_groups: int, *, tiles: Til
     """o bfloat16 [T, G * K] by groups times weight [G * N, K] -> E4M3 rows [T, G * N] of the bfloat16 result.
 
     Group g multiplies its K columns of o, which are not quantised, with its N rows of the weight.
-    Raises ValueError unless N is a multiple of 128.
+    Raises ValueError unless N is a multiple of 64 and G * N one of 128.
     """
     num_rows, depth = weight.codes.shape
-    if num_rows % num_groups or num_rows // num_groups % GROUP:
+    if num_rows % num_groups or num_rows // num_groups % 64 or num_rows % GROUP:
         raise ValueError(
-            f"grouped_fp8_out: weight has {num_rows} rows; expected {num_groups} times a multiple of {GROUP}"
+            f"grouped_fp8_out: weight has {num_rows} rows; expected a multiple of {GROUP}, {num_groups} times one of 64"
         )
     if o.dtype is not torch.bfloat16:
         raise ValueError(f"grouped_fp8_out: o is {o.dtype}; expected torch.bfloat16")
@@ -222,17 +223,18 @@ def launch(
     out_exponents: Tensor | None,
     tiles: Tiles | None,
 ) -> None:
-    """Launch `_product`, and `_add_splits` if K is split."""
+    """Launch `_product`, and `_add_splits` if K is split or a tile is no whole group of a quantised result."""
     num_tokens, (num_rows, depth) = x.shape[0], weight.shape
     if not num_tokens:
         return
     tokens, splits, num_warps, num_stages = tiles or tiles_for(num_tokens, num_rows, depth, format_ == "fp8")
-    partials = out
-    if splits > 1:
-        partials = torch.empty(splits, num_tokens, num_rows, device=x.device, dtype=torch.float32)
+    group_rows = num_rows // num_groups if num_groups > 1 else num_rows + TILE_ROWS
+    tile_rows = TILE_ROWS if num_groups == 1 or group_rows % TILE_ROWS == 0 else TILE_ROWS // 2
     quantize = out_exponents is not None
+    adds = splits > 1 or (quantize and tile_rows < TILE_ROWS)
+    partials = torch.empty(splits, num_tokens, num_rows, device=x.device, dtype=torch.float32) if adds else out
     out_steps = out_exponents.stride() if quantize else (0, 0)
-    grid = triton.cdiv(num_rows, TILE_ROWS) * triton.cdiv(num_tokens, tokens), splits
+    grid = triton.cdiv(num_rows, tile_rows) * triton.cdiv(num_tokens, tokens), splits
     _product[grid](
         x,
         weight if x_exponents is None else x_exponents,
@@ -242,20 +244,21 @@ def launch(
         out if out_exponents is None else out_exponents,
         num_tokens,
         num_rows,
-        num_rows // num_groups if num_groups > 1 else num_rows + TILE_ROWS,
+        group_rows,
         depth,
         x.stride(0),
         *(x_exponents.stride() if x_exponents is not None else (0, 0)),
         *out_steps,
         splits,
         FORMAT=format_,
-        QUANTIZE=quantize and splits == 1,
+        QUANTIZE=quantize and not adds,
+        ROWS=tile_rows,
         TOKENS=tokens,
         DEPTH=128 if format_ == "fp8" or (format_ == "wide" and tokens <= 64) else 64,
         num_warps=num_warps,
         num_stages=num_stages,
     )
-    if splits > 1:
+    if adds:
         _add_splits[(num_tokens, triton.cdiv(num_rows, ADD_BLOCK))](
             partials,
             out,

@@ -18,7 +18,7 @@ def grouped_out_proj(o: Tensor, wo_a: Fp8Weight, wo_b: Fp8Weight, *, tiles: Tile
 
     Args:
         o: contiguous.
-        wo_a: [G * dg, (H / G) * hd], the groups one below the other as in the checkpoint; dg is a multiple of 128.
+        wo_a: [G * dg, (H / G) * hd], the groups one below the other as in the checkpoint; dg is a multiple of 64.
         wo_b: [D, G * dg].
         tiles: of both products, so that a row has the same bits in any batch.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsv4_kernels.benching import relative_error
-from dsv4_kernels.cases import FLASH, PRO
+from dsv4_kernels.cases import DEMO, FLASH, PRO
 from dsv4_kernels.gemm.cases import products
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.gemm.reference import linear
@@ -14,7 +14,9 @@ from dsv4_kernels.quant import dequantize_fp8_blocks, quantize_fp8
 # Relative norm. Float32 results of FP8: a tensor core of Hopper adds 128 products with 14 bits.
 BOUND_BF16, BOUND_FP8, BOUND_FLOAT32 = 2e-3, 1e-3, 1e-5
 TOKENS = [1, 17, 64, 65, 300]
-ALL = [(name, product) for name, shapes in (("pro", PRO), ("flash", FLASH)) for product in products(shapes)]
+ALL = [
+    (name, product) for name, shapes in (("pro", PRO), ("flash", FLASH), ("demo", DEMO)) for product in products(shapes)
+]
 FP8, BF16 = ([pair for pair in ALL if pair[1].fp8 is fp8] for fp8 in (True, False))
 
 

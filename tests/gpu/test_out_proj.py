@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsv4_kernels.benching import relative_error
-from dsv4_kernels.cases import FLASH, PRO
+from dsv4_kernels.cases import DEMO, FLASH, PRO
 from dsv4_kernels.gemm.triton import Tiles
 from dsv4_kernels.out_proj.bench import by_reference, make
 from dsv4_kernels.out_proj.triton import grouped_out_proj
@@ -13,7 +13,7 @@ from dsv4_kernels.out_proj.triton import grouped_out_proj
 BOUND = 4e-3
 
 
-@pytest.mark.parametrize(("name", "shapes"), [("pro", PRO), ("flash", FLASH)])
+@pytest.mark.parametrize(("name", "shapes"), [("pro", PRO), ("flash", FLASH), ("demo", DEMO)])
 def test_equals_the_reference(name, shapes):
     o, wo_a, wo_b = make(shapes, 300, 1, "cuda")
     expected = by_reference(o, wo_a, wo_b, shapes.o_groups)

@@ -18,12 +18,12 @@ BOUND = 3e-3
 HIDDEN, GROUPS, RANK, HEADS, HEAD_DIM = 384, 3, 256, 6, 128
 
 
-def make(num_tokens):
+def make(num_tokens, groups=GROUPS, rank=RANK):
     random = generator(1)
-    width = HEADS // GROUPS * HEAD_DIM
+    width = HEADS // groups * HEAD_DIM
     wo_a, wo_b = (
         Fp8Weight.from_checkpoint(*quantize_fp8_blocks(matrix(random, *shape)))
-        for shape in ((GROUPS * RANK, width), (HIDDEN, GROUPS * RANK))
+        for shape in ((groups * rank, width), (HIDDEN, groups * rank))
     )
     return nonzero(random, num_tokens, HEADS, HEAD_DIM).bfloat16(), wo_a, wo_b
 
@@ -32,11 +32,12 @@ def values_of(weight):
     return dequantize_fp8_blocks(weight.codes, weight.exponents)
 
 
+@pytest.mark.parametrize(("groups", "rank"), [(GROUPS, RANK), (2, 64), (1, 128)])  # 64: the demo model
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 33, 70, 140])
-def test_equals_the_reference(num_tokens):
-    o, wo_a, wo_b = make(num_tokens)
+def test_equals_the_reference(num_tokens, groups, rank):
+    o, wo_a, wo_b = make(num_tokens, groups, rank)
     expected = reference.grouped_out_proj(
-        o, values_of(wo_a).unflatten(0, (GROUPS, RANK)), values_of(wo_b), quantize=True
+        o, values_of(wo_a).unflatten(0, (groups, rank)), values_of(wo_b), quantize=True
     )
     found = grouped_out_proj(o, wo_a, wo_b)
     assert (found.shape, found.dtype) == (expected.shape, torch.bfloat16)
@@ -73,8 +74,8 @@ def test_shapes_that_do_not_fit_are_named():
     o, wo_a, wo_b = make(2)
     with pytest.raises(ValueError, match=r"o is \[2, 5, 128\].* has K = 256"):
         grouped_out_proj(o[:, :5].contiguous(), wo_a, wo_b)
-    with pytest.raises(ValueError, match="weight has 768 rows; expected 4 times a multiple of 128"):
-        grouped_fp8_out(torch.ones(2, 1024, dtype=torch.bfloat16), wo_a, 4)
+    with pytest.raises(ValueError, match="weight has 768 rows; expected a multiple of 128, 5 times one of 64"):
+        grouped_fp8_out(torch.ones(2, 1280, dtype=torch.bfloat16), wo_a, 5)
 
 
 def test_the_floor_of_a_pro_decode_step():
