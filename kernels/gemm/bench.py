@@ -22,12 +22,15 @@ from dsv4_kernels.gemm.cases import Product, products
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.gemm.reference import linear
-from dsv4_kernels.gemm.triton import linear_bf16, linear_fp8
+from dsv4_kernels.gemm.triton import Tiles, linear_bf16, linear_fp8
 from dsv4_kernels.quant import dequantize_fp8_blocks
 
 TOKENS = (1, 16, 64, 256, 2048, 8192)
 HEAD_TOKENS = 256  # the head runs for rows that sample, never for a whole prompt
 ERROR_TOKENS = 256  # rows of which the error is computed
+# Other tiles, at the number of tokens where they are compared; `tiles_for` has the ones that are used.
+OTHER_TOKENS = 2048
+OTHERS = {"triton 64 tokens, 4 warps": Tiles(64, 1, 4, 4), "triton 128 tokens, 3 stages": Tiles(128, 1, 8, 3)}
 
 
 def floor_bytes(product: Product, num_tokens: int) -> int:
@@ -74,6 +77,8 @@ def fp8_lines(product: Product, num_tokens: int) -> Iterator[tuple[str, list[Cal
     expected = linear(x[:ERROR_TOKENS], values, quantize=True)
     error = relative_error(linear_fp8(rows, weight)[:ERROR_TOKENS], expected)
     yield "triton", [lambda pair=pair: linear_fp8(*pair) for pair in quantised], {"relative_error": error}
+    for label, tiles in OTHERS.items() if num_tokens == OTHER_TOKENS else ():
+        yield label, [lambda pair=pair, tiles=tiles: linear_fp8(*pair, tiles=tiles) for pair in quantised], {}
     try:
         error = relative_error(per_block(rows, weight)()[:ERROR_TOKENS], expected)
     except (RuntimeError, ValueError) as refusal:

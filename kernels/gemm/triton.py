@@ -53,6 +53,13 @@ def tiles_for(num_tokens: int, num_weight_rows: int, depth: int, fp8: bool) -> T
 
 
 @triton.jit
+def _scales(scales_at, exponents_at, block, block_step):
+    """Scale of a block of the weight times those of the tokens, float32 [TOKENS]."""
+    exponent = tl.load(exponents_at + block * block_step).to(tl.int32)
+    return power_of_two(tl.load(scales_at + block).to(tl.int32)) * power_of_two(exponent)
+
+
+@triton.jit
 def _product(
     x,  # [tokens, groups * depth]
     x_exponents,  # uint8 [tokens, depth / 128], strides token_step and block_step; with FORMAT "fp8"
@@ -94,25 +101,29 @@ def _product(
     blocks = depth // DEPTH
     per_split = tl.cdiv(blocks, splits)
     total = tl.zeros([ROWS, TOKENS], tl.float32)
-    for block in range(split * per_split, tl.minimum(split * per_split + per_split, blocks)):
+    start = split * per_split
+    exponents_at = x_exponents + x_token * token_step
+    scales_at = weight_exponents + row_tile * ROWS // 128 * (depth // 128)
+    if FORMAT == "fp8":
+        scales = _scales(scales_at, exponents_at, tl.minimum(start, blocks - 1), block_step)
+    for block in range(start, tl.minimum(start + per_split, blocks)):
         weights = tl.load(weight + weight_row[:, None] + (block * DEPTH + k)[None, :])
         values = tl.load(x + x_at[:, None] + (block * DEPTH + k)[None, :])
         if FORMAT == "bf16":
             total = tl.dot(weights, tl.trans(values), total)
+        elif FORMAT == "wide":
+            scale = power_of_two(tl.load(scales_at + block * DEPTH // 128).to(tl.int32))
+            total = tl.dot((weights.to(tl.float32) * scale).to(tl.bfloat16), tl.trans(values), total)
+        elif cuda_capability_geq(10):
+            weight_scale = tl.load(scales_at + block + tl.zeros([ROWS, DEPTH // 32], tl.int32))
+            exponent = tl.load(exponents_at + block * block_step)
+            x_scale = tl.broadcast_to(exponent[:, None], [TOKENS, DEPTH // 32])
+            total = tl.dot_scaled(weights, weight_scale, "e4m3", tl.trans(values), x_scale, "e4m3", total)
         else:
-            scale_at = row_tile * ROWS // 128 * (depth // 128) + block * DEPTH // 128
-            scale = power_of_two(tl.load(weight_exponents + scale_at).to(tl.int32))
-            if FORMAT == "fp8" and cuda_capability_geq(10):
-                weight_scale = tl.load(weight_exponents + scale_at + tl.zeros([ROWS, DEPTH // 32], tl.int32))
-                exponent = tl.load(x_exponents + x_token * token_step + block * block_step)
-                x_scale = tl.broadcast_to(exponent[:, None], [TOKENS, DEPTH // 32])
-                total = tl.dot_scaled(weights, weight_scale, "e4m3", tl.trans(values), x_scale, "e4m3", total)
-            elif FORMAT == "wide":
-                wide = (weights.to(tl.float32) * scale).to(tl.bfloat16)
-                total = tl.dot(wide, tl.trans(values), total)
-            else:
-                exponent = tl.load(x_exponents + x_token * token_step + block * block_step).to(tl.int32)
-                total += tl.dot(weights, tl.trans(values)) * (scale * power_of_two(exponent))[None, :]
+            # Bytes are not copied ahead by the pipeline: the next scales are on their way while this block multiplies.
+            following = _scales(scales_at, exponents_at, tl.minimum(block + 1, blocks - 1), block_step)
+            total += tl.dot(weights, tl.trans(values)) * scales[None, :]
+            scales = following
 
     at = (split * num_tokens + token).to(tl.int64)[None, :] * num_rows + row[:, None]
     inside = (token < num_tokens)[None, :] & (row < num_rows)[:, None]
