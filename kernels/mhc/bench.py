@@ -7,15 +7,12 @@ FLOPs: 2 * 24 * 4 D for the mixes, 2 * 16 D for the new streams, 2 * 4 D for the
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from triton.testing import do_bench
 
+from dsv4_kernels.benching import measure, num_copies, relative_error, write_lines
 from dsv4_kernels.cases import FLASH, PRO, Shapes
 from dsv4_kernels.mhc import reference
 from dsv4_kernels.mhc import triton as fused
@@ -23,7 +20,6 @@ from dsv4_kernels.mhc.cases import Case
 from dsv4_kernels.norm.reference import rms_norm
 
 TOKENS = (1, 16, 64, 256, 2048, 8192)
-COPIES_BYTES = 512 << 20  # inputs rotate through so much, so that L2 does not hold them
 
 
 def floor_bytes(num_tokens: int, hidden: int) -> int:
@@ -36,13 +32,6 @@ def flops(num_tokens: int, hidden: int) -> int:
     return num_tokens * hidden * (2 * 24 * 4 + 2 * 16 + 2 * 4)
 
 
-def copy_rate() -> float:
-    """Bytes per second of a device-to-device copy, read and written: the bandwidth that can be had."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (do_bench(lambda: target.copy_(source), return_mode="median") * 1e-3)
-
-
 def boundary_reference(output: Any, post: Any, comb: Any, streams: Any, norm: Any, **inputs: Any) -> Any:
     """The same by the references."""
     streams = reference.mhc_post(output, streams, post, comb)
@@ -50,60 +39,34 @@ def boundary_reference(output: Any, post: Any, comb: Any, streams: Any, norm: An
     return streams, rms_norm(merged, norm, inputs["norm_eps"]), post, comb
 
 
-def measure(name: str, shapes: Shapes, num_tokens: int, rate: float) -> list[dict[str, Any]]:
-    """One line for each implementation."""
-    copies = max(1, min(64, COPIES_BYTES // (num_tokens * shapes.hidden_size * 20)))
-    cases = []
-    for seed in range(copies):
-        made = Case(name, num_tokens, shapes).make(seed, torch.bfloat16)
-        inputs = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in made.items()}
-        _, post, comb = reference.mhc_pre(**inputs)
-        norm = torch.rand(shapes.hidden_size, device="cuda") + 0.5
-        cases.append(
-            {"output": inputs["streams"][:, 0].contiguous(), "post": post, "comb": comb, "norm": norm} | inputs
-        )
+def make(name: str, shapes: Shapes, num_tokens: int, seed: int) -> dict[str, Any]:
+    """Keyword arguments of `mhc_boundary` on the GPU."""
+    made = Case(name, num_tokens, shapes).make(seed, torch.bfloat16)
+    inputs = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in made.items()}
+    _, post, comb = reference.mhc_pre(**inputs)
+    norm = torch.rand(shapes.hidden_size, device="cuda") + 0.5
+    return {"output": inputs["streams"][:, 0].contiguous(), "post": post, "comb": comb, "norm": norm} | inputs
+
+
+def lines() -> Iterator[dict[str, Any]]:
+    """One line for each implementation, model and number of tokens."""
     implementations: dict[str, Callable[..., Any]] = {"triton": fused.mhc_boundary, "reference": boundary_reference}
-    errors = [
-        float((found.float() - expected.float()).norm() / expected.float().norm())
-        for found, expected in zip(fused.mhc_boundary(**cases[0]), boundary_reference(**cases[0]), strict=True)
-    ]
-    lines = []
-    for label, run in implementations.items():
-        turn = iter(range(1 << 60))
-        median_ms = do_bench(lambda run=run, turn=turn: run(**cases[next(turn) % copies]), return_mode="median")
-        moved = floor_bytes(num_tokens, shapes.hidden_size)
-        lines.append(
-            {
-                "op": "mhc_boundary",
-                "implementation": label,
-                "shapes": name,
-                "num_tokens": num_tokens,
-                "us": round(median_ms * 1e3, 2),
-                "bytes": moved,
-                "gb_per_s": round(moved / median_ms * 1e-6, 1),
-                "tflop_per_s": round(flops(num_tokens, shapes.hidden_size) / median_ms * 1e-9, 2),
-                "times_floor": round(median_ms * 1e-3 * rate / moved, 2),
-                "copy_gb_per_s": round(rate * 1e-9, 1),
-                "relative_errors": errors,
-                "device": torch.cuda.get_device_name(),
-            }
-        )
-    return lines
-
-
-def main() -> None:
-    """Command line."""
-    torch.set_default_device("cpu")
-    rate = copy_rate()
-    with Path(sys.argv[1]).open("a", encoding="utf-8") as file:
-        for name, shapes in (("pro", PRO), ("flash", FLASH)):
-            for num_tokens in TOKENS:
-                for line in measure(name, shapes, num_tokens, rate):
-                    print(json.dumps(line), file=file)
-                    print(
-                        line["shapes"], num_tokens, line["implementation"], line["us"], "us", line["times_floor"], "x"
-                    )
+    for name, shapes in (("pro", PRO), ("flash", FLASH)):
+        for num_tokens in TOKENS:
+            moved, work = floor_bytes(num_tokens, shapes.hidden_size), flops(num_tokens, shapes.hidden_size)
+            cases = [make(name, shapes, num_tokens, seed) for seed in range(num_copies(moved))]
+            found, expected = fused.mhc_boundary(**cases[0]), boundary_reference(**cases[0])
+            errors = [relative_error(one, other) for one, other in zip(found, expected, strict=True)]
+            for label, run in implementations.items():
+                calls = [lambda run=run, case=case: run(**case) for case in cases]
+                yield measure(calls, moved, work, peak="tf32").as_line(
+                    op="mhc_boundary",
+                    implementation=label,
+                    shapes=name,
+                    num_tokens=num_tokens,
+                    relative_errors=errors,
+                )
 
 
 if __name__ == "__main__":
-    main()
+    write_lines(lines())

@@ -32,9 +32,10 @@ def rope_frequencies(dim: int, theta: float, yarn: tuple[float, int, float, floa
 
 
 def rope_table(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Rotations e^(i * position * frequency), complex64 [T, dim // 2], at int64 positions [T].
+    """Rotations e^(i * position * frequency), complex64 [T, dim // 2], at int32 or int64 positions [T].
 
-    Angles are float32 products of float32 factors, as in the official code.
+    Angles are float32 products of float32 factors, as in the official code. Can be captured in a CUDA graph when the
+    frequencies are on the device of the positions.
     """
     angles = positions.float().unsqueeze(1) * frequencies.to(positions.device, torch.float32)
     return torch.polar(torch.ones_like(angles), angles)

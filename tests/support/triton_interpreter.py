@@ -65,7 +65,8 @@ def unary(self, argument, operation):
 
 
 def dot(self, left, right, accumulator, *_):
-    product = np.matmul(to_float32(left), to_float32(right)).astype(accumulator.data.dtype)
+    """Summed in float64: a float32 sum of NumPy has other bits in another row of the tile."""
+    product = np.matmul(to_float32(left), to_float32(right), dtype=np.float64).astype(accumulator.data.dtype)
     return Handle(product + accumulator.data, accumulator.dtype.scalar)
 
 

@@ -1,0 +1,130 @@
+"""Time of the products with weights against their floors, on a GPU: `python -m dsv4_kernels.gemm.bench OUT.jsonl`.
+
+Bytes: the weight once, with its scales (1 + 2^-14 bytes a value in FP8, 2 in bfloat16), activations in and out once.
+FLOPs: 2 T N K. The floor takes the FP8 or the bfloat16 rate of the library's product of two large matrices.
+
+Beside them: the library in bfloat16 (`torch.mm`), and in FP8 with the same scales (`torch.nn.functional.scaled_mm`) or,
+where the library refuses those, with one scale a row, which is a yardstick of speed only. What `quantize_rows` costs
+is a line of its own, because several products share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels.benching import measure, num_copies, relative_error, write_lines
+from dsv4_kernels.cases import FLASH, PRO
+from dsv4_kernels.gemm.cases import Product, products
+from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
+from dsv4_kernels.gemm.quantize import quantize_rows
+from dsv4_kernels.gemm.reference import linear
+from dsv4_kernels.gemm.triton import Tiles, linear_bf16, linear_fp8
+from dsv4_kernels.quant import dequantize_fp8_blocks
+
+TOKENS = (1, 16, 64, 256, 2048, 8192)
+HEAD_TOKENS = 256  # the head runs for rows that sample, never for a whole prompt
+ERROR_TOKENS = 256  # rows of which the error is computed
+# Other tiles, at the number of tokens where they are compared; `tiles_for` has the ones that are used.
+OTHER_TOKENS = 2048
+OTHERS = {"triton 64 tokens, 4 warps": Tiles(64, 1, 4, 4), "triton 128 tokens, 3 stages": Tiles(128, 1, 8, 3)}
+
+
+def floor_bytes(product: Product, num_tokens: int) -> int:
+    """Bytes that one product must move; FP8 gives bfloat16, bfloat16 gives float32."""
+    num_rows, depth = product.num_rows, product.depth
+    if product.fp8:
+        scales = -(-num_rows // GROUP) * (depth // GROUP) + num_tokens * depth // GROUP
+        return num_rows * depth + num_tokens * depth + scales + 2 * num_tokens * num_rows
+    return 2 * num_rows * depth + 2 * num_tokens * depth + 4 * num_tokens * num_rows
+
+
+def flops(product: Product, num_tokens: int) -> int:
+    """Floating-point operations of one product."""
+    return 2 * num_tokens * product.num_rows * product.depth
+
+
+def per_block(rows: Fp8Rows, weight: Fp8Weight) -> Callable[[], Tensor]:
+    """The library's FP8 product with the same scales: of x column by column, of the weight in columns of whole 16 B."""
+    recipes = torch.nn.functional.ScalingType
+    row_scale = (rows.exponents.int() << 23).view(torch.float32).t().contiguous().t()
+    padded = torch.nn.functional.pad(weight.exponents, (0, -weight.exponents.shape[1] % 4))
+    block_scale = (padded.int() << 23).view(torch.float32).t()
+    return lambda: torch.nn.functional.scaled_mm(
+        rows.codes, weight.codes.t(), row_scale, recipes.BlockWise1x128, block_scale, recipes.BlockWise128x128
+    )
+
+
+def per_row(rows: Fp8Rows, weight: Fp8Weight) -> Callable[[], Tensor]:
+    """The library's FP8 product with one scale a row."""
+    row_scale, column_scale = (
+        torch.ones(count, device=rows.codes.device) for count in (len(rows.codes), len(weight.codes))
+    )
+    return lambda: torch._scaled_mm(
+        rows.codes, weight.codes.t(), row_scale[:, None], column_scale[None, :], out_dtype=torch.bfloat16
+    )
+
+
+def fp8_lines(product: Product, num_tokens: int) -> Iterator[tuple[str, list[Callable[[], Tensor]], dict[str, float]]]:
+    """(implementation, calls, errors) of a product with FP8 weights."""
+    made = [product.make(num_tokens, seed, "cuda") for seed in range(num_copies(floor_bytes(product, num_tokens)))]
+    quantised = [(quantize_rows(x), weight) for x, weight in made]
+    (x, weight), (rows, _) = made[0], quantised[0]
+    values = dequantize_fp8_blocks(weight.codes, weight.exponents)
+    expected = linear(x[:ERROR_TOKENS], values, quantize=True)
+    error = relative_error(linear_fp8(rows, weight)[:ERROR_TOKENS], expected)
+    yield "triton", [lambda pair=pair: linear_fp8(*pair) for pair in quantised], {"relative_error": error}
+    for label, tiles in OTHERS.items() if num_tokens == OTHER_TOKENS else ():
+        yield label, [lambda pair=pair, tiles=tiles: linear_fp8(*pair, tiles=tiles) for pair in quantised], {}
+    try:
+        error = relative_error(per_block(rows, weight)()[:ERROR_TOKENS], expected)
+    except (RuntimeError, ValueError) as refusal:
+        print("scaled_mm per block:", str(refusal).splitlines()[0])
+        yield "scaled_mm per row", [per_row(*pair) for pair in quantised], {}
+    else:
+        yield "scaled_mm per block", [per_block(*pair) for pair in quantised], {"relative_error": error}
+
+
+def bf16_lines(product: Product, num_tokens: int) -> Iterator[tuple[str, list[Callable[[], Tensor]], dict[str, float]]]:
+    """(implementation, calls, errors) of a product with bfloat16 weights and a float32 result."""
+    made = [product.make(num_tokens, seed, "cuda") for seed in range(num_copies(floor_bytes(product, num_tokens)))]
+    x, weight = made[0]
+    expected = linear(x[:ERROR_TOKENS], weight, out_dtype=torch.float32)
+    error = relative_error(linear_bf16(x, weight)[:ERROR_TOKENS], expected)
+    yield "triton", [lambda pair=pair: linear_bf16(*pair) for pair in made], {"relative_error": error}
+    yield "mm bf16", [lambda pair=pair: pair[0] @ pair[1].t() for pair in made], {}
+
+
+def quantise_line(name: str, hidden: int, num_tokens: int) -> dict[str, Any]:
+    """What one quantisation of the layer input costs: bfloat16 read, codes and scales written."""
+    moved = num_tokens * (3 * hidden + hidden // GROUP)
+    inputs = [torch.randn(num_tokens, hidden, device="cuda").bfloat16() for _ in range(num_copies(moved))]
+    measured = measure([lambda x=x: quantize_rows(x) for x in inputs], moved, 4 * num_tokens * hidden)
+    return measured.as_line(op="quantize_rows", implementation="triton", shapes=name, num_tokens=num_tokens)
+
+
+def lines() -> Iterator[dict[str, Any]]:
+    """One line for each implementation, product, model and number of tokens."""
+    for name, shapes in (("pro", PRO), ("flash", FLASH)):
+        for num_tokens in TOKENS:
+            yield quantise_line(name, shapes.hidden_size, num_tokens)
+            for product in products(shapes):
+                if product.name == "head" and num_tokens > HEAD_TOKENS:
+                    continue
+                moved, work = floor_bytes(product, num_tokens), flops(product, num_tokens)
+                runs = fp8_lines(product, num_tokens) if product.fp8 else bf16_lines(product, num_tokens)
+                for label, calls, errors in runs:
+                    yield measure(calls, moved, work, peak="fp8" if product.fp8 else "bf16").as_line(
+                        op=f"gemm {product.name}",
+                        implementation=label,
+                        shapes=name,
+                        num_tokens=num_tokens,
+                        **errors,
+                    )
+
+
+if __name__ == "__main__":
+    write_lines(lines())

@@ -1,0 +1,284 @@
+"""Products with weights in Triton, for few tokens (split along K) and for many (tensor-core tiles), by one kernel.
+
+Weight rows are the rows of a tile and tokens its columns: so 16 tokens fill a warpgroup instruction, which has 64 rows.
+What is multiplied (`_product`, FORMAT):
+
+- "fp8": E4M3 activations and weights. A Hopper tensor core adds E4M3 products with 14 bits only, so every 128 of K is a
+  sum of its own, scaled and added in float32, as the official kernel does. Blackwell's applies the scales itself.
+- "wide": bfloat16 activations, E4M3 weights, made bfloat16 exactly (4 bits times a power of two).
+- "bf16": bfloat16 both; products are exact in float32, sums are float32.
+
+A split along K writes float32 partial sums that `_add_splits` adds in their order: no atomics, always the same bits.
+Tiles depend on the number of tokens and the shape of the weight; with fixed ones (`tiles=`) a row has the same bits in
+any batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
+
+from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
+from dsv4_kernels.gemm.quantize import empty_rows, power_of_two, scale_exponent
+
+TILE_ROWS = (
+    128  # weight rows of a tile: the rows of one scale block, and of one group of the result when it is quantised
+)
+PROGRAMS = 132  # programs that a product over few tokens is split into, about: one for each multiprocessor
+MIN_SPLIT_DEPTH = 512  # of K; below, partial sums cost more than they gain
+ADD_BLOCK = 512
+
+
+class Tiles(NamedTuple):
+    """How a product is cut up; all results of equal tiles are equal in their bits."""
+
+    tokens: int  # of a tile
+    splits: int  # of K
+    num_warps: int
+    num_stages: int
+
+
+def tiles_for(num_tokens: int, num_weight_rows: int, depth: int, fp8: bool) -> Tiles:
+    """The tiles of a product; FORMAT "fp8" needs a second set of accumulators."""
+    if num_tokens > 64:
+        return Tiles(128 if fp8 or num_tokens <= 128 else 256, 1, 8, 4)
+    wanted = PROGRAMS // triton.cdiv(num_weight_rows, TILE_ROWS)
+    splits = max(1, min(wanted, depth // MIN_SPLIT_DEPTH))
+    return Tiles(max(16, triton.next_power_of_2(num_tokens)), splits, 8 if num_tokens > 32 else 4, 4)
+
+
+@triton.jit
+def _scales(scales_at, exponents_at, block, block_step):
+    """Scale of a block of the weight times those of the tokens, float32 [TOKENS]."""
+    exponent = tl.load(exponents_at + block * block_step).to(tl.int32)
+    return power_of_two(tl.load(scales_at + block).to(tl.int32)) * power_of_two(exponent)
+
+
+@triton.jit
+def _product(
+    x,  # [tokens, groups * depth]
+    x_exponents,  # uint8 [tokens, depth / 128], strides token_step and block_step; with FORMAT "fp8"
+    weight,  # [rows, depth]
+    weight_exponents,  # uint8 [ceil(rows / 128), depth / 128]; not with FORMAT "bf16"
+    out,  # [tokens, rows], or float32 [splits, tokens, rows]
+    out_exponents,  # uint8 [tokens, rows / 128], strides out_token_step and out_block_step; with QUANTIZE
+    num_tokens,
+    num_rows,
+    group_rows,  # weight rows of one group, whose input is its own `depth` columns of x
+    depth,
+    x_row,
+    token_step,
+    block_step,
+    out_token_step,
+    out_block_step,
+    splits,
+    FORMAT: tl.constexpr,
+    QUANTIZE: tl.constexpr,  # to E4M3, a group of 128 rows a token: ROWS is 128
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DEPTH: tl.constexpr,  # of K in one step
+):
+    row_tiles, token_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(num_tokens, TOKENS)
+    # Programs that run together form a square of tiles, so that both operands come from L2.
+    first = tl.program_id(0) // (8 * token_tiles) * 8
+    in_square = tl.program_id(0) % (8 * token_tiles)
+    square_rows = tl.minimum(row_tiles - first, 8)
+    row_tile, token_tile = first + in_square % square_rows, in_square // square_rows
+    split = tl.program_id(1)
+
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    token = token_tile * TOKENS + tl.arange(0, TOKENS)
+    k = tl.arange(0, DEPTH)
+    # Rows beyond the end repeat the last one: a load without a mask, and what they give is not stored.
+    weight_row = tl.minimum(row, num_rows - 1).to(tl.int64) * depth
+    x_token = tl.minimum(token, num_tokens - 1).to(tl.int64)
+    x_at = x_token * x_row + row_tile * ROWS // group_rows * depth
+    blocks = depth // DEPTH
+    per_split = tl.cdiv(blocks, splits)
+    total = tl.zeros([ROWS, TOKENS], tl.float32)
+    start = split * per_split
+    exponents_at = x_exponents + x_token * token_step
+    scales_at = weight_exponents + row_tile * ROWS // 128 * (depth // 128)
+    if FORMAT == "fp8":
+        scales = _scales(scales_at, exponents_at, tl.minimum(start, blocks - 1), block_step)
+    for block in range(start, tl.minimum(start + per_split, blocks)):
+        weights = tl.load(weight + weight_row[:, None] + (block * DEPTH + k)[None, :])
+        values = tl.load(x + x_at[:, None] + (block * DEPTH + k)[None, :])
+        if FORMAT == "bf16":
+            total = tl.dot(weights, tl.trans(values), total)
+        elif FORMAT == "wide":
+            scale = power_of_two(tl.load(scales_at + block * DEPTH // 128).to(tl.int32))
+            total = tl.dot((weights.to(tl.float32) * scale).to(tl.bfloat16), tl.trans(values), total)
+        elif cuda_capability_geq(10):
+            weight_scale = tl.load(scales_at + block + tl.zeros([ROWS, DEPTH // 32], tl.int32))
+            exponent = tl.load(exponents_at + block * block_step)
+            x_scale = tl.broadcast_to(exponent[:, None], [TOKENS, DEPTH // 32])
+            total = tl.dot_scaled(weights, weight_scale, "e4m3", tl.trans(values), x_scale, "e4m3", total)
+        else:
+            # Bytes are not copied ahead by the pipeline: the next scales are on their way while this block multiplies.
+            following = _scales(scales_at, exponents_at, tl.minimum(block + 1, blocks - 1), block_step)
+            total += tl.dot(weights, tl.trans(values)) * scales[None, :]
+            scales = following
+
+    at = (split * num_tokens + token).to(tl.int64)[None, :] * num_rows + row[:, None]
+    inside = (token < num_tokens)[None, :] & (row < num_rows)[:, None]
+    if QUANTIZE:
+        total = total.to(tl.bfloat16).to(tl.float32)
+        exponent = scale_exponent(tl.max(tl.abs(total), axis=0))
+        total = total * power_of_two(254 - exponent)[None, :]
+        exponent_at = out_exponents + token * out_token_step + row_tile * out_block_step
+        tl.store(exponent_at, exponent.to(tl.uint8), mask=token < num_tokens)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_splits(
+    partials,  # float32 [splits, tokens, rows]
+    out,  # [tokens, rows]
+    out_exponents,  # of `_product`
+    num_tokens,
+    num_rows,
+    num_splits,
+    out_token_step,
+    out_block_step,
+    QUANTIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
+    row = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = row < num_rows
+    total = tl.zeros([BLOCK // 128, 128], tl.float32)
+    for split in range(num_splits):
+        total += tl.load(partials + (split * num_tokens + token) * num_rows + row, mask=inside, other=0.0)
+    if QUANTIZE:
+        total = total.to(tl.bfloat16).to(tl.float32)
+        exponent = scale_exponent(tl.max(tl.abs(total), axis=1))
+        total = total * power_of_two(254 - exponent)[:, None]
+        exponent_at = out_exponents + token * out_token_step + group * out_block_step
+        tl.store(exponent_at, exponent.to(tl.uint8), mask=group * 128 < num_rows)
+    tl.store(out + token * num_rows + row, total.to(out.dtype.element_ty), mask=inside)
+
+
+def linear_fp8(
+    x: Fp8Rows, weight: Fp8Weight, *, out_dtype: torch.dtype = torch.bfloat16, tiles: Tiles | None = None
+) -> Tensor:
+    """x [T, K] times weight [N, K] transposed -> [T, N] in `out_dtype`, bfloat16 or float32.
+
+    Equal to `linear(x, weight, quantize=True)`, where x was quantised by `quantize_rows` or with its norm.
+    """
+    _check_depth("linear_fp8", x.codes, weight.codes.shape[1], GROUP)
+    out = torch.empty(x.codes.shape[0], weight.codes.shape[0], device=x.codes.device, dtype=out_dtype)
+    launch("fp8", x.codes, x.exponents, weight.codes, weight.exponents, 1, out, None, tiles)
+    return out
+
+
+def linear_bf16(
+    x: Tensor, weight: Tensor, *, out_dtype: torch.dtype = torch.float32, tiles: Tiles | None = None
+) -> Tensor:
+    """x bfloat16 [T, K] times weight bfloat16 [N, K] transposed -> [T, N]; products exact, sums float32.
+
+    For what the official code computes in float32 from bfloat16 values: compressors, index weights, gate, head.
+    """
+    if x.dtype is not torch.bfloat16 or weight.dtype is not torch.bfloat16 or not weight.is_contiguous():
+        raise ValueError(
+            f"linear_bf16: x is {x.dtype}, weight {weight.dtype} with strides {weight.stride()}; expected bfloat16 and "
+            "a weight that lies row by row"
+        )
+    _check_depth("linear_bf16", x, weight.shape[1], 64)
+    out = torch.empty(x.shape[0], weight.shape[0], device=x.device, dtype=out_dtype)
+    launch("bf16", x, None, weight, None, 1, out, None, tiles)
+    return out
+
+
+def _check_depth(name: str, x: Tensor, depth: int, multiple: int) -> None:
+    if x.shape[1] != depth or depth % multiple or x.stride(1) != 1:
+        raise ValueError(
+            f"{name}: x is {list(x.shape)} with strides {x.stride()}, weight [N, K] has K = {depth}; expected the same "
+            f"K, a multiple of {multiple}, and stride 1"
+        )
+
+
+def grouped_fp8_out(o: Tensor, weight: Fp8Weight, num_groups: int, *, tiles: Tiles | None = None) -> Fp8Rows:
+    """o bfloat16 [T, G * K] by groups times weight [G * N, K] -> E4M3 rows [T, G * N] of the bfloat16 result.
+
+    Group g multiplies its K columns of o, which are not quantised, with its N rows of the weight.
+    Raises ValueError unless N is a multiple of 64 and G * N one of 128.
+    """
+    num_rows, depth = weight.codes.shape
+    if num_rows % num_groups or num_rows // num_groups % 64 or num_rows % GROUP:
+        raise ValueError(
+            f"grouped_fp8_out: weight has {num_rows} rows; expected a multiple of {GROUP}, {num_groups} times one of 64"
+        )
+    if o.dtype is not torch.bfloat16:
+        raise ValueError(f"grouped_fp8_out: o is {o.dtype}; expected torch.bfloat16")
+    _check_depth("grouped_fp8_out", o, num_groups * depth, GROUP)
+    out = empty_rows(o.shape[0], num_rows, o.device)
+    launch("wide", o, None, weight.codes, weight.exponents, num_groups, out.codes, out.exponents, tiles)
+    return out
+
+
+def launch(
+    format_: str,
+    x: Tensor,
+    x_exponents: Tensor | None,
+    weight: Tensor,
+    weight_exponents: Tensor | None,
+    num_groups: int,
+    out: Tensor,
+    out_exponents: Tensor | None,
+    tiles: Tiles | None,
+) -> None:
+    """Launch `_product`, and `_add_splits` if K is split or a tile is no whole group of a quantised result."""
+    num_tokens, (num_rows, depth) = x.shape[0], weight.shape
+    if not num_tokens:
+        return
+    tokens, splits, num_warps, num_stages = tiles or tiles_for(num_tokens, num_rows, depth, format_ == "fp8")
+    group_rows = num_rows // num_groups if num_groups > 1 else num_rows + TILE_ROWS
+    tile_rows = TILE_ROWS if num_groups == 1 or group_rows % TILE_ROWS == 0 else TILE_ROWS // 2
+    quantize = out_exponents is not None
+    adds = splits > 1 or (quantize and tile_rows < TILE_ROWS)
+    partials = torch.empty(splits, num_tokens, num_rows, device=x.device, dtype=torch.float32) if adds else out
+    out_steps = out_exponents.stride() if quantize else (0, 0)
+    grid = triton.cdiv(num_rows, tile_rows) * triton.cdiv(num_tokens, tokens), splits
+    _product[grid](
+        x,
+        weight if x_exponents is None else x_exponents,
+        weight,
+        weight if weight_exponents is None else weight_exponents,
+        partials,
+        out if out_exponents is None else out_exponents,
+        num_tokens,
+        num_rows,
+        group_rows,
+        depth,
+        x.stride(0),
+        *(x_exponents.stride() if x_exponents is not None else (0, 0)),
+        *out_steps,
+        splits,
+        FORMAT=format_,
+        QUANTIZE=quantize and not adds,
+        ROWS=tile_rows,
+        TOKENS=tokens,
+        DEPTH=128 if format_ == "fp8" or (format_ == "wide" and tokens <= 64) else 64,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    if adds:
+        _add_splits[(num_tokens, triton.cdiv(num_rows, ADD_BLOCK))](
+            partials,
+            out,
+            out if out_exponents is None else out_exponents,
+            num_tokens,
+            num_rows,
+            splits,
+            *out_steps,
+            QUANTIZE=quantize,
+            BLOCK=ADD_BLOCK,
+            num_warps=4,
+        )

@@ -1,0 +1,83 @@
+"""RMSNorm in Triton, also with its result quantised to E4M3 for the products that follow; one program a row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows
+from dsv4_kernels.gemm.quantize import empty_rows, power_of_two, scale_exponent
+
+
+@triton.jit
+def _rms_norm(
+    x,  # [rows, dim]
+    weight,  # float32 [dim], with HAS_WEIGHT
+    out,  # [rows, dim], of x's dtype or E4M3
+    exponents,  # uint8 [rows, dim / 128], with QUANTIZE
+    dim,
+    x_row,
+    row_step,
+    group_step,
+    eps,
+    HAS_WEIGHT: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    GROUPS: tl.constexpr,  # of 128 values, a power of two
+):
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS)
+    column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = column < dim
+    loaded = tl.load(x + row * x_row + column, mask=inside, other=0.0)
+    values = loaded.to(tl.float32)
+    values = values * (1.0 / tl.sqrt(tl.sum(tl.sum(values * values, axis=1)) / dim + eps))
+    if HAS_WEIGHT:
+        values = values * tl.load(weight + column, mask=inside, other=0.0)
+    values = values.to(loaded.dtype)
+    if QUANTIZE:
+        values = values.to(tl.float32)
+        exponent = scale_exponent(tl.max(tl.abs(values), axis=1))
+        values = values * power_of_two(254 - exponent)[:, None]
+        exponent_at = exponents + row * row_step + group * group_step
+        tl.store(exponent_at, exponent.to(tl.uint8), mask=group * 128 < dim)
+    tl.store(out + row * dim + column, values.to(out.dtype.element_ty), mask=inside)
+
+
+def _launch(x: Tensor, weight: Tensor | None, eps: float, out: Tensor, exponents: Tensor | None) -> None:
+    num_rows, dim = x.shape
+    if x.stride(1) != 1:
+        raise ValueError(
+            f"rms_norm: x is {list(x.shape)} with strides {x.stride()}; expected rows of neighbouring values"
+        )
+    if num_rows:
+        groups = triton.next_power_of_2(triton.cdiv(dim, GROUP))
+        _rms_norm[(num_rows,)](
+            x,
+            x if weight is None else weight,
+            out,
+            out if exponents is None else exponents,
+            dim,
+            x.stride(0),
+            *((0, 0) if exponents is None else exponents.stride()),
+            eps,
+            HAS_WEIGHT=weight is not None,
+            QUANTIZE=exponents is not None,
+            GROUPS=groups,
+            num_warps=8 if groups > 16 else 4,
+        )
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """`rms_norm` of the reference for x bfloat16 or float32 [T, D], which may be some columns of a larger matrix."""
+    out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    _launch(x, weight, eps, out, None)
+    return out
+
+
+def rms_norm_fp8(x: Tensor, weight: Tensor | None, eps: float) -> Fp8Rows:
+    """`quantize_rows(rms_norm(x, weight, eps))` in one launch; D is a multiple of 128."""
+    rows = empty_rows(*x.shape, x.device)
+    _launch(x, weight, eps, rows.codes, rows.exponents)
+    return rows

@@ -1,0 +1,38 @@
+"""What the compile gate launches of `gemm`: the latent projection in FP8 and the raw ones in bfloat16."""
+
+import torch
+
+from dsv4_kernels.cases import FLASH, PRO
+from dsv4_kernels.gemm import triton as gemm
+from dsv4_kernels.gemm.fp8 import Fp8Weight
+from dsv4_kernels.gemm.quantize import quantize_rows
+
+SIZES = {"pro, 1 token": (PRO, 1), "pro, 64 tokens": (PRO, 64), "flash, 512 tokens": (FLASH, 512)}
+RUNS = [f"{kind}, {size}" for size in SIZES for kind in ("fp8", "bf16")]
+KERNELS = {"_quantize", "_product", "_add_splits"}
+
+
+def fp8_weight(num_rows: int, depth: int) -> Fp8Weight:
+    """Unwritten memory: a launch only compiles."""
+    codes = torch.empty(num_rows, depth, dtype=torch.float8_e4m3fn)
+    return Fp8Weight(codes, torch.empty(-(-num_rows // 128), depth // 128, dtype=torch.uint8))
+
+
+def launch(run: str) -> None:
+    """Launch one of RUNS on CPU tensors."""
+    kind, size = run.split(", ", 1)
+    shapes, num_tokens = SIZES[size]
+    x = torch.empty(num_tokens, shapes.hidden_size, dtype=torch.bfloat16)
+    if kind == "fp8":
+        gemm.linear_fp8(quantize_rows(x), fp8_weight(shapes.q_lora_rank + shapes.head_dim, shapes.hidden_size))
+    else:
+        gemm.linear_bf16(x, torch.empty(2624, shapes.hidden_size, dtype=torch.bfloat16))
+
+
+def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
+    """What the machine code must multiply matrices with; for 103 those of FP8 apply the scales too."""
+    if kernel != "_product":
+        return set()
+    return {("fp8", 90): {"QGMMA"}, ("fp8", 103): {"UTCQMMA"}, ("bf16", 90): {"HGMMA"}, ("bf16", 103): {"UTCHMMA"}}[
+        run.split(", ")[0], capability
+    ]
