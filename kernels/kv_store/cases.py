@@ -108,10 +108,11 @@ class Case(Step):
 
 
 MIXED = ((0, 1), (0, 3), (70_000, 1), (127, 2), (130, 5), (1_000, 140), (126, 3), (4_096, 128))
+SMALL = ((0, 1), (70_000, 1), (127, 2), (130, 5), (1_000, 20))
 CASES = [
     Case("pro", PRO, MIXED, num_padding=4, num_drafts=3),
     Case("flash", FLASH, MIXED, num_padding=4),
-    Case("demo", DEMO, ((0, 1), (70_000, 1), (127, 2), (130, 5), (1_000, 20)), num_padding=4, num_drafts=3),
+    Case("demo", DEMO, SMALL, num_padding=4, num_drafts=3),
     Case("one", DEMO, ((5, 1),)),
     Case("empty", DEMO, ()),
 ]

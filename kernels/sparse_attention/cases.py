@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.cases import DEMO, FLASH, PRO
-from dsv4_kernels.kv_store.cases import MIXED, Step, kv_format, poisoned_planes
+from dsv4_kernels.kv_store.cases import MIXED, SMALL, Step, kv_format, poisoned_planes
 from dsv4_kernels.kv_store.reference import KV_GROUP, Planes, RowFormat, decode, take_rows
 from dsv4_kernels.metadata import C4, StepMetadata
 from dsv4_kernels.sparse_attention.reference import Keys, sparse_attention
@@ -140,8 +140,8 @@ CASES = [
     Case("pro-c128", PRO, MIXED, num_padding=4, ratio=128),
     Case("flash", FLASH, MIXED, num_padding=4, num_drafts=3, ratio=C4, top_k=512),
     Case("flash-window", FLASH, MIXED, num_padding=4),
-    Case("demo", DEMO, MIXED, num_padding=4, num_drafts=3, ratio=C4, top_k=64),
-    Case("demo-c128", DEMO, MIXED, num_padding=4, ratio=128),
+    Case("demo", DEMO, SMALL, num_padding=4, num_drafts=3, ratio=C4, top_k=64),
+    Case("demo-c128", DEMO, SMALL, num_padding=4, ratio=128),
     Case("one", DEMO, ((5, 1),), ratio=C4),
     Case("empty", DEMO, ()),
 ]

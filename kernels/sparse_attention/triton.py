@@ -31,11 +31,11 @@ PARTS = 8  # partial results that `_combine` adds at a time
 
 
 @triton.jit
-def _blocks(position, num_chosen, split, RATIO, CHOSEN, WINDOW_BLOCKS, SPLITS, KEYS):
+def _blocks(position, num_chosen, split, num_splits, RATIO, CHOSEN, WINDOW_BLOCKS, KEYS):
     """Key blocks [first, last) of one split of a row; none for padding."""
     entries = num_chosen if CHOSEN else ((position + 1) // RATIO if RATIO > 0 else 0)
     blocks = tl.where(position >= 0, WINDOW_BLOCKS + tl.cdiv(entries, KEYS), 0)
-    each = tl.cdiv(blocks, SPLITS)
+    each = tl.cdiv(blocks, num_splits)
     return split * each, tl.minimum((split + 1) * each, blocks)
 
 
@@ -104,7 +104,7 @@ def _turn_back(values, rotations, DIM: tl.constexpr, ROPE: tl.constexpr):
     return tl.reshape(turned, [values.shape[0], DIM]).to(tl.bfloat16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _attend(
     q,  # bf16 [rows, NUM_HEADS, DIM], stride q_row
     sink,  # f32 [NUM_HEADS]
@@ -120,13 +120,14 @@ def _attend(
     entry_scale,
     page_table,  # int32 [slots, num_pages]
     chosen,  # int32 [rows, num_chosen], with CHOSEN
-    out,  # bf16 [rows, NUM_HEADS, DIM], with SPLITS == 1
-    partial,  # f32 [rows, SPLITS, NUM_HEADS, DIM], otherwise
-    partial_top,  # f32 [rows, SPLITS, NUM_HEADS], in units of log2
+    out,  # bf16 [rows, NUM_HEADS, DIM], without SPLIT
+    partial,  # f32 [rows, num_splits, NUM_HEADS, DIM], with SPLIT
+    partial_top,  # f32 [rows, num_splits, NUM_HEADS], in units of log2
     partial_total,
     q_row,
     num_pages,
     num_chosen,
+    num_splits,
     score_scale,  # of scores, times log2(e)
     # What a model or a server has one value of is a constant: registers are short.
     NUM_HEADS: tl.constexpr,
@@ -138,7 +139,7 @@ def _attend(
     RATIO: tl.constexpr,
     PER_PAGE: tl.constexpr,
     CHOSEN: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     TURNED: tl.constexpr,  # value product with dims, not heads, as the rows of its tile
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -153,7 +154,7 @@ def _attend(
     split = tl.program_id(1)
     position, slot = tl.load(positions + row), tl.load(slots + row)
     start = position - (row - tl.load(firsts + row))  # position of the request's first row of the step
-    first, last = _blocks(position, num_chosen, split, RATIO, CHOSEN, WINDOW_BLOCKS, SPLITS, KEYS)
+    first, last = _blocks(position, num_chosen, split, num_splits, RATIO, CHOSEN, WINDOW_BLOCKS, KEYS)
 
     head = tl.arange(0, HEADS)
     inside = (head < (HEADS if NUM_HEADS % HEADS == 0 else NUM_HEADS - first_head)) & (first < last)
@@ -192,20 +193,20 @@ def _attend(
     if TURNED:
         low, high = tl.trans(low), tl.trans(high)
     row = row.to(tl.int64)
-    if SPLITS == 1:
+    if not SPLIT:
         out_at = out + (row * NUM_HEADS + first_head) * DIM + tile
         tl.store(out_at, (low / total[:, None]).to(tl.bfloat16), mask=inside[:, None])
         values = (high / total[:, None]).to(tl.bfloat16)
         tl.store(out_at + HALF, _turn_back(values, rotations + row * ROPE, HALF, ROPE), mask=inside[:, None])
     else:
-        part = (row * SPLITS + split) * NUM_HEADS + first_head
+        part = (row * num_splits + split) * NUM_HEADS + first_head
         tl.store(partial + part * DIM + tile, low, mask=inside[:, None])
         tl.store(partial + part * DIM + HALF + tile, high, mask=inside[:, None])
         tl.store(partial_top + part + head, top, mask=inside)
         tl.store(partial_total + part + head, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _combine(
     partial,
     partial_top,
@@ -215,12 +216,12 @@ def _combine(
     out,
     num_heads,
     num_chosen,
+    num_splits,
     DIM: tl.constexpr,
     ROPE: tl.constexpr,
     WINDOW: tl.constexpr,
     RATIO: tl.constexpr,
     CHOSEN: tl.constexpr,
-    SPLITS: tl.constexpr,
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
@@ -232,11 +233,11 @@ def _combine(
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
     acc = tl.zeros([DIM], tl.float32)
-    for block in range((SPLITS + PARTS - 1) // PARTS):
+    for block in range(tl.cdiv(num_splits, PARTS)):
         split = block * PARTS + tl.arange(0, PARTS)
-        first, last = _blocks(position, num_chosen, split, RATIO, CHOSEN, WINDOW_BLOCKS, SPLITS, KEYS)
-        used = (split < SPLITS) & (first < last)
-        part = (row * SPLITS + split) * num_heads + head
+        first, last = _blocks(position, num_chosen, split, num_splits, RATIO, CHOSEN, WINDOW_BLOCKS, KEYS)
+        used = (split < num_splits) & (first < last)
+        part = (row * num_splits + split) * num_heads + head
         tops = tl.load(partial_top + part, mask=used, other=float("-inf"))
         new_top = tl.maximum(top, tl.maximum(tl.max(tops), -1e30))
         weights = tl.exp2(tops - new_top)
@@ -314,7 +315,7 @@ def sparse_attention(
     partial_total = torch.empty_like(partial_top)
     turns = torch.view_as_real(rotations)
     constants = {"DIM": dim, "ROPE": KV_GROUP, "WINDOW": window, "RATIO": ratio, "CHOSEN": chosen is not None}
-    constants |= {"SPLITS": num_splits, "KEYS": KEYS}
+    constants["KEYS"] = KEYS
     _attend[(num_rows * triton.cdiv(num_heads, heads), num_splits)](
         q,
         sink,
@@ -334,11 +335,13 @@ def sparse_attention(
         q.stride(0),
         0 if page_table is None else page_table.stride(0),
         num_chosen,
+        num_splits,
         dim**-0.5 * math.log2(math.e),
         NUM_HEADS=num_heads,
         SCALES=SCALE_ALIGN,
         RING=ring_rows,
         PER_PAGE=per_page,
+        SPLIT=num_splits > 1,
         TURNED=turned,
         HEADS=heads,
         num_warps=4 if dim == 128 else 8,
@@ -355,6 +358,7 @@ def sparse_attention(
             out,
             num_heads,
             num_chosen,
+            num_splits,
             PARTS=PARTS,
             num_warps=4,
             **constants,
