@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.cases import DEMO, FLASH, PRO, Shapes
-from dsv4_kernels.kv_store.reference import Format, Planes, RowFormat
+from dsv4_kernels.kv_store.reference import Format, Planes, RowFormat, encode
 from dsv4_kernels.metadata.rows import Rows
+from dsv4_kernels.norm.reference import rms_norm
 from dsv4_kernels.rope import rope_frequencies, rope_table
+from dsv4_kernels.rope.reference import apply_rope
 
 POISON = 255  # of rows that nothing may read: NaN in every part of a KV_FP8 row
 EPS = 1e-6
@@ -105,6 +107,21 @@ class Case(Step):
             "rotations": self.rotations(rows),
             "rows": rows,
         }
+
+
+def exact(inputs: dict[str, Any], name: str) -> dict[str, Any]:
+    """Inputs whose sums and rotations are exact in float32 in any order, so that all bits must agree."""
+    values = (inputs[name].float() * 4).round().clamp(-255, 255) / 16
+    rotations = inputs["rotations"]
+    turns = torch.tensor([1, 1j, -1, -1j], dtype=torch.complex64, device=rotations.device)
+    quarters = torch.arange(rotations.numel(), device=rotations.device).view(rotations.shape) % 4
+    return inputs | {name: values.bfloat16(), "rotations": turns[quarters]}
+
+
+def expected_rows(inputs: dict[str, Any], shapes: Shapes) -> Planes:
+    """What the references make of the inputs of `store_kv`, on the CPU."""
+    kv = rms_norm(inputs["latent_kv"].cpu(), inputs["norm_weight"].cpu(), inputs["eps"])
+    return encode(apply_rope(kv, inputs["rotations"].cpu()), kv_format(shapes))
 
 
 MIXED = ((0, 1), (0, 3), (70_000, 1), (127, 2), (130, 5), (1_000, 140), (126, 3), (4_096, 128))

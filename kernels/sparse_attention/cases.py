@@ -66,17 +66,18 @@ class Case(Step):
         num_pages = min(sum(needed), MAX_PAGES)
         order = torch.randperm(num_pages, generator=random, device=device).to(torch.int32) + 1  # page 0 is free
         page_table = torch.full((self.num_slots, max(needed, default=1)), -1, dtype=torch.int32, device=device)
+        shared = sum(needed) > num_pages
         planes = poisoned_planes((num_pages + 2) * per_page, row_format, str(device))
+        if shared:
+            planes = random_rows(random, len(planes[0]), row_format)
         taken = 0
         for slot, pages, (start, count) in zip(self.slots, needed, self.requests, strict=True):
             page_table[slot, :pages] = order[(taken + torch.arange(pages, device=device)) % num_pages]
             taken += pages
             entry = torch.arange((start + count) // self.ratio, device=device)
             entry_rows = page_table[slot, entry // per_page].long() * per_page + entry % per_page
-            if taken <= num_pages:
+            if not shared:
                 _write(planes, entry_rows, random, row_format)
-        if taken > num_pages:
-            planes = random_rows(random, len(planes[0]), row_format)
         found = {"entry_planes": planes, "page_table": page_table, "ratio": self.ratio, "page_tokens": PAGE_TOKENS}
         return found | {"chosen": self._chosen(random)} if self.top_k else found
 

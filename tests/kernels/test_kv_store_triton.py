@@ -5,27 +5,14 @@ import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
 
 from dsv4_kernels.cases import DEMO, PRO, Shapes
-from dsv4_kernels.kv_store import encode
-from dsv4_kernels.kv_store.cases import CASES, EPS, POISON, Case, kv_format, poisoned_planes
+from dsv4_kernels.kv_store.bench import query_bytes, store_bytes
+from dsv4_kernels.kv_store.cases import CASES, EPS, POISON, Case, exact, expected_rows, kv_format, poisoned_planes
 from dsv4_kernels.kv_store.triton import commit, prepare_q, store_kv
-from dsv4_kernels.norm.reference import head_norm, rms_norm
+from dsv4_kernels.norm.reference import head_norm
 from dsv4_kernels.rope.reference import apply_rope
 
 DEMOS = [case for case in CASES if case.shapes is DEMO]
 CHUNKS = Case("chunks", DEMO, ((0, 1), (30, 4), (50, 5), (12, 21), (7, 60)), num_padding=2, num_drafts=3, window=16)
-
-
-def exact(inputs, name):
-    """Inputs whose sums and rotations are exact in float32 in any order, so that all bits must agree."""
-    values = (inputs[name].float() * 4).round().clamp(-255, 255) / 16
-    turns = torch.tensor([1, 1j, -1, -1j], dtype=torch.complex64)
-    quarter = torch.arange(inputs["rotations"].numel()).view(inputs["rotations"].shape) % 4
-    return inputs | {name: values.bfloat16(), "rotations": turns[quarter]}
-
-
-def expected_rows(case, inputs):
-    rows = rms_norm(inputs["latent_kv"], inputs["norm_weight"], EPS)
-    return encode(apply_rope(rows, inputs["rotations"]), kv_format(case.shapes))
 
 
 def expected_ring(case, encoded, late):
@@ -45,7 +32,7 @@ def expected_ring(case, encoded, late):
 def test_rows_are_stored_bit_for_bit_and_nothing_else_is_written(case):
     inputs = exact(case.make(1), "latent_kv")
     store_kv(**inputs)
-    encoded = expected_rows(case, inputs)
+    encoded = expected_rows(inputs, case.shapes)
     for found, new in zip(inputs["step_planes"], encoded, strict=True):
         assert torch.equal(found[: case.num_tokens], new[: case.num_tokens])
         assert (found[case.num_tokens :] == POISON).all()
@@ -60,7 +47,7 @@ def test_random_rows_differ_only_where_the_order_of_a_sum_decides_a_rounding():
     case = Case("pro", PRO, tuple((position, 1) for position in range(0, 64_000, 1_000)))
     inputs = case.make(2)
     store_kv(**inputs)
-    for found, new in zip(inputs["step_planes"], expected_rows(case, inputs), strict=True):
+    for found, new in zip(inputs["step_planes"], expected_rows(inputs, case.shapes), strict=True):
         assert (found != new).float().mean() < 1e-3
 
 
@@ -81,7 +68,7 @@ def test_nan_stays_in_its_row():
     inputs["latent_kv"][1, 7] = torch.nan
     store_kv(**inputs)
     assert (inputs["step_planes"][0][1, :64] & 0x7F == 0x7F).all()
-    expected = expected_rows(case, inputs)
+    expected = expected_rows(inputs, case.shapes)
     for found, new in zip(inputs["step_planes"], expected, strict=True):
         assert (found[[0, 2]] != new[[0, 2]]).float().mean() < 0.01
 
@@ -104,6 +91,11 @@ def test_random_queries_differ_by_one_rounding_of_the_root():
     found = prepare_q(**inputs)
     assert ((found != expected).any(-1)).float().mean() < 0.05
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
+
+
+def test_the_floor_of_a_row():
+    assert store_bytes(1, PRO) == 1024 + 256 + 2 * 584
+    assert query_bytes(2, PRO) == 2 * (2 * 128 * 1024 + 256)
 
 
 def test_other_sizes_are_refused():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
 
-from dsv4_kernels.cases import Shapes
+from dsv4_kernels.cases import FLASH, PRO, Shapes
+from dsv4_kernels.sparse_attention.bench import flops, moved_bytes
 from dsv4_kernels.sparse_attention.cases import CASES, Case
 from dsv4_kernels.sparse_attention.triton import default_splits, sparse_attention
 
@@ -121,6 +122,16 @@ def test_wrong_arguments_are_refused():
         sparse_attention(**inputs | {"q": torch.empty(0, 8, 96)})
     with pytest.raises(ValueError, match="ratio 4 needs entry_planes and page_table"):
         sparse_attention(**inputs, ratio=4)
+
+
+def test_the_floor_of_a_pro_decode_step_and_of_a_chunk():
+    decode = Case("pro", PRO, ((8191, 1),), ratio=4, top_k=1024)
+    assert flops(decode) == 4 * 128 * 512 * (128 + 1024)
+    assert moved_bytes(decode) == 4 * 128 * 512 + 4 * 1024 + (128 + 1024) * 584
+    chunk = Case("flash", FLASH, ((8192, 2048),), ratio=128)
+    visible = sum((position + 1) // 128 for position in range(8192, 8192 + 2048))
+    assert flops(chunk) == 4 * 64 * 512 * (2048 * 128 + visible)
+    assert moved_bytes(chunk) == 2048 * 4 * 64 * 512 + (127 + 2048 + 80) * 584
 
 
 def test_splits_fill_a_gpu_from_shapes_alone():
