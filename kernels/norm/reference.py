@@ -14,6 +14,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def head_norm(q: Tensor, eps: float) -> Tensor:
     """RMS of each head without a weight: q [T, heads, d] -> the same shape and dtype.
 
-    In the activation dtype: the official code rounds the square and the product to BF16.
+    In the activation dtype: the official code rounds square, mean, root and product to BF16. The root is
+    taken in float32, as on a GPU: of fewer than 32 BF16 values torch's CPU code would round the square root first.
     """
-    return q * torch.rsqrt(q.square().mean(-1, keepdim=True) + eps)
+    mean = q.square().mean(-1, keepdim=True) + eps
+    return q * torch.rsqrt(mean.float()).to(q.dtype)

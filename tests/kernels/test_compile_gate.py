@@ -14,6 +14,7 @@ SUPPORT = Path(__file__).parents[1] / "support"
 OPERATIONS = sorted(path.stem for path in SUPPORT.glob("launches/[a-z]*.py"))
 KERNELS = Path(__file__).parents[2] / "kernels"
 MAX_SHARED_BYTES = 227 << 10
+MAX_TENSOR_MEMORY_COLUMNS = 512  # with more Triton 3.9 compiles a kernel that does nothing
 
 
 def test_each_operation_with_triton_kernels_is_compiled():
@@ -34,4 +35,5 @@ def test_kernels_compile_without_stack_and_on_the_tensor_cores(operation, capabi
         assert kernel["target"] == target
         assert kernel["stack_bytes"] == 0, kernel
         assert kernel["shared_bytes"] <= MAX_SHARED_BYTES, kernel
+        assert kernel["tensor_memory_columns"] <= MAX_TENSOR_MEMORY_COLUMNS, kernel
         assert sorted(kernel["matrix_instructions"]) == kernel["expected_instructions"], kernel

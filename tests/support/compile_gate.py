@@ -94,6 +94,7 @@ def describe(kernel, run: str) -> dict:
         "registers": registers,
         "stack_bytes": stack + local,
         "shared_bytes": kernel.metadata.shared,
+        "tensor_memory_columns": getattr(kernel.metadata, "tmem_size", 0) or 0,
         "matrix_instructions": {name: count for name, count in matrix.items() if count},
     }
 

@@ -52,10 +52,12 @@ def cast(original):
 
 
 def binary(self, left, right, operation):
-    if left.dtype.scalar != tl.bfloat16:
-        return original_binary(self, left, right, operation)
-    result = operation(to_float32(left), to_float32(right))
-    return Handle(result, left.dtype.scalar) if result.dtype == bool else from_float32(result, left.dtype)
+    if left.dtype.scalar == tl.bfloat16:
+        result = operation(to_float32(left), to_float32(right))
+        return Handle(result, tl.int1) if result.dtype == bool else from_float32(result, left.dtype)
+    result = original_binary(self, left, right, operation)
+    # The interpreter leaves a comparison the type of its operands; a scalar one then becomes no mask when splatted.
+    return Handle(result.data, tl.int1) if result.data.dtype == bool else result
 
 
 def unary(self, argument, operation):

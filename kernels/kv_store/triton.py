@@ -1,0 +1,273 @@
+"""Window rows and queries in Triton: norm, RoPE, quantisation and the writes of a step, one launch each.
+
+Equal to `rms_norm`, `head_norm`, `apply_rope` and `encode` (Format.KV_FP8) of the references, one after the other,
+rounded at the same points. Not used by the engine yet.
+
+A step stores its window rows in order into a workspace, the step rows, where its own attention reads them. The ring of
+a slot gets them at once when they fit beside the rows that this step still reads (at most `room` of them), else by
+`commit` after attention: see HistoryTable in kernels/metadata/reference.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4_kernels.kv_store.reference import KV_GROUP, SCALE_ALIGN, Planes
+from dsv4_kernels.metadata.rows import Rows
+
+HEADS = 4  # heads of one program of `_prepare_q`, a warp for each
+
+
+@triton.jit
+def _rotate(pairs, rotations, row, HALF: tl.constexpr):
+    """bf16 values [.., 2 * HALF] of one row, interleaved pairs, turned by its angles; float32 inside."""
+    pair = tl.arange(0, HALF)
+    cosine = tl.load(rotations + row * 2 * HALF + 2 * pair)
+    sine = tl.load(rotations + row * 2 * HALF + 2 * pair + 1)
+    even, odd = tl.split(tl.reshape(pairs.to(tl.float32), [pairs.shape[0], HALF, 2]))
+    turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
+    return tl.reshape(turned, [pairs.shape[0], 2 * HALF]).to(tl.bfloat16)
+
+
+@triton.jit
+def _store(
+    kv,  # bf16 [rows, DIM], stride kv_row
+    weight,  # f32 [DIM]
+    rotations,  # f32 [rows, 32, 2]
+    slots,
+    positions,
+    counts,
+    step_codes,  # the data plane as e4m3 [rows, data_bytes] and as bf16 [rows, data_bytes / 2]
+    step_rope,
+    step_scale,  # uint8 [rows, GROUPS]
+    ring_codes,
+    ring_rope,
+    ring_scale,
+    kv_row,
+    ring_rows,
+    room,
+    eps,
+    DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions + row)
+    inside = position >= 0
+    NOPE: tl.constexpr = DIM - GROUP
+    DATA: tl.constexpr = NOPE + 2 * GROUP
+    group, lane = tl.arange(0, GROUPS), tl.arange(0, GROUP)
+    dim = group[:, None] * GROUP + lane[None, :]
+    x = tl.load(kv + row * kv_row + dim, mask=inside & (dim < DIM), other=0.0).to(tl.float32)
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x) / DIM + eps))
+    normed = x * inverse * tl.load(weight + dim, mask=dim < DIM, other=0.0)
+    normed = normed.to(tl.bfloat16).to(tl.float32)
+    amax = tl.maximum(tl.max(tl.abs(normed), axis=1), 1e-4) * (1.0 / 448.0)
+    bits = (amax.to(tl.int32, bitcast=True) + 0x7FFFFF) & -0x800000  # the next power of two, rounded up
+    inverse_scale = ((254 << 23) - bits).to(tl.float32, bitcast=True)
+    codes = (normed * inverse_scale[:, None]).to(tl.float8e4nv)
+    scale = tl.where(group < NOPE // GROUP, bits >> 23, 0).to(tl.uint8)
+
+    x = tl.load(kv + row * kv_row + NOPE + lane, mask=inside, other=0.0).to(tl.float32)
+    tail = (x * inverse * tl.load(weight + NOPE + lane)).to(tl.bfloat16)
+    tail = _rotate(tail[None, :], rotations, row, GROUP // 2)
+    tail_at = NOPE // 2 + lane[None, :]
+
+    keep = inside & (dim < NOPE)
+    tl.store(step_codes + row * DATA + dim, codes, mask=keep)
+    tl.store(step_rope + row * (DATA // 2) + tail_at, tail, mask=inside)
+    tl.store(step_scale + row * GROUPS + group, scale, mask=inside)
+    fits = inside & (tl.load(counts + row) <= room)
+    target = tl.load(slots + row).to(tl.int64) * ring_rows + position % ring_rows
+    tl.store(ring_codes + target * DATA + dim, codes, mask=keep & fits)
+    tl.store(ring_rope + target * (DATA // 2) + tail_at, tail, mask=fits)
+    tl.store(ring_scale + target * GROUPS + group, scale, mask=fits)
+
+
+@triton.jit
+def _commit(
+    slots,
+    positions,
+    firsts,
+    counts,
+    step_data,  # planes as int32 words
+    step_scale,
+    ring_data,
+    ring_scale,
+    ring_rows,
+    room,
+    DATA: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    position, count = tl.load(positions + row), tl.load(counts + row)
+    left = count - (row - tl.load(firsts + row))  # rows from this one to the request's last
+    copied = (position >= 0) & (count > room) & (left <= ring_rows)
+    target = tl.load(slots + row).to(tl.int64) * ring_rows + position % ring_rows
+    word = tl.arange(0, BLOCK)
+    keep = copied & (word < DATA)
+    tl.store(ring_data + target * DATA + word, tl.load(step_data + row * DATA + word, mask=keep), mask=keep)
+    keep = copied & (word < SCALE)
+    tl.store(ring_scale + target * SCALE + word, tl.load(step_scale + row * SCALE + word, mask=keep), mask=keep)
+
+
+@triton.jit
+def _prepare_q(
+    q,  # bf16 [rows, num_heads, DIM], stride q_row; heads are neighbours
+    rotations,  # f32 [rows, 32, 2]
+    positions,
+    out,  # like q, stride out_row
+    q_row,
+    out_row,
+    num_heads,
+    eps,
+    DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    inside = tl.load(positions + row) >= 0
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    keep = inside & (head < num_heads)
+    dim, tail = tl.arange(0, DIM)[None, :], DIM - ROPE + tl.arange(0, ROPE)[None, :]
+    x = tl.load(q + row * q_row + head * DIM + dim, mask=keep, other=0.0).to(tl.float32)
+    x_tail = tl.load(q + row * q_row + head * DIM + tail, mask=keep, other=0.0).to(tl.float32)
+    # As the official code, in bf16: the square, the mean, its sum with eps and the root are all rounded.
+    squares = (x * x).to(tl.bfloat16).to(tl.float32)
+    mean = (tl.sum(squares, axis=1) / DIM).to(tl.bfloat16).to(tl.float32)
+    mean = (mean + eps).to(tl.bfloat16).to(tl.float32)
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(mean)).to(tl.bfloat16).to(tl.float32)[:, None]
+    tl.store(out + row * out_row + head * DIM + dim, (x * inverse).to(tl.bfloat16), mask=keep & (dim < DIM - ROPE))
+    turned = _rotate((x_tail * inverse).to(tl.bfloat16), rotations, row, ROPE // 2)
+    tl.store(out + row * out_row + head * DIM + tail, turned, mask=keep)
+
+
+def ring_room(ring_rows: int, window: int) -> int:
+    """Most rows of one request in a step that may enter its ring before the step's attention has read it."""
+    return ring_rows - window + 1
+
+
+def store_kv(
+    latent_kv: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    rotations: Tensor,
+    rows: Rows,
+    step_planes: Planes,
+    ring_planes: Planes,
+    ring_rows: int,
+    window: int,
+) -> None:
+    """Norm, rotate, quantise and store the window rows of a step (docs/model.md sections 4 and 9).
+
+    Args:
+        latent_kv: bf16 [T, head_dim], rows of any stride; norm_weight: f32 [head_dim].
+        rotations: complex64 [T, 32] at the rows' positions.
+        step_planes: uint8 [T or more, bytes], KV_FP8; row t receives row t.
+        ring_planes: uint8 [slots * ring_rows, bytes], KV_FP8, which receive the rows of requests that have at most
+            `ring_room` of them. The others wait for `commit`.
+        ring_rows, window: rows of a slot's ring, at least `window`; positions that a row attends to.
+
+    Raises ValueError for head sizes that are no multiple of 64 up to 512, or with other than 64 rotated dims.
+    """
+    dim = latent_kv.shape[1]
+    _check(dim, rotations)
+    step_codes, step_rope, step_scale = kv_views(step_planes)
+    ring_codes, ring_rope, ring_scale = kv_views(ring_planes)
+    if latent_kv.shape[0]:
+        _store[(latent_kv.shape[0],)](
+            latent_kv,
+            norm_weight,
+            torch.view_as_real(rotations),
+            rows.slots,
+            rows.positions,
+            rows.counts,
+            step_codes,
+            step_rope,
+            step_scale,
+            ring_codes,
+            ring_rope,
+            ring_scale,
+            latent_kv.stride(0),
+            ring_rows,
+            ring_room(ring_rows, window),
+            eps,
+            DIM=dim,
+            GROUP=KV_GROUP,
+            GROUPS=SCALE_ALIGN,
+            num_warps=1,
+        )
+
+
+def commit(rows: Rows, step_planes: Planes, ring_planes: Planes, ring_rows: int, window: int) -> None:
+    """Copy the last `ring_rows` step rows of every request that `store_kv` kept out of the ring. After attention."""
+    step_data, step_scale = (plane.view(torch.int32) for plane in step_planes)
+    ring_data, ring_scale = (plane.view(torch.int32) for plane in ring_planes)
+    words = step_data.shape[1]
+    if rows.slots.shape[0]:
+        _commit[(rows.slots.shape[0],)](
+            rows.slots,
+            rows.positions,
+            rows.firsts,
+            rows.counts,
+            step_data,
+            step_scale,
+            ring_data,
+            ring_scale,
+            ring_rows,
+            ring_room(ring_rows, window),
+            DATA=words,
+            SCALE=step_scale.shape[1],
+            BLOCK=triton.next_power_of_2(words),
+            num_warps=1,
+        )
+
+
+def prepare_q(q: Tensor, eps: float, rotations: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
+    """RMS of each head in bf16 arithmetic, then RoPE (docs/model.md section 4).
+
+    Args:
+        q: bf16 [T, heads, head_dim], rows of any stride, heads of a row neighbours; rotations: complex64 [T, 32].
+        out: like q; `q` itself when None.
+
+    Returns `out`; its padding rows are as they were. Raises ValueError for head sizes that are no power of two.
+    """
+    num_rows, num_heads, dim = q.shape
+    out = q if out is None else out
+    if dim & (dim - 1) or q.stride()[1:] != (dim, 1) or out.stride()[1:] != (dim, 1):
+        raise ValueError(f"prepare_q: q is {list(q.shape)}; expected neighbouring heads of a power of two dims")
+    _check(dim, rotations)
+    if num_rows:
+        _prepare_q[(num_rows, triton.cdiv(num_heads, HEADS))](
+            q,
+            torch.view_as_real(rotations),
+            rows.positions,
+            out,
+            q.stride(0),
+            out.stride(0),
+            num_heads,
+            eps,
+            DIM=dim,
+            ROPE=KV_GROUP,
+            HEADS=HEADS,
+            num_warps=4,
+        )
+    return out
+
+
+def kv_views(planes: Planes) -> tuple[Tensor, Tensor, Tensor]:
+    """The planes of KV_FP8 rows as e4m3 codes, as bf16 values and as scale bytes: all bytes of a row in each type."""
+    data, scale = planes
+    return data.view(torch.float8_e4m3fn), data.view(torch.bfloat16), scale
+
+
+def _check(dim: int, rotations: Tensor) -> None:
+    if dim % KV_GROUP or dim > KV_GROUP * SCALE_ALIGN or 2 * rotations.shape[-1] != KV_GROUP:
+        raise ValueError(
+            f"kv_store: {dim} dims, {2 * rotations.shape[-1]} of them rotated; the Triton kernels take multiples of "
+            f"{KV_GROUP} up to {KV_GROUP * SCALE_ALIGN}, {KV_GROUP} rotated"
+        )
