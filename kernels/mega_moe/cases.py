@@ -23,7 +23,7 @@ class Case(Run):
         weights = torch.rand(self.num_tokens, top_k, generator=random) + 0.1
         return {
             "x": nonzero(random, self.num_tokens, hidden).to(dtype),
-            "expert_ids": order[:, :top_k],
+            "expert_ids": order[:, :top_k].contiguous(),
             "weights": weights / weights.sum(dim=1, keepdim=True) * sizes.routed_scaling_factor,
             "w13": matrix(random, num_experts, 2 * width, hidden),
             "w2": matrix(random, num_experts, hidden, width),
