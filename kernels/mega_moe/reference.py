@@ -60,16 +60,30 @@ def mega_moe(
     """
     if activations not in get_args(Activations):
         raise ValueError(f"mega_moe: activations is {activations!r}; allowed: {', '.join(get_args(Activations))}")
-    num_tokens, top_k = expert_ids.shape
     shared = shared_expert(x, shared_w13, shared_w2, limit=limit, activations=activations)
-    if num_tokens == 0:
+    if len(x) == 0:
         return shared
+    return add_routed(shared, x, expert_ids, weights, w13, w2, limit=limit, activations=activations)
+
+
+def add_routed(
+    shared: Tensor,
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    *,
+    limit: float,
+    activations: Activations,
+) -> Tensor:
+    """`mega_moe` of at least one token, given the output of the shared expert [T, D]."""
     # Pairs (token, expert) sorted by expert, so that each expert that is hit is one product over neighbouring rows.
     order = torch.argsort(expert_ids.flatten(), stable=True)
     counts = torch.bincount(expert_ids.flatten(), minlength=w13.shape[0]).tolist()
     hit = [expert for expert, count in enumerate(counts) if count]
     sizes = [counts[expert] for expert in hit]
-    tokens = order // top_k
+    tokens = order // expert_ids.shape[1]
     rows = _round(x, activations).float().index_select(0, tokens)
     gate_up = torch.cat([part @ w13[expert].t().float() for expert, part in zip(hit, rows.split(sizes), strict=True)])
     hidden = _activate(gate_up.to(x.dtype), limit) * weights.flatten()[order].unsqueeze(1)

@@ -5,7 +5,7 @@ import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
 
 from dsv4_kernels.quant import reference, triton
-from dsv4_kernels.quant.cases import CASES
+from dsv4_kernels.quant.cases import CASES, adversarial, all_bfloat16
 
 FORMATS = [("fp8", 128), ("fp8", 64), ("fp4", 32), ("fp4", 128)]
 
@@ -33,32 +33,14 @@ def test_random_groups_of_any_size(case, name, group, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("name", "group"), FORMATS)
 def test_adversarial_groups(name, group, dtype):
-    halves = torch.arange(group) / 16 - group / 32  # every tie of both formats is among them, at some scale
-    rows = [
-        torch.zeros(group),
-        -torch.zeros(group),
-        torch.full((group,), 3.0),
-        torch.full((group,), -1e-6),
-        halves,
-        halves * 448 / 6,
-        torch.where(torch.arange(group) == 7, 3e38, 1e-3),  # one huge value
-        torch.where(torch.arange(group) == 7, -3e38, -1e-38),
-        torch.full((group,), 1e-40),  # subnormal
-        torch.where(torch.arange(group) % 2 == 0, 1e-40, -3e-39),
-        torch.full((group,), 6.0) + torch.arange(group) * 2.0**-20,
-        torch.logspace(-12, 3, group),
-    ]
-    assert_equal_bits(torch.stack(rows).to(dtype), name, group)
+    assert_equal_bits(adversarial(group).to(dtype), name, group)
 
 
-def test_every_bfloat16_magnitude_beside_six_becomes_the_code_of_the_reference():
-    """With 6 and 448 in the group the scale is 1, so all values and ties are rounded as they stand."""
-    values = torch.arange(0x8000, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    for name, largest, group in (("fp4", 6.0, 32), ("fp8", 448.0, 64)):
-        kept = values[values <= largest]
-        rows = torch.nn.functional.pad(kept, (0, -len(kept) % (group - 2))).view(-1, group - 2)
-        rows = torch.cat([rows, -rows[:, :1], torch.full_like(rows[:, :1], largest)], dim=1).contiguous()
-        assert_equal_bits(rows, name, group)
+@pytest.mark.parametrize(("name", "largest", "group"), [("fp4", 6.0, 32), ("fp8", 448.0, 64)])
+def test_every_bfloat16_magnitude_rounds_as_it_stands(name, largest, group):
+    x = all_bfloat16(largest, group)
+    assert getattr(triton, f"quantize_{name}")(x, group)[1].unique().tolist() == [127]  # the scale is 1
+    assert_equal_bits(x, name, group)
 
 
 @pytest.mark.parametrize(("name", "group"), FORMATS)

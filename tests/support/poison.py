@@ -1,20 +1,13 @@
-"""Makes what `torch.empty` gives recognisable, so that a read or a gap of uninitialised memory shows."""
+"""Memory that nothing wrote, made recognisable, so that a read of it or a gap in a result shows."""
 
 import pytest
 import torch
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
-    """NaN in floating-point tensors, all bits set in others (-1, FP8 and E8M0 NaN)."""
-
-    def wrap(original):
-        def empty(*args, **kwargs):
-            tensor = original(*args, **kwargs)
-            tensor.view(torch.uint8).fill_(255) if tensor.numel() else None
-            return tensor
-
-        return empty
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, wrap(getattr(torch, name)))
+def poisoned():
+    """`torch.empty` gives NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
