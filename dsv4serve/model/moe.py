@@ -18,7 +18,8 @@ class MoE:
     def __init__(
         self, config: ModelConfig, params: Mapping[str, Tensor], prefix: str, index: int, quantize: bool
     ) -> None:
-        self.config, self.quantize = config, quantize
+        self.config = config
+        self.activations = "fp8" if quantize else "bf16"
         self.name = prefix + "ffn"
         gate, experts, shared = (f"{self.name}.{part}." for part in ("gate", "experts", "shared_experts"))
         self.gate_weight = params[gate + "weight"]
@@ -48,5 +49,5 @@ class MoE:
             self.shared_w13,
             self.shared_w2,
             limit=self.config.swiglu_limit,
-            quantize=self.quantize,
+            activations=self.activations,
         )

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from dsv4_kernels.gemm import linear
 from dsv4_kernels.gemm.reference import ACTIVATION_GROUP
-from dsv4_kernels.quant import fake_quantize_fp8
+from dsv4_kernels.quant import fake_quantize_fp4, fake_quantize_fp8
+
+Activations = Literal["bf16", "fp8", "fp4"]  # inputs of the products: as they are, E4M3 per 128, E2M1 per 32
 
 
 def _activate(gate_up: Tensor, limit: float) -> Tensor:
     """SwiGLU with clamp: gate_up [P, 2I] (gate first) -> float32 [P, I]. The gate has no lower clamp."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     return torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+def _round(x: Tensor, activations: Activations) -> Tensor:
+    """x rounded to what the products take."""
+    if activations == "bf16":
+        return x
+    return fake_quantize_fp8(x, ACTIVATION_GROUP) if activations == "fp8" else fake_quantize_fp4(x)
+
+
+def shared_expert(x: Tensor, w13: Tensor, w2: Tensor, *, limit: float, activations: Activations) -> Tensor:
+    """w2 swiglu(w13 x) of all rows, [T, D] in x.dtype. Its weights are FP8: "fp4" activations are E4M3 here too."""
+    quantize = activations != "bf16"
+    hidden = _activate(linear(x, w13, quantize=quantize), limit).to(x.dtype)
+    return linear(hidden, w2, quantize=quantize)
 
 
 def mega_moe(
@@ -26,7 +44,7 @@ def mega_moe(
     shared_w2: Tensor,
     *,
     limit: float,
-    quantize: bool,
+    activations: Activations,
 ) -> Tensor:
     """Sum over a token's experts of w2(weight * swiglu(w13 x)), plus the shared expert: [T, D] in x.dtype.
 
@@ -34,29 +52,42 @@ def mega_moe(
         x: [T, D]; expert_ids int64 [T, K]; weights float32 [T, K].
         w13: float32 or bfloat16 [E, 2I, D], w1 (gate) rows then w3 (up); w2: [E, D, I]; shared_*: the same without E.
         limit: swiglu clamp.
-        quantize: round the inputs of both products to E4M3 per 128, as the official code runs FP4 experts.
+        activations: rounding of the inputs of both products. "fp8" is what the official code does with FP4 experts;
+            "fp4" is E2M1 with a power-of-two scale per 32 (W4A4), for tensor cores that multiply FP4 by FP4. Products
+            of two such values are exact in float32. "bf16" rounds nothing (x may be float32).
 
     The routing weight multiplies before w2. Every product is rounded to x.dtype, their sum is float32.
     """
-    num_tokens, top_k = expert_ids.shape
-    shared = linear(
-        _activate(linear(x, shared_w13, quantize=quantize), limit).to(x.dtype), shared_w2, quantize=quantize
-    )
-    if num_tokens == 0:
+    if activations not in get_args(Activations):
+        raise ValueError(f"mega_moe: activations is {activations!r}; allowed: {', '.join(get_args(Activations))}")
+    shared = shared_expert(x, shared_w13, shared_w2, limit=limit, activations=activations)
+    if len(x) == 0:
         return shared
+    return add_routed(shared, x, expert_ids, weights, w13, w2, limit=limit, activations=activations)
+
+
+def add_routed(
+    shared: Tensor,
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    *,
+    limit: float,
+    activations: Activations,
+) -> Tensor:
+    """`mega_moe` of at least one token, given the output of the shared expert [T, D]."""
     # Pairs (token, expert) sorted by expert, so that each expert that is hit is one product over neighbouring rows.
     order = torch.argsort(expert_ids.flatten(), stable=True)
     counts = torch.bincount(expert_ids.flatten(), minlength=w13.shape[0]).tolist()
     hit = [expert for expert, count in enumerate(counts) if count]
     sizes = [counts[expert] for expert in hit]
-    inputs = fake_quantize_fp8(x, ACTIVATION_GROUP) if quantize else x
-    tokens = order // top_k
-    rows = inputs.float().index_select(0, tokens)
+    tokens = order // expert_ids.shape[1]
+    rows = _round(x, activations).float().index_select(0, tokens)
     gate_up = torch.cat([part @ w13[expert].t().float() for expert, part in zip(hit, rows.split(sizes), strict=True)])
     hidden = _activate(gate_up.to(x.dtype), limit) * weights.flatten()[order].unsqueeze(1)
-    hidden = hidden.to(x.dtype)
-    if quantize:
-        hidden = fake_quantize_fp8(hidden, ACTIVATION_GROUP)
+    hidden = _round(hidden.to(x.dtype), activations)
     outputs = torch.cat(
         [part @ w2[expert].t().float() for expert, part in zip(hit, hidden.float().split(sizes), strict=True)]
     )

@@ -78,7 +78,7 @@ def make_mega_moe(draw: random.Random, rows: int) -> Call:
     weights = column(experts, 2 * width, hidden, dtype=dtype), column(experts, hidden, width, dtype=dtype)
     shared = column(2 * width, hidden, dtype=dtype), column(hidden, width, dtype=dtype)
     inputs = torch.randn(rows, hidden) * 3, ids, torch.rand(rows, top_k), *weights, *shared
-    return mega_moe.mega_moe, mega_moe.cpu.mega_moe, inputs, {"limit": 0.7, "quantize": False}
+    return mega_moe.mega_moe, mega_moe.cpu.mega_moe, inputs, {"limit": 0.7, "activations": "bf16"}
 
 
 def make_route(draw: random.Random, rows: int) -> Call:
@@ -257,7 +257,7 @@ def test_nan_stays_nan() -> None:
         x, column(3, 24), bias=None, tid2eid=None, token_ids=torch.zeros(5, dtype=torch.int64), top_k=2, scale=1.0
     )
     assert ((ids >= 0) & (ids < 3)).all()
-    out = mega_moe.mega_moe(x, ids, gate, *weights, limit=10.0, quantize=False)
+    out = mega_moe.mega_moe(x, ids, gate, *weights, limit=10.0, activations="bf16")
     assert out.isnan().any(dim=1).tolist() == [False, False, True, False, False]
     streams = torch.randn(3, 4, 20)
     streams[1, 2, 3] = torch.nan

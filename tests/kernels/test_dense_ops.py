@@ -20,7 +20,7 @@ from dsv4_kernels.norm import rms_norm
 from dsv4_kernels.out_proj import cases as out_cases
 from dsv4_kernels.out_proj import grouped_out_proj
 from dsv4_kernels.quant import cases as quant_cases
-from dsv4_kernels.quant import dequantize_fp8, fake_quantize_fp8, quantize_fp8
+from dsv4_kernels.quant import dequantize_fp4, dequantize_fp8, fake_quantize_fp8, quantize_fp4, quantize_fp8
 from dsv4_kernels.rope import apply_rope, rope_frequencies, rope_table
 from dsv4_kernels.rope import cases as rope_cases
 from dsv4_kernels.router import cases as router_cases
@@ -46,6 +46,9 @@ def assert_close(actual: Tensor, expected: Tensor, bound: float) -> None:
 def quantized(x: Tensor) -> Tensor:
     """E4M3 per 128 through the byte format, float64."""
     return dequantize_fp8(*quantize_fp8(x, 128), 128).double()
+
+
+ROUNDED = {"bf16": Tensor.double, "fp8": quantized, "fp4": lambda x: dequantize_fp4(*quantize_fp4(x)).double()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -263,39 +266,41 @@ def test_equal_scores_choose_the_lowest_expert_ids():
         assert expert_ids.tolist() == [[0, 1, 2]] * 3
 
 
-def literal_expert(x: Tensor, w13: Tensor, w2: Tensor, weight: float, limit: float, quantize: bool) -> Tensor:
+def literal_expert(x: Tensor, w13: Tensor, w2: Tensor, weight: float, limit: float, activations: str) -> Tensor:
     """One expert on one row, every rounding point to x.dtype written out."""
     dtype = x.dtype
     width = w2.shape[1]
-    inputs = (quantized(x) if quantize else x.double()) @ w13.double().t()
+    rounded = ROUNDED[activations]
+    inputs = rounded(x) @ w13.double().t()
     gate, up = inputs.to(dtype).double().split(width)
     hidden = gate.clamp(max=limit) * torch.sigmoid(gate.clamp(max=limit)) * up.clamp(-limit, limit) * weight
     hidden = hidden.to(dtype)
-    return ((quantized(hidden) if quantize else hidden.double()) @ w2.double().t()).to(dtype).double()
+    return (rounded(hidden) @ w2.double().t()).to(dtype).double()
 
 
-@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("activations", ["bf16", "fp8", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", small(moe_cases))
-def test_mega_moe(case, dtype, quantize):
+def test_mega_moe(case, dtype, activations):
     inputs = case.make(12, dtype)
+    shared = "bf16" if activations == "bf16" else "fp8"  # its weights are FP8
     limit = inputs["limit"]
     expected = torch.zeros(inputs["x"].shape, dtype=torch.float64)
     for token, x in enumerate(inputs["x"]):
-        expected[token] = literal_expert(x, inputs["shared_w13"], inputs["shared_w2"], 1.0, limit, quantize)
+        expected[token] = literal_expert(x, inputs["shared_w13"], inputs["shared_w2"], 1.0, limit, shared)
         for expert, weight in zip(inputs["expert_ids"][token].tolist(), inputs["weights"][token].tolist(), strict=True):
             w13, w2 = inputs["w13"][expert], inputs["w2"][expert]
-            expected[token] += literal_expert(x, w13, w2, weight, limit, quantize)
-    actual = mega_moe(**inputs, quantize=quantize)
+            expected[token] += literal_expert(x, w13, w2, weight, limit, activations)
+    actual = mega_moe(**inputs, activations=activations)
     assert actual.dtype == dtype
     # A hidden value at the edge of two codes may round either way after a float32 or a float64 sum.
-    assert_close(actual, expected, 1e-2 if quantize else BOUND[dtype])
+    assert_close(actual, expected, BOUND[dtype] if activations == "bf16" else 1e-2)
 
 
 def test_the_clamp_of_the_edge_case_bites():
     inputs = next(case for case in moe_cases.CASES if case.name == "edge").make(12)
-    free = mega_moe(**(inputs | {"limit": 1e9}), quantize=False)
-    assert (mega_moe(**inputs, quantize=False) - free).norm() > 0.1 * free.norm()
+    free = mega_moe(**(inputs | {"limit": 1e9}), activations="bf16")
+    assert (mega_moe(**inputs, activations="bf16") - free).norm() > 0.1 * free.norm()
 
 
 def test_experts_that_no_token_chose_are_not_read():
@@ -303,7 +308,7 @@ def test_experts_that_no_token_chose_are_not_read():
     idle = [expert for expert in range(inputs["w13"].shape[0]) if expert not in inputs["expert_ids"].flatten().tolist()]
     inputs["w13"][idle] = torch.nan
     inputs["w2"][idle] = torch.nan
-    assert mega_moe(**inputs, quantize=False).isfinite().all()
+    assert mega_moe(**inputs, activations="bf16").isfinite().all()
 
 
 def gradients(function: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -353,7 +358,7 @@ def test_every_op_has_gradients(name, dtype):
         (mhc_pre, inputs(mhc_cases)),
         (mhc_post, post_inputs),
         (mhc_head, head_inputs),
-        (mega_moe, inputs(moe_cases) | {"quantize": True}),
+        (mega_moe, inputs(moe_cases) | {"activations": "fp4"}),
     ]
     for function, arguments in runs:
         for argument, gradient in gradients(function, arguments).items():

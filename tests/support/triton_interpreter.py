@@ -79,8 +79,33 @@ def set_attribute(self, target, name, value):
     return original_set(self, target, name, value)
 
 
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def scaled_rows(values, scale):
+    """float64 [rows, depth] of FP4 pairs or narrow floats [rows, ..], times E8M0 per 32; 255 is NaN."""
+    data = values.data
+    if values.dtype.scalar == tl.uint8:
+        data = np.stack([E2M1[data & 15], E2M1[data >> 4]], axis=-1).reshape(len(data), -1)
+    else:
+        data = to_float32(values)
+    exponents = scale.data.astype(np.float64)
+    return data.astype(np.float64) * np.repeat(np.where(exponents == 255, np.nan, 2.0 ** (exponents - 127)), 32, axis=1)
+
+
+def dot_scaled(self, left, left_scale, left_format, right, right_scale, right_format, *rest):
+    """Summed in float64, so that a row has the same bits wherever it lies in a tile. 3.6 does not get here.
+
+    Both operands are packed along K, E2M1 as uint8 and E4M3 as float8e4nv.
+    """
+    accumulator = rest[-1]
+    product = scaled_rows(left, left_scale) @ scaled_rows(Handle(right.data.T, right.dtype), right_scale).T
+    return Handle((product + accumulator.data).astype(np.float32), tl.float32)
+
+
 original_binary, original_unary = Builder.binary_op, Builder.unary_op
 original_set = interpreter._LangPatchScope.set_attr
 Builder.cast_impl, Builder.create_fp_to_fp = cast(Builder.cast_impl), cast(Builder.create_fp_to_fp)
 Builder.binary_op, Builder.unary_op, Builder.create_dot = binary, unary, dot
+Builder.create_dot_scaled = dot_scaled
 interpreter._LangPatchScope.set_attr = set_attribute

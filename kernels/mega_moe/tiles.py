@@ -1,0 +1,98 @@
+"""Which tile of the expert products holds which (token, expert) pairs: one small launch, nothing read by the host.
+
+A pair is numbered token * K + k. The pairs are sorted by expert, stable, and each expert's are cut into tiles of
+`tile_tokens`. How many tiles there are is known only on the device; their number is bounded by shapes, and the tiles
+beyond have expert -1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024  # pairs that a program looks at together
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """int32 arrays on the device of the ids."""
+
+    pairs: Tensor  # [T * K], sorted by expert; pairs without expert are left out, what is behind the last is undefined
+    experts: Tensor  # [tiles], -1 = nothing to do
+    firsts: Tensor  # [tiles], place of the tile's first pair in `pairs`
+    counts: Tensor  # [tiles], 1 .. tile_tokens
+    tile_tokens: int
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
+def _fill_tiles(
+    ids,  # [num_pairs], -1 = no expert
+    pairs,
+    experts,
+    firsts,
+    counts,
+    num_pairs,
+    num_experts,
+    num_tiles,
+    TILE: tl.constexpr,
+    BINS: tl.constexpr,  # more than num_experts, a power of two
+    SIZE: tl.constexpr,
+):
+    """One program for each expert. Each counts all pairs: that costs less than waiting for another launch."""
+    expert = tl.program_id(0)
+    histogram = tl.zeros([BINS], tl.int32)
+    lane = tl.arange(0, SIZE)
+    for start in range(0, num_pairs, SIZE):
+        found = tl.load(ids + start + lane, mask=start + lane < num_pairs, other=-1).to(tl.int32)
+        histogram += tl.histogram(tl.where(found < 0, num_experts, found), BINS)
+    bins = tl.arange(0, BINS)
+    tiles = (histogram + TILE - 1) // TILE
+    first = tl.sum(tl.where(bins < expert, histogram, 0))
+    count = tl.sum(tl.where(bins == expert, histogram, 0))
+    tile = tl.sum(tl.where(bins < expert, tiles, 0))
+    for done in range(0, count, TILE):
+        tl.store(experts + tile + done // TILE, expert)
+        tl.store(firsts + tile + done // TILE, first + done)
+        tl.store(counts + tile + done // TILE, tl.minimum(count - done, TILE))
+    if expert == num_experts - 1:
+        for start in range(tile + (count + TILE - 1) // TILE, num_tiles, SIZE):
+            tl.store(experts + start + lane, -1, mask=start + lane < num_tiles)
+    place = first
+    for start in range(0, num_pairs, SIZE):
+        found = tl.load(ids + start + lane, mask=start + lane < num_pairs, other=-1).to(tl.int32)
+        mine = (found == expert).to(tl.int32)
+        tl.store(pairs + place + tl.cumsum(mine, 0) - 1, start + lane, mask=mine != 0)
+        place += tl.sum(mine)
+
+
+def max_tiles(num_pairs: int, num_experts: int, tile_tokens: int) -> int:
+    """Most tiles that so many pairs can make: an expert that is hit wastes less than one."""
+    hit = min(num_pairs, num_experts)
+    return hit + (num_pairs - hit) // tile_tokens
+
+
+def make_tiles(expert_ids: Tensor, num_experts: int, tile_tokens: int) -> Tiles:
+    """Of expert_ids int32 or int64 [T, K], contiguous, -1 for no expert, else below `num_experts`."""
+    num_pairs = expert_ids.numel()
+    num_tiles = max_tiles(num_pairs, num_experts, tile_tokens)
+    pairs = torch.empty(num_pairs, dtype=torch.int32, device=expert_ids.device)
+    experts, firsts, counts = (torch.empty(num_tiles, dtype=torch.int32, device=pairs.device) for _ in range(3))
+    if num_pairs:
+        _fill_tiles[(num_experts,)](
+            expert_ids,
+            pairs,
+            experts,
+            firsts,
+            counts,
+            num_pairs,
+            num_experts,
+            num_tiles,
+            TILE=tile_tokens,
+            BINS=triton.next_power_of_2(num_experts + 1),
+            SIZE=BLOCK,
+        )
+    return Tiles(pairs, experts, firsts, counts, tile_tokens)

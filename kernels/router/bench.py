@@ -1,0 +1,64 @@
+"""Time of the router against its floor, on a GPU: `python -m dsv4_kernels.router.bench OUT.jsonl`.
+
+Bytes: the gate's weight (BF16) and x once; 12 bytes for each choice. FLOPs: 2 E D a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from dsv4_kernels.benching import measure, num_copies, relative_error, write_lines
+from dsv4_kernels.cases import FLASH, PRO, Shapes
+from dsv4_kernels.router import reference
+from dsv4_kernels.router.triton import route
+
+TOKENS = (1, 8, 64, 256, 2048, 8192)
+
+
+def floor_bytes(shapes: Shapes, num_tokens: int) -> int:
+    """Bytes that one layer's choice must move."""
+    choice = 12 * num_tokens * shapes.num_experts_per_tok
+    return 2 * shapes.hidden_size * (num_tokens + shapes.n_routed_experts) + choice
+
+
+def flops(shapes: Shapes, num_tokens: int) -> int:
+    """Floating-point operations of the scores."""
+    return 2 * num_tokens * shapes.n_routed_experts * shapes.hidden_size
+
+
+def make(shapes: Shapes, num_tokens: int) -> dict[str, Any]:
+    """Arguments of `route` on the device."""
+    weight = torch.randn(shapes.n_routed_experts, shapes.hidden_size, device="cuda") * shapes.hidden_size**-0.5
+    return {
+        "x": torch.randn(num_tokens, shapes.hidden_size, device="cuda").bfloat16(),
+        "gate_weight": weight.bfloat16(),
+        "bias": torch.randn(shapes.n_routed_experts, device="cuda") * 0.3,
+        "tid2eid": None,
+        "token_ids": torch.zeros(num_tokens, dtype=torch.int64, device="cuda"),
+        "top_k": shapes.num_experts_per_tok,
+        "scale": shapes.routed_scaling_factor,
+    }
+
+
+def lines() -> Iterator[dict[str, Any]]:
+    """One line for each implementation, model and number of tokens."""
+    for name, shapes in (("pro", PRO), ("flash", FLASH)):
+        for num_tokens in TOKENS:
+            moved, work = floor_bytes(shapes, num_tokens), flops(shapes, num_tokens)
+            some = [make(shapes, num_tokens) for _ in range(num_copies(moved))]
+            plain = [one | {"gate_weight": one["gate_weight"].float()} for one in some]
+            error = relative_error(route(**some[0])[0], reference.route(**plain[0])[0])
+            for label, calls, extra in (
+                ("triton", [lambda one=one: route(**one) for one in some], {"relative_error": error}),
+                ("reference", [lambda one=one: reference.route(**one) for one in plain], {}),
+            ):
+                yield measure(calls, moved, work).as_line(
+                    op="route", implementation=label, shapes=name, num_tokens=num_tokens, **extra
+                )
+
+
+if __name__ == "__main__":
+    write_lines(lines())

@@ -1,0 +1,105 @@
+"""The Triton experts on a real GPU against the reference: true sizes, with as many experts as float32 has room for."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dsv4_kernels.cases import DEMO, FLASH, PRO
+from dsv4_kernels.mega_moe.cases import packed_weight, routed_tokens
+from dsv4_kernels.mega_moe.reference import add_routed
+from dsv4_kernels.mega_moe.tiles import make_tiles
+from dsv4_kernels.mega_moe.triton import mega_moe
+from dsv4_kernels.mega_moe.weights import relayout
+from dsv4_kernels.quant import dequantize_fp4_weight
+
+NUM_EXPERTS = 12
+SHAPES = {name: dataclasses.replace(sizes, n_routed_experts=NUM_EXPERTS) for name, sizes in
+          {"pro": PRO, "flash": FLASH, "demo": DEMO}.items()}  # fmt: skip
+# Relative norm. Sums in another order move a bfloat16 rounding now and then, and that moves an FP8 or FP4 rounding of a
+# hidden value to its neighbour.
+BOUND = {"bf16": 3e-3, "fp8": 5e-3, "fp4": 1e-2}
+LARGER = {"bf16": [(150, 64)], "fp8": [(100, 32), (150, 64), (300, 128)], "fp4": [(300, 128)]}  # tokens, tile_tokens
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def layer(request):
+    """(sizes, the weights' values in bfloat16, which holds them exactly, codes, scales)."""
+    sizes = SHAPES[request.param]
+    random = torch.Generator("cuda").manual_seed(1)
+    values, stored = {}, {}
+    for name, shape in {
+        "w13": (2 * sizes.moe_intermediate_size, sizes.hidden_size),
+        "w2": (sizes.hidden_size, sizes.moe_intermediate_size),
+    }.items():
+        stored[name] = packed_weight(random, NUM_EXPERTS, *shape)
+        values[name] = torch.stack([dequantize_fp4_weight(*one).bfloat16() for one in zip(*stored[name], strict=True)])
+    return sizes, values, stored
+
+
+def runs(layer, activations):
+    """The kernel's weights in each form that this GPU runs."""
+    for unpacked in (True, False):
+        if unpacked or (activations != "bf16" and torch.cuda.get_device_capability() >= (10, 0)):
+            yield {name: relayout(codes.clone(), scale, unpacked=unpacked) for name, (codes, scale) in layer[2].items()}
+
+
+def tokens(layer, num_tokens, seed=2):
+    return routed_tokens(torch.Generator("cuda").manual_seed(seed), num_tokens, layer[0])
+
+
+@pytest.mark.parametrize("activations", ["bf16", "fp8", "fp4"])
+def test_equals_the_reference(layer, activations):
+    options = {"limit": layer[0].swiglu_limit, "activations": activations}
+    for weights in runs(layer, activations):
+        for num_tokens, tile in ((0, None), (1, None), (7, None), *LARGER[activations]):
+            given = tokens(layer, num_tokens)
+            found = mega_moe(**given, **weights, **options, tile_tokens=tile)
+            if num_tokens:
+                expected = add_routed(**given, **layer[1], **options)
+                error = (found.double() - expected.double()).norm() / expected.double().norm()
+                assert error <= BOUND[activations], (num_tokens, tile)
+
+
+@pytest.mark.parametrize("activations", ["bf16", "fp8", "fp4"])
+def test_padding_nan_and_batches(layer, activations):
+    options = {"limit": layer[0].swiglu_limit, "activations": activations, "tile_tokens": 16}
+    for weights in runs(layer, activations):
+        given = tokens(layer, 40)
+        clean = mega_moe(**given, **weights, **options)
+        given["expert_ids"][[3, 39]] = -1
+        given["x"][[3, 39]] = torch.inf
+        given["x"][11, 77] = torch.nan
+        found = mega_moe(**given, **weights, **options)
+        assert found[[3, 11, 39]].isnan().all()  # 3 and 39 because nothing was written
+        others = [row for row in range(40) if row not in (3, 11, 39)]
+        assert torch.equal(found[others], clean[others])
+        alone = {key: value[20:21].contiguous() for key, value in given.items()}
+        assert torch.equal(mega_moe(**alone, **weights, **options), clean[20:21])
+
+
+def test_in_a_graph_the_experts_of_a_replay_are_those_of_its_ids(layer):
+    options = {"limit": layer[0].swiglu_limit, "activations": "fp8"}
+    weights = next(runs(layer, "fp8"))
+    given, other = tokens(layer, 24), tokens(layer, 24, seed=3)
+    mega_moe(**given, **weights, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = mega_moe(**given, **weights, **options)
+    for name, value in given.items():
+        value.copy_(other[name])
+    graph.replay()
+    assert torch.equal(out, mega_moe(**other, **weights, **options))
+
+
+def test_tiles_of_many_pairs():
+    ids = torch.randint(-1, 384, (8192, 6), device="cuda")
+    tiles = make_tiles(ids, 384, 128)
+    active = tiles.experts >= 0
+    order = torch.argsort(ids.flatten(), stable=True)[int((ids < 0).sum()) :]
+    assert torch.equal(tiles.pairs[: len(order)].long(), order)
+    counts = torch.bincount(ids[ids >= 0], minlength=384)
+    assert torch.equal(tiles.experts[active], torch.arange(384, device="cuda", dtype=torch.int32).repeat_interleave(
+        (counts + 127) // 128))  # fmt: skip
+    assert int(tiles.counts[active].sum()) == len(order)
+    assert torch.equal(tiles.firsts[active], tiles.counts[active].cumsum(0, dtype=torch.int32) - tiles.counts[active])

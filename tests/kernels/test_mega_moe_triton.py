@@ -1,0 +1,225 @@
+"""The Triton experts against the reference, by the interpreter on the CPU."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from support import triton_interpreter  # noqa: F401  # before any kernel
+from support.poison import poisoned  # noqa: F401
+
+from dsv4_kernels.cases import DEMO, EDGE
+from dsv4_kernels.mega_moe import reference
+from dsv4_kernels.mega_moe import triton as moe
+from dsv4_kernels.mega_moe.cases import Case
+from dsv4_kernels.mega_moe.tiles import make_tiles, max_tiles
+from dsv4_kernels.mega_moe.weights import relayout
+from dsv4_kernels.quant.reference import dequantize_fp4_weight, quantize_fp4_weight
+
+FORMS = [("bf16", True), ("fp8", True), ("fp8", False), ("fp4", True), ("fp4", False)]
+BOUND = 1e-3  # relative norm: a float32 sum in another order decides a bfloat16 or FP8 rounding now and then
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def make(num_tokens, shapes=DEMO, activations="fp8", unpacked=True):
+    """Inputs of the kernel and of the reference, the same FP4 weights in both."""
+    case = Case("random", num_tokens, shapes).make(9, torch.bfloat16)
+    inputs = {key: case[key] for key in ("x", "expert_ids", "weights", "limit")} | {"activations": activations}
+    inputs["shared"] = case["x"].flip(0) * 0.25
+    given = inputs.copy()
+    for name in ("w13", "w2"):
+        packed, scale = quantize_fp4_weight(case[name])
+        given[name] = dequantize_fp4_weight(packed, scale)
+        inputs[name] = relayout(packed, scale, unpacked=unpacked)
+    return inputs, given
+
+
+def assert_close(found, expected):
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    assert (found.double() - expected.double()).norm() <= BOUND * expected.double().norm()
+
+
+@pytest.mark.parametrize(("activations", "unpacked"), FORMS)
+@pytest.mark.parametrize(("num_tokens", "shapes", "tile"), [(1, DEMO, None), (7, EDGE, None), (20, EDGE, 32)])
+def test_equals_the_reference(num_tokens, shapes, tile, activations, unpacked):
+    inputs, given = make(num_tokens, shapes, activations, unpacked)
+    assert_close(moe.mega_moe(**inputs, tile_tokens=tile), reference.add_routed(**given))
+
+
+@pytest.mark.parametrize(("activations", "unpacked"), FORMS)
+def test_no_tokens(activations, unpacked):
+    inputs, _ = make(0, DEMO, activations, unpacked)
+    assert moe.mega_moe(**inputs).shape == (0, 256)
+
+
+@pytest.mark.parametrize(("activations", "unpacked"), [("bf16", True), ("fp8", True), ("fp4", False)])
+def test_all_tokens_on_the_same_experts_fill_several_tiles(activations, unpacked):
+    inputs, given = make(40, EDGE, activations, unpacked)
+    inputs["expert_ids"] = given["expert_ids"] = torch.tensor([[3, 0, 4]]).expand(40, -1).contiguous()
+    assert_close(moe.mega_moe(**inputs, tile_tokens=16), reference.add_routed(**given))
+
+
+def test_the_largest_tile():
+    inputs, given = make(90, DEMO, "fp8", True)
+    inputs["expert_ids"] = given["expert_ids"] = torch.tensor([[7, 2]]).expand(90, -1).contiguous()
+    assert_close(moe.mega_moe(**inputs, tile_tokens=128), reference.add_routed(**given))
+
+
+@pytest.mark.parametrize("unpacked", [True, False])
+def test_experts_that_no_token_chose_are_not_read(unpacked):
+    inputs, _ = make(2, DEMO, "fp8", unpacked)
+    expected = moe.mega_moe(**inputs)
+    hit = inputs["expert_ids"].flatten().tolist()
+    for name in ("w13", "w2"):
+        inputs[name].scales[[expert for expert in range(12) if expert not in hit]] = 255  # NaN
+    assert torch.equal(moe.mega_moe(**inputs), expected)
+
+
+def test_rows_without_experts_are_padding_and_pairs_without_are_left_out():
+    inputs, given = make(6, EDGE)
+    complete = moe.mega_moe(**inputs)
+    padding, partial = [1, 5], 3
+    inputs["expert_ids"] = given["expert_ids"].clone()
+    inputs["expert_ids"][padding] = -1
+    inputs["expert_ids"][partial, 1] = -1
+    for name in ("x", "shared"):
+        inputs[name] = given[name].clone()
+        inputs[name][padding] = torch.inf
+    found = moe.mega_moe(**inputs)
+    assert found[padding].isnan().all()  # as poisoned: nothing was written
+    assert torch.equal(found[[0, 2, 4]], complete[[0, 2, 4]])
+    given["weights"] = given["weights"].clone()
+    given["weights"][partial, 1] = 0
+    assert_close(found[partial], reference.add_routed(**given)[partial])
+
+
+@pytest.mark.parametrize(("activations", "unpacked"), FORMS)
+def test_nan_in_one_token_stays_there(activations, unpacked):
+    inputs, _ = make(5, EDGE, activations, unpacked)
+    clean = moe.mega_moe(**inputs)
+    inputs["x"][2, 200] = torch.nan
+    found = moe.mega_moe(**inputs)
+    assert found[2].isnan().all()
+    assert torch.equal(found[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+
+
+@pytest.mark.parametrize(("activations", "unpacked"), FORMS)
+def test_a_token_has_the_same_bits_alone_and_in_a_batch_of_the_same_tiles(activations, unpacked):
+    inputs, _ = make(20, EDGE, activations, unpacked)
+    together = moe.mega_moe(**inputs, tile_tokens=16)
+    alone = inputs | {key: inputs[key][13:14].contiguous() for key in ("x", "expert_ids", "weights", "shared")}
+    assert torch.equal(moe.mega_moe(**alone, tile_tokens=16), together[13:14])
+
+
+@pytest.mark.parametrize(("activations", "unpacked"), FORMS)
+def test_values_of_extreme_sizes(activations, unpacked):
+    """Rows of any size, groups with one large value, routing weights near zero: the clamp and all scales come up."""
+    inputs, given = make(8, EDGE, activations, unpacked)
+    inputs["x"] *= torch.logspace(-7, 7, 8).view(8, 1)  # in place: `given` has the same tensors
+    inputs["x"][:, 64] *= 1e4
+    inputs["weights"] *= torch.logspace(0, -6, 8).view(8, 1)
+    inputs["shared"].zero_()
+    for found, expected in zip(moe.mega_moe(**inputs), reference.add_routed(**given), strict=True):
+        assert_close(found, expected)
+
+
+@triton.jit
+def unpack(words, scales, out, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    row = tl.arange(0, ROWS)[:, None]
+    group = tl.arange(0, DEPTH // 32)[None, :]
+    values = moe._unpack(
+        tl.load(words + row * (DEPTH // 8) + tl.arange(0, DEPTH // 8)[None, :]),
+        tl.load(scales + group // 4 * ROWS * 4 + row * 4 + group % 4),
+        ROWS,
+        DEPTH,
+    )
+    tl.store(out + row * DEPTH + tl.arange(0, DEPTH)[None, :], values)
+
+
+def test_unpacking_gives_every_code_at_every_place_with_every_scale_of_a_sane_weight():
+    draw = torch.Generator().manual_seed(10)
+    packed = torch.randint(0, 256, (1, 64, 128), generator=draw, dtype=torch.uint8)
+    scale = torch.randint(64, 160, (1, 64, 8), generator=draw, dtype=torch.uint8)  # 2^-63 .. 2^32
+    expected = dequantize_fp4_weight(packed, scale)[0]
+    given = packed.clone()
+    weight = relayout(given, scale.view(torch.float8_e8m0fnu), unpacked=True)
+    assert weight.values.data_ptr() == given.data_ptr()  # in place
+    out = torch.empty(64, 256, dtype=torch.bfloat16)
+    unpack[(1,)](weight.values, weight.scales, out, 64, 256)
+    assert torch.equal(out.float() * 2.0**32, expected)
+    assert torch.equal(out.signbit(), expected.signbit())
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).view(512, 32)
+    assert all(len(place.unique()) == 16 for place in codes.unbind(1))
+    assert len(scale.unique()) == 96
+
+
+def test_the_other_form_keeps_the_codes():
+    packed = torch.randint(-128, 128, (2, 3, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(11))
+    scale = torch.arange(24, dtype=torch.uint8).view(2, 3, 4)
+    weight = relayout(packed, scale, unpacked=False)
+    assert weight.values.data_ptr() == packed.data_ptr()
+    assert (weight.num_experts, weight.num_rows, weight.depth) == (2, 3, 128)
+    assert torch.equal(weight.scales, scale.view(2, 1, 3, 4))
+    with pytest.raises(ValueError, match=r"packed is \[2, 3, 48\].*K a multiple of 128"):
+        relayout(packed[:, :, :48].contiguous(), scale, unpacked=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_experts", "tile"), [
+    (1, 1, 1, 16), (3, 2, 5, 16), (400, 6, 12, 16), (300, 6, 40, 64), (260, 4, 7, 32),
+])  # fmt: skip
+def test_tiles_hold_every_pair_once_and_in_order(num_tokens, top_k, num_experts, tile, dtype):
+    draw = torch.Generator().manual_seed(num_tokens)
+    ids = (torch.randn(num_tokens, top_k, generator=draw).abs() * num_experts / 3).long().clamp_max(num_experts - 1)
+    ids[torch.rand(num_tokens, top_k, generator=draw) < 0.1] = -1
+    tiles = make_tiles(ids.to(dtype), num_experts, tile)
+    flat = ids.flatten().tolist()
+    expected = [[pair for pair, found in enumerate(flat) if found == expert] for expert in range(num_experts)]
+    found = [[] for _ in range(num_experts)]
+    active = tiles.experts >= 0
+    assert active.tolist() == sorted(active.tolist(), reverse=True)  # those with nothing to do come last
+    for expert, first, count in zip(
+        tiles.experts[active].tolist(), tiles.firsts[active].tolist(), tiles.counts[active].tolist(), strict=True
+    ):
+        assert 1 <= count <= tile
+        found[expert] += tiles.pairs[first : first + count].tolist()
+    assert found == expected
+    assert (tiles.experts[~active] == -1).all()
+
+
+def test_no_ids_need_more_tiles_than_there_are():
+    for num_pairs in range(1, 40):
+        for num_experts in (1, 2, 5):
+            most = max(
+                sum(-(-count // 4) for count in counts)
+                for counts in ([num_pairs - others, *[1] * others] for others in range(min(num_experts, num_pairs)))
+            )
+            assert max_tiles(num_pairs, num_experts, 4) == most
+
+
+def test_tiles_fit_the_tokens_of_an_expert():
+    def chosen(num_tokens, activations="fp8"):
+        return moe.choose_tile(num_tokens, 6, 384, activations)
+
+    assert [chosen(tokens) for tokens in (1, 256, 682, 683, 2048, 8192)] == [16, 16, 16, 32, 64, 128]
+    assert chosen(8192, "bf16") == 64
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"activations": "int8"}, "activations is 'int8'; allowed: bf16, fp8, fp4"),
+    ({"tile_tokens": 48}, r"tile_tokens is 48; allowed: \(16, 32, 64, 128\)"),
+    ({"activations": "bf16", "tile_tokens": 128}, "the last not with bf16"),
+    ({"x": torch.zeros(2, 128, dtype=torch.bfloat16)}, r"x is \[2, 128\], w13 \[E, 256, 256\]"),
+    ({"x": torch.zeros(2, 256)}, "x is torch.float32.*expected bfloat16"),
+    ({"expert_ids": torch.zeros(2, 2, dtype=torch.int64).t()}, "expert_ids has strides"),
+])  # fmt: skip
+def test_wrong_arguments_are_refused(change, message):
+    inputs, _ = make(2)
+    with pytest.raises(ValueError, match=message):
+        moe.mega_moe(**(inputs | change))
+
+
+def test_bf16_activations_need_unpacked_weights():
+    inputs, _ = make(2, activations="bf16", unpacked=False)
+    with pytest.raises(ValueError, match="bf16 activations need the unpacked one"):
+        moe.mega_moe(**inputs)

@@ -1,0 +1,58 @@
+"""What the compile gate launches of `mega_moe`: every tile of every choice of activations.
+
+On GB300 the weights keep the checkpoint's form where activations have one that its tensor cores take beside FP4.
+"""
+
+from typing import get_args
+
+import torch
+import triton
+
+from dsv4_kernels.cases import FLASH, PRO
+from dsv4_kernels.mega_moe import triton as moe
+from dsv4_kernels.mega_moe.reference import Activations
+from dsv4_kernels.mega_moe.weights import Fp4Weight
+
+SIZES = {"pro, 8 tokens": (PRO, 8), "pro, 1024 tokens": (PRO, 1024), "pro, 2048 tokens": (PRO, 2048)}
+SIZES |= {"pro, 8192 tokens": (PRO, 8192), "flash, 8 tokens": (FLASH, 8), "flash, 8192 tokens": (FLASH, 8192)}
+RUNS = {
+    f"{name}, {activations}": (*size, activations)
+    for name, size in SIZES.items()
+    for activations in get_args(Activations)
+}
+KERNELS = {"_fill_tiles", "_gate_up", "_down", "_combine", "_quantize"}
+
+
+def weight(num_experts: int, num_rows: int, depth: int, unpacked: bool) -> Fp4Weight:
+    """One expert seen as many."""
+    values = torch.empty(num_rows, depth // 8, dtype=torch.int32)
+    if not unpacked:
+        values = values.view(torch.uint8)
+    scales = torch.empty(depth // 128, num_rows, 4, dtype=torch.uint8)
+    return Fp4Weight(values.expand(num_experts, -1, -1), scales.expand(num_experts, -1, -1, -1), unpacked)
+
+
+def launch(run: str) -> None:
+    """Launch everything of one of RUNS on CPU tensors."""
+    shapes, num_tokens, activations = RUNS[run]
+    unpacked = activations == "bf16" or triton.runtime.driver.active.get_current_target().arch < 100
+    hidden, width, top_k = shapes.hidden_size, shapes.moe_intermediate_size, shapes.num_experts_per_tok
+    x = torch.empty(num_tokens, hidden, dtype=torch.bfloat16)
+    moe.mega_moe(
+        x,
+        torch.zeros(num_tokens, top_k, dtype=torch.int64),
+        torch.ones(num_tokens, top_k),
+        weight(shapes.n_routed_experts, 2 * width, hidden, unpacked),
+        weight(shapes.n_routed_experts, hidden, width, unpacked),
+        x,
+        limit=shapes.swiglu_limit,
+        activations=activations,
+    )
+
+
+def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
+    """Hopper multiplies bf16; GB300 what the activations are, FP4 by FP4 and E4M3 by FP4 with their scales."""
+    if kernel not in ("_gate_up", "_down"):
+        return set()
+    native = {"bf16": "UTCHMMA", "fp8": "UTCQMMA", "fp4": "UTCOMMA"}
+    return {"HGMMA" if capability == 90 else native[RUNS[run][2]]}

@@ -1,0 +1,27 @@
+"""What the compile gate launches of `router`: score and hash routing, gate weights of both types."""
+
+import torch
+
+from dsv4_kernels.cases import FLASH, PRO
+from dsv4_kernels.router import triton as router
+from dsv4_kernels.router.cases import Case
+
+RUNS = {"pro, 1 token": ("pro", PRO, 1), "pro, 256 tokens": ("pro", PRO, 256), "flash, 2048 tokens": ("f", FLASH, 2048)}
+KERNELS = {"_logits", "_choose"}
+
+
+def launch(run: str) -> None:
+    """Launch everything of one of RUNS on CPU tensors."""
+    name, shapes, num_tokens = RUNS[run]
+    inputs = Case(name, num_tokens, shapes).make(0, torch.bfloat16)
+    router.route(**inputs)
+    inputs["gate_weight"] = inputs["gate_weight"].bfloat16()
+    table = torch.zeros(8, shapes.num_experts_per_tok, dtype=torch.int64)
+    positions = torch.zeros(num_tokens, dtype=torch.int32)
+    router.route(**inputs, positions=positions)
+    router.route(**(inputs | {"tid2eid": table, "bias": None}), positions=positions)
+
+
+def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
+    """What the machine code must multiply matrices with."""
+    return {{90: "HGMMA", 103: "UTCHMMA"}[capability]} if kernel == "_logits" else set()
