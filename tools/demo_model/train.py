@@ -4,7 +4,7 @@
 
 With `torchrun --nproc-per-node 2` in place of `python` two GPUs share every step. The same command and seed see the
 same data in the same order on one or two; GPU sums are not bit-reproducible. Progress goes to OUT/log.jsonl, one line
-every LOG_EVERY steps. `--start CHECKPOINT --at 0.6` trains on from another run's master, with the last 40 % of the
+every LOG_EVERY steps. `--weights CHECKPOINT --at 0.6` trains on from another run's master, with the last 40 % of the
 schedule. Facts and choices: docs/demo-model.md.
 """
 
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="new folder for log and checkpoints")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--steps", type=int, default=3000, help=f"updates of {STEP_TOKENS} tokens each")
-    parser.add_argument("--start", type=Path, help="checkpoint to train on from (default: random weights)")
+    parser.add_argument("--weights", type=Path, help="checkpoint to train on from (default: random weights)")
     parser.add_argument("--at", type=float, default=0.0, help="share of the schedule to begin at (default: 0)")
     parser.add_argument("--seed", type=int, default=20261123)
     parser.add_argument("--workers", type=int, default=14, help="processes of each rank that make data")
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     steps = range(int(args.at * args.steps), args.steps)
-    weights = read_weights(args.start) if args.start else initial_weights(model_config(), args.seed)
+    weights = read_weights(args.weights) if args.weights else initial_weights(model_config(), args.seed)
     rank, ranks = rank_of()
     if ranks > 1:
         torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
