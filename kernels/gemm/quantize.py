@@ -25,7 +25,7 @@ def power_of_two(exponent):
     return (exponent << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group_step"])  # the number of rows
 def _quantize(x, codes, exponents, depth, x_row, row_step, group_step, GROUPS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)

@@ -59,7 +59,8 @@ def _scales(scales_at, exponents_at, block, block_step):
     return power_of_two(tl.load(scales_at + block).to(tl.int32)) * power_of_two(exponent)
 
 
-@triton.jit
+# Not compiled anew for other numbers of tokens.
+@triton.jit(do_not_specialize=["num_tokens", "splits", "block_step", "out_block_step"])
 def _product(
     x,  # [tokens, groups * depth]
     x_exponents,  # uint8 [tokens, depth / 128], strides token_step and block_step; with FORMAT "fp8"
@@ -136,7 +137,7 @@ def _product(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_splits", "out_block_step"])
 def _add_splits(
     partials,  # float32 [splits, tokens, rows]
     out,  # [tokens, rows]

@@ -11,7 +11,7 @@ from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows
 from dsv4_kernels.gemm.quantize import empty_rows, power_of_two, scale_exponent
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group_step"])  # the number of rows
 def _rms_norm(
     x,  # [rows, dim]
     weight,  # float32 [dim], with HAS_WEIGHT

@@ -23,7 +23,7 @@ def _key(logit, token):
     return (ordered << 32) | (0x7FFFFFFF - token).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_top"])
 def _chunks(logits, peaks, sums, keys, vocab, row_step, num_top, CHUNK: tl.constexpr):
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -40,7 +40,7 @@ def _chunks(logits, peaks, sums, keys, vocab, row_step, num_top, CHUNK: tl.const
         left = tl.where(left == largest, -0x7FFFFFFFFFFFFFFF, left)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_top"])
 def _rows(
     logits,
     token_ids,
