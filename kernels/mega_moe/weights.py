@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 SCALE_BLOCK = 128
-PLACES = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (13, 10, 11, 14))  # of a code's bits 0 to 3, for each h
+# For each h, which bits of a code (mask) move how far to the left in half 0 of the word.
+MOVES = (((7, 6), (8, 12)), ((7, 3), (8, 9)), ((7, 0), (8, 6)), ((1, 13), (6, 9), (8, 11)))
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _arrange(packed: Tensor) -> Tensor:
     word = torch.zeros(num_rows, half // 16, 4, dtype=torch.int32, device=packed.device)
     for e in range(2):
         for h in range(4):
-            code = (byte[:, :, h] >> (4 * e)) & 15
-            for bit, place in enumerate(PLACES[h]):
-                word |= ((code >> bit) & 1) << (place + 16 * e)
+            code = byte[:, :, h] >> (4 * e)
+            for mask, shift in MOVES[h]:
+                word |= (code & mask) << (shift + 16 * e)
     return word.view(torch.uint8).view(num_rows, half)
