@@ -1,9 +1,9 @@
 """Acceptance of drafts in plain torch (Leviathan et al. 2023, Chen et al. 2023): rejection sampling of a chain.
 
-A draft d that was drawn from q is accepted with probability min(1, p(d) / q(d)), p being what the main model draws from.
-Behind the first one that is not accepted the token comes from what p has left, max(p - q, 0); behind the last draft it
-comes from p itself. Each token then has the distribution p, whatever q is. Both functions take requests with fewer
-drafts than the others (K >= 1): -1 stands where there is none.
+A draft d that was drawn from q is accepted with probability min(1, p(d) / q(d)), p being what the main model draws
+from. Behind the first one that is not accepted the token comes from what p has left, max(p - q, 0); behind the last
+draft it comes from p itself. Each token then has the distribution p, whatever q is. Both functions take requests with
+fewer drafts than the others (K >= 1): -1 stands where there is none.
 """
 
 from __future__ import annotations
