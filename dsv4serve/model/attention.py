@@ -75,14 +75,20 @@ class Attention:
         output = step.attend(self, self.project(x, step))
         return grouped_out_proj(output, self.wo_a, self.wo_b, quantize=self.quantize)
 
+    def latents(self, x: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
+        """x [rows, hidden] normed input -> query latents [rows, q_lora_rank], keys [rows, head_dim]; both normed, the
+        keys with RoPE."""
+        config, eps = self.config, self.config.rms_norm_eps
+        latent = linear(x, self.w_latent, quantize=self.quantize)
+        q_latent, kv = latent.split([config.q_lora_rank, config.head_dim], dim=-1)
+        kv = apply_rope(rms_norm(kv, self.kv_norm, eps), step.rope(self.frequencies))
+        return rms_norm(q_latent, self.q_norm, eps), kv
+
     def project(self, x: Tensor, step: StepContext) -> AttentionInputs:
         """All projections of the layer input, RoPE applied at the rows' positions."""
         config, eps = self.config, self.config.rms_norm_eps
         rotations = step.rope(self.frequencies)
-        latent = linear(x, self.w_latent, quantize=self.quantize)
-        q_latent, kv = latent.split([config.q_lora_rank, config.head_dim], dim=-1)
-        q_latent = rms_norm(q_latent, self.q_norm, eps)
-        kv = apply_rope(rms_norm(kv, self.kv_norm, eps), rotations)
+        q_latent, kv = self.latents(x, step)
         q_dim = config.num_attention_heads * config.head_dim
         must_select = self.index_compressor is not None and step.must_select(config.index_topk)
         queries = linear(q_latent, self.w_query if must_select else self.w_query[:q_dim], quantize=self.quantize)

@@ -70,6 +70,10 @@ class Block:
         step.observe(f"{self.prefix}streams", streams)
         return streams
 
+    def keys(self, streams: Tensor, step: StepContext) -> Tensor:
+        """Streams [rows, c, hidden] -> the attention's keys [rows, head_dim], see `Attention.latents`."""
+        return self.attention.latents(self._enter(streams, self.attn_hc, self.attn_norm)[0], step)[1]
+
     def _enter(self, streams: Tensor, hc: HyperConnection, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
         merged, post, comb = mhc_pre(

@@ -71,6 +71,12 @@ class PagedStep:
         rotations = self.rope(layer.frequencies)
         return sparse_attention(inputs.q, sources, layer.sink, rotations)
 
+    def keep(self, layer: int, kv: Tensor) -> None:
+        """Store the rows' keys [rows, head_dim] of a layer that has no compressed rows, and nothing else."""
+        cache = self.pools.layers[layer]
+        source, target = self.metadata.commit(self.pools.layout.window_ring_rows)
+        store(cache.window, target, encode(kv[source], cache.layout.window))
+
     def _window(self, cache: LayerCache, kv: Tensor) -> Keys:
         layout, ring_rows = cache.layout, self.pools.layout.window_ring_rows
         # The MTP layer's ring has room for drafts; the window itself is what the model was trained with.

@@ -120,6 +120,11 @@ class StepMetadata:
         """int64 [requests]."""
         return torch.from_numpy(self._slots)
 
+    @property
+    def first_rows(self) -> list[int]:
+        """The step row of each request's first position."""
+        return self._row_starts.tolist()
+
     @cached_property
     def positions(self) -> Tensor:
         """int64 [rows], position of each row in its sequence."""
