@@ -21,7 +21,6 @@ from torch import Tensor
 from dsv4serve.memory import CachePools
 from dsv4serve.model.context import StepContext
 from dsv4serve.model.transformer import Transformer
-from dsv4serve.types import ConfigError
 
 
 class MtpStep(StepContext, Protocol):
@@ -49,14 +48,13 @@ class MtpChain:
     """Drafts, and keeps the block's cache up to date.
 
     Args:
-        transformer: a model with an MTP block. Raises ConfigError without one.
+        transformer: a model with an MTP block.
         pools: a cache with room for drafts.
         make_step: gives the step of some rows of the block.
     """
 
     def __init__(self, transformer: Transformer, pools: CachePools, make_step: StepFactory) -> None:
-        if transformer.mtp is None:
-            raise ConfigError("num_draft_tokens: this model has no MTP block (num_nextn_predict_layers is 0); use 0")
+        assert transformer.mtp is not None
         self._mtp, self._pools, self._make_step = transformer.mtp, pools, make_step
         self._hc_mult, self._dtype = transformer.config.hc_mult, transformer.dtype
         self._layer, self._window = transformer.config.num_hidden_layers, transformer.config.sliding_window

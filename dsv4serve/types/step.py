@@ -98,6 +98,7 @@ class StepOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     slots: list[int] = []
     token_ids: list[list[int]] = []
     num_nonfinite_drafts: int = 0  # drafts whose logits had NaN or infinite values
+    first_nonfinite: str = ""  # the first operation whose output had some, where that is checked
     logits: dict[int, list[bytes]] = {}  # slot -> float32 rows, one per new token, where asked for
     errors: dict[int, str] = {}  # slot -> why its request cannot go on, for the client
     prompt_logits: dict[int, list[bytes]] = {}  # slot -> float32 rows of this chunk's wanted prompt tokens

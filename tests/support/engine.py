@@ -87,6 +87,7 @@ class Engine:
             max_step_tokens=max_step_tokens,
             eos_token_id=transformer.config.eos_token_id,
             prefix_cache=prefix_cache,
+            max_waiting=10_000,
             drafts=DraftPolicy(num_draft_tokens, adaptive) if num_draft_tokens else None,
         )
 
