@@ -79,6 +79,7 @@ class Engine:
         self.runner = Runner(transformer, plan, read_vocabulary=read_vocabulary)
         if inject is not None:
             self.runner._sampler.start_drafts = lambda batch: InjectedDrafts(self, batch, inject)
+        self.outputs: dict[str, RequestOutput] = {}
         self.scheduler = Scheduler(
             num_slots=num_slots,
             num_pages=num_pages,
@@ -143,27 +144,39 @@ class Engine:
     ) -> dict[str, RequestOutput]:
         """Serve `requests`, each added and aborted before the step named for it; outputs merged per request."""
         arrivals, aborts = arrivals or {}, dict(aborts or {})
-        merged = {request.request_id: RequestOutput(request_id=request.request_id) for request in requests}
         pending = sorted(requests, key=lambda request: arrivals.get(request.request_id, 0))
         step = 0
-        while pending or any(output.finish_reason is None for output in merged.values()):
+        while pending or self.scheduler.has_requests:
             while pending and arrivals.get(pending[0].request_id, 0) <= step:
-                self.scheduler.add(pending.pop(0))
+                self.add(pending.pop(0))
             for name in [name for name, when in aborts.items() if when <= step]:
                 del aborts[name]
-                ended = self.scheduler.abort(name)
-                if ended is not None:
-                    _merge(merged[name], ended)
-            self._poison()
-            if self.runner.pools.layout.num_draft_tokens:
-                self._poison_uncommitted()
-            planned = self.scheduler.schedule()
-            outputs = [] if planned is None else self.scheduler.update(planned, self.runner.execute(planned))
-            for output in outputs:
-                _merge(merged[output.request_id], output)
+                self.abort(name)
+            self.step()
             step += 1
             assert step < 5000, "the engine makes no progress"
-        return merged
+        return {request.request_id: self.outputs[request.request_id] for request in requests}
+
+    def add(self, request: Request) -> None:
+        """Queue a request; what comes of it is merged in `outputs`."""
+        self.scheduler.add(request)
+        self.outputs[request.request_id] = RequestOutput(request_id=request.request_id)
+
+    def abort(self, name: str) -> None:
+        """End a request, if it is open."""
+        ended = self.scheduler.abort(name)
+        if ended is not None:
+            _merge(self.outputs[name], ended)
+
+    def step(self) -> None:
+        """One step, if there is anything to run."""
+        self._poison()
+        if self.runner.pools.layout.num_draft_tokens:
+            self._poison_uncommitted()
+        planned = self.scheduler.schedule()
+        outputs = [] if planned is None else self.scheduler.update(planned, self.runner.execute(planned))
+        for output in outputs:
+            _merge(self.outputs[output.request_id], output)
 
 
 def _poison_ring(ring: Planes, slot: int, ring_rows: int, live: range) -> None:
