@@ -48,6 +48,7 @@ class Attention:
         self.ratio = config.compress_ratios[index]
         self.frequencies = rope_table_frequencies(config, self.ratio > 0)
         attn = prefix + "attn."
+        self.names = {part: attn + part for part in ("q", "kv", "attend", "output")}  # of observed values
         self.q_norm = params[attn + "q_norm.weight"]
         self.kv_norm = params[attn + "kv_norm.weight"]
         self.sink = params[attn + "attn_sink"]
@@ -72,8 +73,14 @@ class Attention:
 
     def __call__(self, x: Tensor, step: StepContext) -> Tensor:
         """x [rows, hidden] normed input -> [rows, hidden] in x.dtype."""
-        output = step.attend(self, self.project(x, step))
-        return grouped_out_proj(output, self.wo_a, self.wo_b, quantize=self.quantize)
+        inputs = self.project(x, step)
+        step.observe(self.names["q"], inputs.q)
+        step.observe(self.names["kv"], inputs.kv)
+        output = step.attend(self, inputs)
+        step.observe(self.names["attend"], output)
+        output = grouped_out_proj(output, self.wo_a, self.wo_b, quantize=self.quantize)
+        step.observe(self.names["output"], output)
+        return output
 
     def latents(self, x: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
         """x [rows, hidden] normed input -> query latents [rows, q_lora_rank], keys [rows, head_dim]; both normed, the

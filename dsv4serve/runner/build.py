@@ -11,6 +11,7 @@ from dsv4serve.memory import CacheLayout, CapacityPlan, plan_capacity
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.obs.memory import available_memory_bytes
 from dsv4serve.runner.runner import Runner
+from dsv4serve.runner.sentinel import Sentinel
 from dsv4serve.types import ConfigError
 from dsv4serve.weights import halve, load_weights
 
@@ -33,7 +34,12 @@ def build_runner(config: EngineConfig, progress: bool = False) -> Runner:
     if cpu.library is not None and config.numerics is Numerics.EXACT:  # torch's kernels would convert them in each step
         halve(weights)
     transformer = Transformer(model, weights, config.numerics)
-    return Runner(transformer, plan, read_vocabulary=lambda: read_vocabulary(config.model, model.vocab_size))
+    return Runner(
+        transformer,
+        plan,
+        observer=Sentinel() if config.check_numerics else None,
+        read_vocabulary=lambda: read_vocabulary(config.model, model.vocab_size),
+    )
 
 
 def cache_plan(config: EngineConfig, model: ModelConfig) -> CapacityPlan:

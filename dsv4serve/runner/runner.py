@@ -19,6 +19,7 @@ from dsv4serve.runner import logprobs
 from dsv4serve.runner.constraints import Constraints
 from dsv4serve.runner.paged import PagedStep
 from dsv4serve.runner.sampler import Drafts, Sampler, row_bytes
+from dsv4serve.runner.sentinel import Sentinel
 from dsv4serve.runner.slots import SlotTable
 from dsv4serve.speculative import Advance, MtpChain
 from dsv4serve.types import PAGE_TOKENS, Chunk, Constraint, SchedulerOutput, StepOutput, Verify
@@ -30,7 +31,8 @@ class Runner:
     Args:
         transformer: the network with its weights.
         plan: how many slots, pages and tails to allocate; allocated here.
-        observer: called with named intermediate values of every step, in row order.
+        observer: called with named intermediate values of every step, in row order. A Sentinel's findings are in the
+            StepOutput.
         read_vocabulary: what the ids mean, needed by requests with a constraint.
     """
 
@@ -72,6 +74,8 @@ class Runner:
         for append in output.page_appends:
             slots.append(append)
         result = self._forward(output, begin) if output.num_tokens else StepOutput(step_id=output.step_id)
+        if isinstance(self._observer, Sentinel):
+            result.first_nonfinite, self._observer.first = self._observer.first, ""
         for snapshot in output.snapshots:
             self.pools.snapshot(snapshot.slot, snapshot.tail)
         return result

@@ -99,8 +99,8 @@ def test_prefix_hits_retractions_and_chunks_between_drafts(seed: int) -> None:
 @pytest.mark.parametrize("num_draft_tokens", [1, 3])
 @pytest.mark.parametrize("accepts", PATTERNS.values(), ids=PATTERNS)
 def test_drafts_are_those_of_the_block_on_the_whole_sequence(accepts: Accepts, num_draft_tokens: int) -> None:
-    """The first draft after any history, computed in chunks, behind a prefix hit, after accepted and rejected drafts, is
-    what the block gives when it sees the whole sequence at once."""
+    """The first draft after any history, computed in chunks, behind a prefix hit, after accepted and rejected drafts,
+    is what the block gives when it sees the whole sequence at once."""
     prompt = random_ids(CONFIG, 530, 3)
     plain = Engine(TRANSFORMER).run([greedy("plain", prompt, 60)])["plain"].token_ids
     seen: list[tuple[int, int]] = []

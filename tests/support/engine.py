@@ -13,6 +13,7 @@ from dsv4_kernels.kv_store import Planes
 from dsv4serve.config import Numerics
 from dsv4serve.constrained.vocabulary import Vocabulary, no_vocabulary
 from dsv4serve.memory import CacheLayout, CapacityPlan
+from dsv4serve.model.context import Observer
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.runner import Runner
 from dsv4serve.runner.sampler import Drafts
@@ -72,11 +73,12 @@ class Engine:
         num_draft_tokens: int = 0,
         adaptive: bool = False,
         inject: Inject | None = None,
+        observer: Observer | None = None,
     ) -> None:
         max_model_len = min(max_model_len, num_pages * 256)
         layout = CacheLayout.build(transformer.config, Numerics.EXACT, num_draft_tokens)
         plan = CapacityPlan(layout, num_slots, num_pages, num_tails, max_model_len)
-        self.runner = Runner(transformer, plan, read_vocabulary=read_vocabulary)
+        self.runner = Runner(transformer, plan, observer, read_vocabulary)
         if inject is not None:
             self.runner._sampler.start_drafts = lambda batch: InjectedDrafts(self, batch, inject)
         self.outputs: dict[str, RequestOutput] = {}
