@@ -131,6 +131,7 @@ class EngineCore:
         scheduled = perf_counter()
         result = self._runner.execute(planned)
         executed = perf_counter()
+        self._scheduler.took(planned, executed - scheduled)
         self._reply(self._scheduler.update(planned, result))
         if planned.verifies or result.first_nonfinite:
             self._look_at(result)

@@ -415,6 +415,13 @@ class Scheduler:
         self._counters.num_generated_tokens += num_tokens + len(outputs)
         return outputs
 
+    def took(self, planned: SchedulerOutput, seconds: float) -> None:
+        """Running `planned` took so long; a step of nothing but decodes tells what drafts cost."""
+        if self._drafts is None or planned.chunks:
+            return
+        num_drafts = max((verify.num_draft_tokens for verify in planned.verifies), default=0)
+        self._drafts.took(len(planned.decodes) + len(planned.verifies), num_drafts, seconds)
+
     def _end_verifies(self, planned: SchedulerOutput, result: StepOutput) -> None:
         """Requests whose drafts have come back decode on behind those that were accepted."""
         assert self._drafts is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from support.bench import Bench
 from support.fake_runner import generate_alone, prompt
@@ -117,30 +119,89 @@ def test_sampled_tokens_that_must_repeat_are_drawn_without_drafts_beside_others(
     bench.check_results()
 
 
-def test_fixed_drafts_are_always_as_many_and_adaptive_ones_follow_what_is_accepted() -> None:
-    fixed, adaptive = DraftPolicy(4, adaptive=False), DraftPolicy(4, adaptive=True)
-    for policy in (fixed, adaptive):
-        for _ in range(600):
-            policy.observe(4, 4)
-    assert (fixed.choose(1), adaptive.choose(1)) == (4, 4)
-    for policy in (fixed, adaptive):
-        for _ in range(600):
-            policy.observe(4, 0)
-    assert (fixed.choose(1), adaptive.choose(1)) == (4, 0)
-    for _ in range(600):
-        adaptive.observe(4, 1)
-    assert adaptive.choose(1) == 1
+def machine(fixed: float, row: float, draft: float, rates: list[float], most: int = 4):
+    """A policy on a machine with these costs, whose drafts are accepted so often. Drives it for some steps of a batch
+    and returns how often each number was chosen."""
+    policy = DraftPolicy(most, adaptive=True)
+    draw = random.Random(0)
+
+    def run(num_requests: int, num_steps: int) -> list[int]:
+        chosen = [0] * (most + 1)
+        for _ in range(num_steps):
+            num = policy.choose(num_requests)
+            chosen[num] += 1
+            policy.took(num_requests, num, fixed + num_requests * (1 + num) * row + num * draft)
+            for _ in range(num_requests if num else 0):
+                accepted = 0
+                while accepted < num and draw.random() < rates[accepted]:
+                    accepted += 1
+                policy.observe(num, accepted)
+        return chosen
+
+    return run
 
 
-def test_adaptive_drafts_give_way_to_a_large_batch_and_are_probed_now_and_then() -> None:
-    policy = DraftPolicy(3, adaptive=True)
-    for _ in range(300):
-        policy.observe(3, 2)
-    chosen = [policy.choose(num_requests) for num_requests in (1, 16, 256, 4096)]
-    assert chosen == sorted(chosen, reverse=True)
-    assert chosen[0] >= 2
+@pytest.mark.parametrize(
+    ("costs", "rates", "best"),
+    [
+        ((1.0, 0.0, 0.05), [0.9] * 4, 4),  # rows cost nothing and drafts are good
+        ((1.0, 0.0, 0.05), [0.9, 0.9, 0.0, 0.0], 2),  # the third one is never right
+        ((1.0, 0.0, 0.05), [0.0] * 4, 0),
+        ((1.0, 0.1, 0.3), [0.8, 0.3, 0.3, 0.3], 1),  # a slow machine: only the first one pays
+        ((0.1, 1.0, 0.3), [0.9] * 4, 0),  # rows are all it costs
+    ],
+)
+def test_adaptive_drafts_are_those_that_give_the_most_tokens_per_second(
+    costs: tuple[float, float, float], rates: list[float], best: int
+) -> None:
+    run = machine(*costs, rates)
+    run(1, 600)
+    chosen = run(1, 640)
+    assert chosen[best] >= 620
+
+
+def test_adaptive_drafts_depend_on_the_batch_and_each_number_is_tried_now_and_then() -> None:
+    run = machine(1.0, 0.02, 0.05, [0.6] * 4)
+    for num_requests in (1, 8, 200):
+        run(num_requests, 600)
+    chosen = {num_requests: run(num_requests, 320) for num_requests in (1, 8, 200)}
+    best = [counts.index(max(counts)) for counts in chosen.values()]
+    assert best == sorted(best, reverse=True)
+    assert best[0] >= 2
+    assert best[-1] == 0
+    assert all(count > 0 for count in chosen[200])
+    assert sum(chosen[200][1:]) <= 10
+
+
+def test_adaptive_drafts_notice_that_drafts_have_become_good_or_bad() -> None:
+    rates = [0.0] * 2
+    run = machine(1.0, 0.0, 0.05, rates, most=2)
+    assert run(1, 1000)[0] > 850
+    rates[:] = [0.95, 0.95]
+    run(1, 4000)  # a probe now and then is all that is seen of them
+    assert run(1, 640)[2] > 600
+    rates[:] = [0.0, 0.0]
+    run(1, 200)
+    assert run(1, 640)[0] > 600
+
+
+def test_fixed_drafts_are_always_as_many() -> None:
+    policy = DraftPolicy(4, adaptive=False)
     for _ in range(600):
-        policy.observe(3, 0)
-    probes = [policy.choose(1) for _ in range(256)]
-    assert probes.count(3) == 4
-    assert probes.count(0) == 252
+        policy.observe(4, 0)
+        policy.took(1, 4, 100.0)
+    assert {policy.choose(num_requests) for num_requests in (1, 100, 5000)} == {4}
+
+
+def test_only_steps_without_chunks_tell_what_drafts_cost() -> None:
+    bench = Bench(num_draft_tokens=2, adaptive=True, max_step_tokens=256)
+    bench.add("short", prompt(0, 20), max_tokens=200)
+    bench.step()
+    bench.step()
+    bench.add("long", prompt(1, 900), max_tokens=1)
+    policy = bench.scheduler._drafts
+    assert policy is not None
+    while bench.step() and bench.last_step is not None:
+        before = policy._class(1).counts.copy()
+        bench.scheduler.took(bench.last_step, 1.0)
+        assert (policy._class(1).counts == before) == bool(bench.last_step.chunks)

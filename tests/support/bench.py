@@ -84,6 +84,7 @@ class Bench:
                 assert not planned.starts, "admitted what was given back in the same step"
             assert planned.num_tokens <= max(self.max_step_tokens, self.num_slots + 256)
             self.in_flight.append((planned, self.runner.execute(planned)))
+            self.scheduler.took(planned, 1.0 + 0.05 * planned.num_tokens)
         if self.in_flight and (planned is None or len(self.in_flight) >= self.steps_in_flight):
             for output in self.scheduler.update(*self.in_flight.pop(0)):
                 self._merge(output)
