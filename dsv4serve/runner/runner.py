@@ -89,14 +89,14 @@ class Runner:
         self._constraints.close()
 
     def _forward(self, output: SchedulerOutput, begin: float) -> StepOutput:
-        slots, chunks, decodes, verifies = self._slots, output.chunks, output.decodes, output.verifies
+        slots, chunks, decodes = self._slots, output.chunks, output.decodes
         batch_slots = [chunk.slot for chunk in chunks] + decodes
         counts = [len(chunk.token_ids) for chunk in chunks] + [1] * len(decodes)
         ids = [token for chunk in chunks for token in chunk.token_ids] + [slots.last_token[slot] for slot in decodes]
-        num_plain, num_drafts = len(batch_slots), []
-        drafting = perf_counter()
-        if verifies:
-            drafts = self._draft(verifies)
+        num_plain, drafts, num_drafts = len(batch_slots), None, []
+        to_draft = perf_counter()
+        if output.verifies:
+            drafts = self._draft(output.verifies)
             num_drafts = [0] * num_plain + [len(each) for each in drafts.token_ids]
             batch_slots += drafts.batch
             counts += [1 + len(each) for each in drafts.token_ids]
@@ -117,42 +117,40 @@ class Runner:
         token_ids = torch.tensor(ids)
         prepared = perf_counter()
         streams = self.transformer(token_ids, PagedStep(self.pools, metadata, self._observer))
-        prompt_rows = self._prompt_rows(chunks)
-        sampling_rows, sampling_slots = self._sampling_rows(chunks, decodes)
-        result = StepOutput(step_id=output.step_id, prepare_s=prepared - drafted + drafting - begin)
+        result = StepOutput(step_id=output.step_id, prepare_s=prepared - drafted + to_draft - begin)
         self._prompt_logprobs(streams, chunks, result)
-        for slot, count in zip(batch_slots[:num_plain], counts, strict=False):
+        num_accepted = self._choose(streams, output, drafts, result)
+        kept = counts[:num_plain] + [1 + num for num in num_accepted]  # positions that stay
+        for slot, count in zip(batch_slots, kept, strict=True):
             slots.num_computed[slot] += count
-        rows = [row for rows in prompt_rows.values() for row in rows] + sampling_rows
-        rows += range(sum(counts[:num_plain]), metadata.num_rows)  # of the verifies
-        if rows:
-            logits = self.transformer.logits(streams if rows == list(range(metadata.num_rows)) else streams[rows])
-            taken = 0
-            for slot, wanted in prompt_rows.items():
-                result.prompt_logits[slot] = row_bytes(logits[taken : taken + len(wanted)])
-                taken += len(wanted)
-            computed = perf_counter()
-            end = taken + len(sampling_slots)
-            self._sampler.draw(logits[taken:end], sampling_slots, result)
-            if verifies:
-                num_accepted = self._sampler.verify(logits[end:], drafts, result)
-                result.num_nonfinite_drafts = drafts.num_nonfinite
-            result.sample_s = perf_counter() - computed
-        if verifies:
-            counts[num_plain:] = [1 + num for num in num_accepted]
-            for slot, num in zip(drafts.batch, num_accepted, strict=True):
-                slots.num_computed[slot] += 1 + num
+        if drafts is not None:
             self.pools.commit(torch.tensor(drafts.batch), torch.tensor(num_accepted))
         if self._chain is not None:
-            first_rows = metadata.first_rows
-            advances = [
-                Advance(slot, start, count, first_row, has_drafted=index >= num_plain)
-                for index, (slot, start, count, first_row) in enumerate(
-                    zip(batch_slots, starts, counts, first_rows, strict=True)
-                )
-            ]
+            places = zip(batch_slots, starts, kept, metadata.first_rows, strict=True)
+            advances = [Advance(*place, has_drafted=index >= num_plain) for index, place in enumerate(places)]
             self._chain.follow(advances, streams, token_ids)
         return result
+
+    def _choose(self, streams: Tensor, output: SchedulerOutput, drafts: Drafts | None, result: StepOutput) -> list[int]:
+        """Logits that were asked for and the new tokens go into `result`; returns how many drafts each verify keeps."""
+        prompt_rows = self._prompt_rows(output.chunks)
+        sampling_rows, sampling_slots = self._sampling_rows(output.chunks, output.decodes)
+        rows = [row for rows in prompt_rows.values() for row in rows] + sampling_rows
+        if drafts is not None:
+            rows += range(len(streams) - drafts.num_rows, len(streams))
+        if not rows:
+            return []
+        logits = self.transformer.logits(streams if rows == list(range(len(streams))) else streams[rows])
+        taken = 0
+        for slot, wanted in prompt_rows.items():
+            result.prompt_logits[slot] = row_bytes(logits[taken : taken + len(wanted)])
+            taken += len(wanted)
+        computed = perf_counter()
+        end = taken + len(sampling_slots)
+        self._sampler.draw(logits[taken:end], sampling_slots, result)
+        num_accepted = [] if drafts is None else self._sampler.verify(logits[end:], drafts, result)
+        result.sample_s = perf_counter() - computed
+        return num_accepted
 
     def _draft(self, verifies: list[Verify]) -> Drafts:
         """Make the drafts of a step."""

@@ -61,6 +61,7 @@ class Sampler:
             coins=drafts.numbers(padded.shape[1], COIN),
             draws=drafts.numbers(padded.shape[1] + 1, 0),
         )
+        result.num_nonfinite_drafts = drafts.num_nonfinite
         num_accepted: list[int] = accepted.tolist()
         for place, (slot, count, token) in enumerate(zip(batch, num_accepted, next_ids.tolist(), strict=True)):
             tokens = [*token_ids[place][:count], token]
@@ -91,6 +92,11 @@ class Drafts:
         self._proposals: list[tuple[list[int], Tensor]] = []  # places in _sampled, probabilities
         self.token_ids: list[list[int]] = [[] for _ in batch]
         self.num_nonfinite = 0  # rows of logits with NaN or infinite values
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the drafts and the tokens before them take in a step."""
+        return sum(1 + len(each) for each in self.token_ids)
 
     def choose(self, places: list[int], logits: Tensor) -> Tensor:
         """The next drafts int64 [n] of the slots at `places` of the batch, from float32 logits [n, vocab]."""
