@@ -375,7 +375,8 @@ class Scheduler:
             owner = running.get(slot)
             if owner is not None and owner.first_step <= step_id and not owner.num_outputs:
                 owner.prompt_logprobs += entries
-        if planned.verifies:
+        verifies = planned.verifies
+        if verifies:
             self._end_verifies(planned, result)
         outputs, num_tokens = [], 0  # tokens beside the one of each output
         for slot, token_ids in zip(result.slots, result.token_ids, strict=True):
@@ -383,7 +384,7 @@ class Scheduler:
             if owner is None or owner.first_step > step_id:
                 continue  # ended or retracted since the step was planned
             tokens = owner.tokens
-            if len(token_ids) > 1:
+            if verifies and len(token_ids) > 1:
                 token_ids = owner.until_stop(token_ids)
                 tokens += token_ids[:-1]
                 num_tokens += len(token_ids) - 1
