@@ -25,6 +25,7 @@ def engine_metrics(live: Live, info: EngineInfo | None) -> Iterator[Metric]:
         "cache_hit_rate", "share of prompt tokens found in the prefix cache, over 60 s", live.prefix_hit_rate() or 0.0
     )
     yield from _counters(stats)
+    yield from _speculation(live, stats)
     steps = HistogramMetricFamily(PREFIX + "step_time_seconds", "time of a step, by phase", labels=("phase",))
     for phase, histogram in stats.step_times.items():
         steps.add_metric((phase,), histogram.cumulative(), histogram.sum)
@@ -57,6 +58,30 @@ def _counters(stats: EngineStats) -> Iterator[Metric]:
     yield _counter("evicted_pages", "pages that left the prefix cache", stats.num_evicted_pages)
     yield _counter("evicted_tails", "tails that left the prefix cache", stats.num_evicted_tails)
     yield _counter("retractions", "times that a request had to give back its pages", stats.num_retractions)
+
+
+def _speculation(live: Live, stats: EngineStats) -> Iterator[Metric]:
+    acceptance = live.acceptance()
+    rate, length = (0.0, 0.0) if acceptance is None else (acceptance.accept_rate, acceptance.accept_length)
+    yield _gauge("spec_accept_rate", "share of drafts that were accepted, over 60 s", rate)
+    yield _gauge("spec_accept_length", "tokens per verify, the one after the drafts too, over 60 s", length)
+    yield _gauge(
+        "spec_accept_low", "1 while first drafts are accepted far less often than before", stats.is_accept_rate_low
+    )
+    yield _counter("spec_accept_alarms", "times that this began", stats.num_accept_alarms)
+    yield _counter("spec_verifies", "decodes of a request with drafts", stats.num_verifies)
+    drafted = CounterMetricFamily(PREFIX + "spec_draft_tokens", "drafts verified, by position", labels=("position",))
+    accepted = CounterMetricFamily(
+        PREFIX + "spec_accepted_tokens", "drafts accepted, by position", labels=("position",)
+    )
+    for family, counts in ((drafted, stats.num_drafted), (accepted, stats.num_accepted)):
+        for position, count in enumerate(counts, start=1):
+            family.add_metric((str(position),), count)
+        yield family
+    yield _counter("spec_nonfinite_drafts", "drafts with NaN or infinite logits", stats.num_nonfinite_drafts)
+    yield _counter(
+        "nonfinite_steps", "steps in which --check-numerics found NaN or infinity", stats.num_nonfinite_steps
+    )
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

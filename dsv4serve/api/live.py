@@ -37,6 +37,15 @@ class Sample(NamedTuple):
     stats: EngineStats
 
 
+class Acceptance(NamedTuple):
+    """How drafts did."""
+
+    accept_rate: float  # accepted drafts / all drafts
+    accept_length: float  # tokens of a verify: the accepted drafts and the one after them
+    by_position: list[float | None]  # share of the first, second, .. drafts that were accepted; None without any
+    is_low: bool  # an alarm is on: first drafts are accepted much less often than they were
+
+
 class StatsSource(Protocol):
     """The part of the engine client that is sampled."""
 
@@ -107,6 +116,24 @@ class Live:
         computed = last.num_prompt_tokens - first.stats.num_prompt_tokens
         return cached / (cached + computed) if cached + computed else None
 
+    def acceptance(self) -> Acceptance | None:
+        """How drafts did in the last minute; None when none was verified."""
+        first = self._first_within(WINDOW_S)
+        if first is None:
+            return None
+        now, then = self._samples[-1].stats, first.stats
+        num_verifies = now.num_verifies - then.num_verifies
+        if not num_verifies:
+            return None
+        drafted = [b - a for a, b in zip(then.num_drafted, now.num_drafted, strict=True)]
+        accepted = [b - a for a, b in zip(then.num_accepted, now.num_accepted, strict=True)]
+        return Acceptance(
+            accept_rate=sum(accepted) / sum(drafted),
+            accept_length=1 + sum(accepted) / num_verifies,
+            by_position=[right / num if num else None for right, num in zip(accepted, drafted, strict=True)],
+            is_low=now.is_accept_rate_low,
+        )
+
     def latency(self, name: str) -> dict[str, float] | None:
         """p50 and p95, in seconds, of the histogram `name` over the last minute; None without observations."""
         if not self._latencies:
@@ -132,7 +159,7 @@ class Live:
             "pages": None,
             "tails": None,
             "prefix_hit_rate": None,
-            "acceptance": None,  # there is no speculation yet
+            "acceptance": None,
         }
         if stats is not None and info is not None:
             body["prompt_tokens_per_s"], body["generated_tokens_per_s"] = self.tokens_per_s()
@@ -140,6 +167,9 @@ class Live:
             body["pages"] = _usage(info.num_pages, stats.num_free_pages, stats.num_cached_pages)
             body["tails"] = _usage(info.num_tails, stats.num_free_tails, stats.num_cached_tails)
             body["prefix_hit_rate"] = self.prefix_hit_rate()
+            acceptance = self.acceptance()
+            if acceptance is not None:
+                body["acceptance"] = acceptance._asdict()
         return body
 
     def _add(self, sample: Sample) -> None:

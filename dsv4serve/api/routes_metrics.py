@@ -50,7 +50,10 @@ async def stats(http: Request) -> Response:
          "pages": {"used": 12, "cached": 40, "total": 512},   used = held by requests, cached = by the prefix cache
          "tails": {"used": 1, "cached": 9, "total": 32},      alone, the rest is free
          "prefix_hit_rate": 0.42,                         share of prompt tokens not computed, last minute; or null
-         "acceptance": null}                              accepted tokens per step; null without speculation
+         "acceptance": {"accept_rate": 0.57,              accepted / all drafts, last minute; null without any
+                        "accept_length": 2.71,            tokens per verify: accepted drafts and the one after them
+                        "by_position": [0.8, 0.56, 0.35], share of first, second, .. drafts that were accepted
+                        "is_low": false}}                 true: far below what was usual, see the engine's log
 
     Without an engine that answers, engine_ready is false and all of its numbers are null.
     """

@@ -40,6 +40,7 @@ def sampling_params(
         top_k=min(max(defaults.top_k if body.top_k is None else body.top_k, 0), info.vocab_size),
         min_p=defaults.min_p if body.min_p is None else body.min_p,
         stop_token_ids=tuple(body.stop_token_ids or ()),
+        is_repeatable=body.seed is not None,
         ignore_eos=bool(body.ignore_eos),
         num_logprobs=body.num_logprobs,
         num_prompt_logprobs=body.num_logprobs if body.echoes else None,

@@ -35,6 +35,7 @@ OPERATIONS = (
     "router",
     "sampling",
     "sparse_attention",
+    "spec_accept",
 )
 # Placements whose plan is printed besides this machine's: model config, GPUs, bytes per GPU (GB300: data sheet, H200:
 # what nvidia-smi shows), slots per GPU. One attention-DP rank per GPU, experts divided. What a real GPU leaves free is

@@ -152,6 +152,7 @@ def _request(args: argparse.Namespace, index: int, ids: list[int]) -> Request:
         top_k=args.top_k,
         min_p=args.min_p,
         seed=args.seed,
+        is_repeatable=True,
         ignore_eos=args.ignore_eos,
         return_logits=want_logits,
         num_prompt_logits=(len(ids) if args.prompt_logits < 0 else args.prompt_logits) if want_logits else 0,

@@ -1,6 +1,7 @@
 """Model facts (config.json) and engine choices (flags = environment = recipe)."""
 
 from dsv4serve.config.engine import (
+    DraftMode,
     EffortContract,
     EngineConfig,
     LoadFormat,
@@ -11,6 +12,7 @@ from dsv4serve.config.engine import (
 from dsv4serve.config.model import ModelConfig, RopeScaling, require_official_numerics
 
 __all__ = [
+    "DraftMode",
     "EffortContract",
     "EngineConfig",
     "LoadFormat",

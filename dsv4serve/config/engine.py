@@ -35,6 +35,13 @@ class EffortContract(StrEnum):
     SINCE_0731 = "0731"  # V4-Flash-0731, V4-Pro-0813
 
 
+class DraftMode(StrEnum):
+    """How many drafts a step verifies, up to num_draft_tokens."""
+
+    FIXED = "fixed"  # always as many
+    ADAPTIVE = "adaptive"  # by the measured acceptance and by how many requests decode
+
+
 class LoadFormat(StrEnum):
     """Where weights come from."""
 
@@ -94,6 +101,19 @@ class EngineConfig(BaseSettings):
     memory_fraction: Annotated[
         float, Field(gt=0, lt=1, description="share of free memory taken when cache_bytes is 0")
     ] = 0.25
+    num_draft_tokens: Annotated[
+        int,
+        Field(ge=0, le=4, description="drafts of the MTP block that a step verifies per request; 0 = no speculation"),
+    ] = 0
+    draft_mode: Annotated[
+        DraftMode, Field(description="fixed = always num_draft_tokens, adaptive = fewer where they do not pay")
+    ] = DraftMode.ADAPTIVE
+    accept_rate_reference: Annotated[
+        float, Field(ge=0, lt=1, description="accept rate of first drafts to warn below; 0 = the server's own history")
+    ] = 0.0
+    check_numerics: Annotated[
+        bool, Field(description="look for NaN and infinite values behind each operation of each layer; slow")
+    ] = False
     prefix_cache: Annotated[bool, Field(description="reuse the KV of earlier prompts")] = True
     priority_ageing_s: Annotated[
         float, Field(gt=0, description="seconds of waiting that lift a request by one priority level")

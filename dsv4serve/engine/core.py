@@ -34,9 +34,18 @@ from dsv4serve.engine.messages import (
     encode,
 )
 from dsv4serve.engine.runner_protocol import Runner
+from dsv4serve.obs.acceptance import AcceptanceWatch
 from dsv4serve.obs.histogram import StepHistogram
 from dsv4serve.scheduler import Scheduler
-from dsv4serve.types import Constraint, Dsv4Error, FinishReason, InvalidRequest, Request, RequestOutput
+from dsv4serve.types import (
+    Constraint,
+    Dsv4Error,
+    FinishReason,
+    InvalidRequest,
+    Request,
+    RequestOutput,
+    StepOutput,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +56,16 @@ LINGER_MS = 2000  # how long the last replies of a failing engine may take
 
 
 class EngineCore:
-    """Owns the ROUTER socket at `endpoint` and drives `scheduler` and `runner`."""
+    """Owns the ROUTER socket at `endpoint` and drives `scheduler` and `runner`. `watch` is told what is accepted."""
 
-    def __init__(self, endpoint: str, scheduler: Scheduler, runner: Runner, info: EngineInfo) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        scheduler: Scheduler,
+        runner: Runner,
+        info: EngineInfo,
+        watch: AcceptanceWatch | None = None,
+    ) -> None:
         self._scheduler, self._runner, self._info = scheduler, runner, info
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -72,6 +88,8 @@ class EngineCore:
         self._requests: dict[bytes, dict[str, str]] = {}
         # Open requests whose constraint is being prepared, by the scheduler's id.
         self._preparing: dict[str, tuple[Future[None], Request]] = {}
+        self._watch = watch
+        self._num_nonfinite_drafts, self._num_nonfinite_steps = 0, 0
         self._step_times = {phase: StepHistogram() for phase in PHASES}
 
     @property
@@ -113,13 +131,27 @@ class EngineCore:
         scheduled = perf_counter()
         result = self._runner.execute(planned)
         executed = perf_counter()
+        self._scheduler.took(planned, executed - scheduled)
         self._reply(self._scheduler.update(planned, result))
+        if planned.verifies or result.first_nonfinite:
+            self._look_at(result)
         times = self._step_times
         times["schedule"].observe(scheduled - begin)
         times["prepare"].observe(result.prepare_s)
         times["execute"].observe(executed - scheduled - result.prepare_s - result.sample_s)
         times["sample"].observe(result.sample_s)
         times["update"].observe(perf_counter() - executed)
+
+    def _look_at(self, result: StepOutput) -> None:
+        """Whether what the step computed is what it should be."""
+        self._num_nonfinite_drafts += result.num_nonfinite_drafts
+        if result.first_nonfinite:
+            self._num_nonfinite_steps += 1
+        if self._watch is not None:
+            stats = self._scheduler.stats()
+            line = self._watch.observe(stats.num_drafted, stats.num_accepted, self._num_nonfinite_drafts)
+            if line is not None:
+                logger.log(logging.WARNING if self._watch.is_low else logging.INFO, "%s", line)
 
     # Receiving
 
@@ -153,12 +185,22 @@ class EngineCore:
             case FlushCache():
                 self._send(identity, Done(self._scheduler.flush_prefix_cache()))
             case GetStats():
-                stats = asdict(self._scheduler.stats())
-                num_frontends = len(self._requests)
-                self._send(identity, EngineStats(**stats, num_frontends=num_frontends, step_times=self._step_times))
+                self._send(identity, self._stats())
             case Hello():
                 self._requests.setdefault(identity, {})
                 self._send(identity, self._info)
+
+    def _stats(self) -> EngineStats:
+        watch = self._watch
+        return EngineStats(
+            **asdict(self._scheduler.stats()),
+            num_frontends=len(self._requests),
+            step_times=self._step_times,
+            num_nonfinite_drafts=self._num_nonfinite_drafts,
+            num_nonfinite_steps=self._num_nonfinite_steps,
+            num_accept_alarms=watch.num_alarms if watch is not None else 0,
+            is_accept_rate_low=watch is not None and watch.is_low,
+        )
 
     def _submit(self, identity: bytes, request: Request) -> None:
         mine = self._requests.setdefault(identity, {})

@@ -78,6 +78,13 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="engine_stats")
     num_evicted_pages: int = 0  # from the prefix cache; tails too
     num_evicted_tails: int = 0
     num_finished: int
+    num_verifies: int = 0  # decodes with drafts
+    num_drafted: list[int] = []  # by place of the draft: how many were verified
+    num_accepted: list[int] = []  # and how many of them accepted
+    num_nonfinite_drafts: int = 0  # drafts whose logits had NaN or infinite values
+    num_nonfinite_steps: int = 0  # steps in which check_numerics found any in a layer
+    num_accept_alarms: int = 0  # times that the accept rate fell below its reference
+    is_accept_rate_low: bool = False
     num_frontends: int  # that said Hello and are not known to be gone
     step_times: dict[str, StepHistogram] = {}  # schedule, prepare, execute, sample, update
 

@@ -10,13 +10,15 @@ import signal
 import sys
 from collections.abc import Callable
 
-from dsv4serve.config import EngineConfig
+from dsv4serve.config import DraftMode, EngineConfig
 from dsv4serve.engine.core import EngineCore
 from dsv4serve.engine.messages import EngineInfo
 from dsv4serve.engine.runner_protocol import Runner
 from dsv4serve.engine.spawn import ProcessSpec, die_with_parent
+from dsv4serve.obs.acceptance import AcceptanceWatch
 from dsv4serve.obs.logging import configure
 from dsv4serve.scheduler import Scheduler
+from dsv4serve.scheduler.drafts import DraftPolicy
 from dsv4serve.types import Dsv4Error
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ def build_core(endpoint: str, config: EngineConfig, build_runner: Callable[[Engi
         prefix_cache=config.prefix_cache,
         max_waiting=config.max_waiting_requests,
         ageing_s=config.priority_ageing_s,
+        drafts=_draft_policy(config),
     )
     info = EngineInfo(
         model_path=str(config.model),
@@ -85,7 +88,16 @@ def build_core(endpoint: str, config: EngineConfig, build_runner: Callable[[Engi
         num_tails=runner.num_tails,
     )
     logger.info("engine ready: %s", info)
-    return EngineCore(endpoint, scheduler, runner, info)
+    watch = None
+    if config.num_draft_tokens:
+        watch = AcceptanceWatch(config.num_draft_tokens, config.accept_rate_reference)
+    return EngineCore(endpoint, scheduler, runner, info, watch)
+
+
+def _draft_policy(config: EngineConfig) -> DraftPolicy | None:
+    if not config.num_draft_tokens:
+        return None
+    return DraftPolicy(config.num_draft_tokens, adaptive=config.draft_mode is DraftMode.ADAPTIVE)
 
 
 if __name__ == "__main__":

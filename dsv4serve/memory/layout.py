@@ -45,6 +45,12 @@ class CacheLayout:
     num_draft_tokens: int
     stream_bytes: int  # the main model's streams of a slot's last position; 0 without drafts
 
+    @property
+    def c128_banks(self) -> int:
+        """Running C128 states of a slot: the committed one, which is also that behind a step's first row, and one
+        behind each draft."""
+        return 1 + self.num_draft_tokens
+
     @classmethod
     def build(cls, model: ModelConfig, numerics: Numerics, num_draft_tokens: int = 0) -> CacheLayout:
         """Layout for a model. `num_draft_tokens` > 0 adds the MTP layer and room for rejected drafts in the rings."""
@@ -71,9 +77,8 @@ class CacheLayout:
     @property
     def slot_bytes(self) -> int:
         """Bytes of one slot: rings and the C128 states (one bank, plus one per draft)."""
-        banks = 1 + self.num_draft_tokens
         states = sum(4 * C128_STATE_ROWS * layer.c128_state_dim for layer in self.layers)
-        return self.ring_bytes + banks * states
+        return self.ring_bytes + self.c128_banks * states
 
     @property
     def page_bytes(self) -> int:

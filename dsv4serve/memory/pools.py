@@ -23,7 +23,7 @@ class LayerCache:
     window: Planes  # slot * window_ring_rows + position % window_ring_rows
     c4_state: Planes | None  # slot * c4_ring_rows + position % c4_ring_rows
     index_state: Planes | None
-    c128_state: Tensor | None  # f32 [slots + 1, 3, head_dim]
+    c128_state: Tensor | None  # f32 [slots + 1, banks, 3, head_dim]; bank 0 is the committed one
     entries: Planes | None  # page * entries_per_page + entry % entries_per_page
     index: Planes | None
 
@@ -65,7 +65,9 @@ class CachePools:
         page_rows = (num_pages + 1) * layer.entries_per_page
         window = rows(layer.window, window_rows)
         assert window is not None
-        c128 = torch.zeros(num_slots + 1, C128_STATE_ROWS, layer.c128_state_dim) if layer.c128_state_dim else None
+        c128 = None
+        if layer.c128_state_dim:
+            c128 = torch.zeros(num_slots + 1, self.layout.c128_banks, C128_STATE_ROWS, layer.c128_state_dim)
         return LayerCache(
             layout=layer,
             window=window,
@@ -98,6 +100,23 @@ class CachePools:
             for source, ring in zip(tails, rings, strict=True):
                 ring.copy_(source[tail])
         self.streams[slot].copy_(self._tail_streams[tail])
+
+    def commit(self, slots: Tensor, num_accepted: Tensor) -> None:
+        """Make the C128 states behind the accepted drafts the committed ones: int64 [n] each, counts of a verify step.
+
+        All else that a rejected draft wrote lies behind the slot's positions: it is overwritten before it is read.
+        """
+        for layer in self.layers:
+            if layer.c128_state is not None:
+                layer.c128_state[slots, 0] = layer.c128_state[slots, num_accepted]
+
+    def load_streams(self, slots: Tensor, hc_mult: int, dtype: torch.dtype) -> Tensor:
+        """The main model's streams [n, hc_mult, hidden] of the last position of each of `slots`."""
+        return self.streams[slots].view(dtype).unflatten(1, (hc_mult, -1))
+
+    def store_streams(self, slots: Tensor, streams: Tensor) -> None:
+        """Remember streams [n, c, hidden] of the positions at which `slots` stand now."""
+        self.streams[slots] = streams.contiguous().view(torch.uint8).flatten(1)
 
     def snapshot(self, slot: int, tail: int) -> None:
         """Copy a slot's rings to `tail`. The slot stands at a page boundary."""

@@ -48,6 +48,7 @@ class Attention:
         self.ratio = config.compress_ratios[index]
         self.frequencies = rope_table_frequencies(config, self.ratio > 0)
         attn = prefix + "attn."
+        self.names = {part: attn + part for part in ("q", "kv", "attend", "output")}  # of observed values
         self.q_norm = params[attn + "q_norm.weight"]
         self.kv_norm = params[attn + "kv_norm.weight"]
         self.sink = params[attn + "attn_sink"]
@@ -72,17 +73,29 @@ class Attention:
 
     def __call__(self, x: Tensor, step: StepContext) -> Tensor:
         """x [rows, hidden] normed input -> [rows, hidden] in x.dtype."""
-        output = step.attend(self, self.project(x, step))
-        return grouped_out_proj(output, self.wo_a, self.wo_b, quantize=self.quantize)
+        inputs = self.project(x, step)
+        step.observe(self.names["q"], inputs.q)
+        step.observe(self.names["kv"], inputs.kv)
+        output = step.attend(self, inputs)
+        step.observe(self.names["attend"], output)
+        output = grouped_out_proj(output, self.wo_a, self.wo_b, quantize=self.quantize)
+        step.observe(self.names["output"], output)
+        return output
+
+    def latents(self, x: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
+        """x [rows, hidden] normed input -> query latents [rows, q_lora_rank], keys [rows, head_dim]; both normed, the
+        keys with RoPE."""
+        config, eps = self.config, self.config.rms_norm_eps
+        latent = linear(x, self.w_latent, quantize=self.quantize)
+        q_latent, kv = latent.split([config.q_lora_rank, config.head_dim], dim=-1)
+        kv = apply_rope(rms_norm(kv, self.kv_norm, eps), step.rope(self.frequencies))
+        return rms_norm(q_latent, self.q_norm, eps), kv
 
     def project(self, x: Tensor, step: StepContext) -> AttentionInputs:
         """All projections of the layer input, RoPE applied at the rows' positions."""
         config, eps = self.config, self.config.rms_norm_eps
         rotations = step.rope(self.frequencies)
-        latent = linear(x, self.w_latent, quantize=self.quantize)
-        q_latent, kv = latent.split([config.q_lora_rank, config.head_dim], dim=-1)
-        q_latent = rms_norm(q_latent, self.q_norm, eps)
-        kv = apply_rope(rms_norm(kv, self.kv_norm, eps), rotations)
+        q_latent, kv = self.latents(x, step)
         q_dim = config.num_attention_heads * config.head_dim
         must_select = self.index_compressor is not None and step.must_select(config.index_topk)
         queries = linear(q_latent, self.w_query if must_select else self.w_query[:q_dim], quantize=self.quantize)

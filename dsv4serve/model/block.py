@@ -53,7 +53,7 @@ class Block:
     def __init__(
         self, config: ModelConfig, params: Mapping[str, Tensor], prefix: str, index: int, quantize: bool
     ) -> None:
-        self.config, self.prefix = config, prefix
+        self.config, self.prefix, self._output_name = config, prefix, f"{prefix}ffn.output"
         self.attention = Attention(config, params, prefix, index, quantize)
         self.moe = MoE(config, params, prefix, index, quantize)
         self.attn_hc = HyperConnection.load(params, prefix + "hc_attn_", config.hc_mult)
@@ -66,9 +66,15 @@ class Block:
         x, post, comb = self._enter(streams, self.attn_hc, self.attn_norm)
         streams = mhc_post(self.attention(x, step), streams, post, comb)
         x, post, comb = self._enter(streams, self.ffn_hc, self.ffn_norm)
-        streams = mhc_post(self.moe(x, token_ids, step), streams, post, comb)
+        output = self.moe(x, token_ids, step)
+        step.observe(self._output_name, output)
+        streams = mhc_post(output, streams, post, comb)
         step.observe(f"{self.prefix}streams", streams)
         return streams
+
+    def keys(self, streams: Tensor, step: StepContext) -> Tensor:
+        """Streams [rows, c, hidden] -> the attention's keys [rows, head_dim], see `Attention.latents`."""
+        return self.attention.latents(self._enter(streams, self.attn_hc, self.attn_norm)[0], step)[1]
 
     def _enter(self, streams: Tensor, hc: HyperConnection, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config

@@ -25,12 +25,12 @@ class RowAdjustment:
         self._num_outputs = start.num_output_tokens
         stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, eos_token_id)
         self._early_stops = list(stops)
-        self.bias = (list(params.logit_bias), list(params.logit_bias.values()))  # ids, and what to add to their logits
-        self._in_reasoning = params.thinking_budget is not None and not set(self.outputs) & set(params.thinking_end_ids)
+        # How many outputs there were when the reasoning ended; None = it has not.
+        self._ended_at = 0 if set(self.outputs) & set(params.thinking_end_ids) else None
         self.has_penalty = _has_penalty(params)
-        self.counts: dict[int, int] = {}  # of penalised tokens: how often the output has them
-        if params.repetition_penalty != 1.0:
-            self.counts = dict.fromkeys(start.token_ids[:num_prompt], 0)
+        # Of penalised tokens: how often the output has them. Those of the prompt are penalised whatever the output has.
+        self._always = frozenset(start.token_ids[:num_prompt] if params.repetition_penalty != 1.0 else ())
+        self.counts: dict[int, int] = dict.fromkeys(self._always, 0)
         if self.has_penalty:
             for token in self.outputs:
                 self.counts[token] = self.counts.get(token, 0) + 1
@@ -42,8 +42,21 @@ class RowAdjustment:
             self.outputs.append(token)
         if self.has_penalty:
             self.counts[token] = self.counts.get(token, 0) + 1
-        if token in self.params.thinking_end_ids:
-            self._in_reasoning = False
+        if self._ended_at is None and token in self.params.thinking_end_ids:
+            self._ended_at = self._num_outputs
+
+    def undo(self, tokens: Sequence[int]) -> None:
+        """Take back `tokens`, the last ones appended: they were drafts."""
+        self._num_outputs -= len(tokens)
+        if self.params.needs_history and tokens:
+            del self.outputs[-len(tokens) :]
+        if self.has_penalty:
+            for token in tokens:
+                self.counts[token] -= 1
+                if not self.counts[token] and token not in self._always:
+                    del self.counts[token]
+        if self._ended_at is not None and self._ended_at > self._num_outputs:
+            self._ended_at = None
 
     @property
     def banned(self) -> list[int]:
@@ -60,7 +73,7 @@ class RowAdjustment:
     def forced(self) -> int | None:
         """The only id that can be drawn now, if there is one: the end of a reasoning whose budget is used up."""
         budget = self.params.thinking_budget
-        if budget is None or not self._in_reasoning or self._num_outputs < budget:
+        if budget is None or self._ended_at is not None or self._num_outputs < budget:
             return None
         return self.params.thinking_end_ids[0]
 
@@ -79,46 +92,68 @@ def row_adjustment(start: SlotStart, eos_token_id: int) -> RowAdjustment | None:
     return RowAdjustment(start, eos_token_id) if wanted else None
 
 
-def adjust(logits: Tensor, adjustments: Sequence[RowAdjustment | None]) -> None:
-    """Change float32 logits [B, V] in place, row b by adjustments[b]."""
-    rows = [(row, adjustment) for row, adjustment in enumerate(adjustments) if adjustment is not None]
-    if not rows:
+def adjust(logits: Tensor, adjustments: Sequence[RowAdjustment | None], drafts: Sequence[Sequence[int]] = ()) -> None:
+    """Change float32 logits [rows, V] in place: one row for each of `adjustments`, or, where drafts[b] are given, 1 +
+    len(drafts[b]) neighbouring rows, which choose the tokens behind 0, 1, .. of these drafts."""
+    if all(adjustment is None for adjustment in adjustments):
         return
-    _penalise(logits, [(row, adjustment) for row, adjustment in rows if adjustment.counts])
-    places: list[int] = []
-    ids: list[int] = []
-    values: list[float] = []
-    for row, adjustment in rows:
-        biased, amounts = adjustment.bias
-        places += [row] * len(biased)
-        ids += biased
-        values += amounts
-    if ids:
-        add_bias(logits, torch.tensor(places), torch.tensor(ids), torch.tensor(values))
-    places, ids = [], []
-    for row, adjustment in rows:
-        banned = adjustment.banned
-        places += [row] * len(banned)
-        ids += banned
-    if ids:
-        ban(logits, torch.tensor(places), torch.tensor(ids))
-    for row, adjustment in rows:
+    changes = _Changes()
+    row = 0
+    for index, adjustment in enumerate(adjustments):
+        ahead = drafts[index] if drafts else ()
+        if adjustment is not None:
+            changes.add(row, adjustment)
+            for place, token in enumerate(ahead, start=1):
+                adjustment.append(token)
+                changes.add(row + place, adjustment)
+            adjustment.undo(ahead)
+        row += 1 + len(ahead)
+    changes.apply(logits)
+
+
+class _Changes:
+    """What changes in the rows of some logits, collected row by row."""
+
+    def __init__(self) -> None:
+        self._penalised: list[tuple[int, SamplingParams, list[int], list[int]]] = []  # row, params, ids, their counts
+        self._biased: list[tuple[int, int, float]] = []
+        self._banned: list[tuple[int, int]] = []
+        self._forced: list[tuple[int, int]] = []
+
+    def add(self, row: int, adjustment: RowAdjustment) -> None:
+        """What `adjustment` asks for now."""
+        counts = adjustment.counts
+        if counts:
+            self._penalised.append((row, adjustment.params, list(counts), list(counts.values())))
+        self._biased += [(row, token, amount) for token, amount in adjustment.params.logit_bias.items()]
+        self._banned += [(row, token) for token in adjustment.banned]
         forced = adjustment.forced
         if forced is not None:
+            self._forced.append((row, forced))
+
+    def apply(self, logits: Tensor) -> None:
+        """Change the logits in place."""
+        if self._penalised:
+            _penalise(logits, self._penalised)
+        if self._biased:
+            rows, ids, amounts = zip(*self._biased, strict=True)
+            add_bias(logits, torch.tensor(rows), torch.tensor(ids), torch.tensor(amounts))
+        if self._banned:
+            rows, ids = zip(*self._banned, strict=True)
+            ban(logits, torch.tensor(rows), torch.tensor(ids))
+        for row, token in self._forced:
             logits[row] = LOWEST
-            logits[row, forced] = 0.0
+            logits[row, token] = 0.0
 
 
-def _penalise(logits: Tensor, rows: list[tuple[int, RowAdjustment]]) -> None:
-    if not rows:
-        return
-    lengths = torch.tensor([len(adjustment.counts) for _, adjustment in rows])
-    params = [adjustment.params for _, adjustment in rows]
+def _penalise(logits: Tensor, rows: list[tuple[int, SamplingParams, list[int], list[int]]]) -> None:
+    lengths = torch.tensor([len(ids) for _, _, ids, _ in rows])
+    params = [params for _, params, _, _ in rows]
     penalise(
         logits,
-        rows=torch.tensor([row for row, _ in rows]).repeat_interleave(lengths),
-        token_ids=torch.tensor([token for _, adjustment in rows for token in adjustment.counts]),
-        counts=torch.tensor([count for _, adjustment in rows for count in adjustment.counts.values()]),
+        rows=torch.tensor([row for row, _, _, _ in rows]).repeat_interleave(lengths),
+        token_ids=torch.tensor([token for _, _, ids, _ in rows for token in ids]),
+        counts=torch.tensor([count for _, _, _, counts in rows for count in counts]),
         repetition=torch.tensor([p.repetition_penalty for p in params]).repeat_interleave(lengths),
         frequency=torch.tensor([p.frequency_penalty for p in params]).repeat_interleave(lengths),
         presence=torch.tensor([p.presence_penalty for p in params]).repeat_interleave(lengths),

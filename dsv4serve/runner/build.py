@@ -11,6 +11,8 @@ from dsv4serve.memory import CacheLayout, CapacityPlan, plan_capacity
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.obs.memory import available_memory_bytes
 from dsv4serve.runner.runner import Runner
+from dsv4serve.runner.sentinel import Sentinel
+from dsv4serve.types import ConfigError
 from dsv4serve.weights import halve, load_weights
 
 
@@ -23,16 +25,26 @@ def build_runner(config: EngineConfig, progress: bool = False) -> Runner:
     torch.set_num_threads(config.threads)
     model = ModelConfig.load(config.model)
     plan = cache_plan(config, model)
+    if config.num_draft_tokens and not model.num_nextn_predict_layers:
+        raise ConfigError(
+            f"num_draft_tokens is {config.num_draft_tokens}, but {config.model} has no MTP block "
+            "(num_nextn_predict_layers is 0); use 0"
+        )
     weights = load_weights(config, model, progress)
     if cpu.library is not None and config.numerics is Numerics.EXACT:  # torch's kernels would convert them in each step
         halve(weights)
     transformer = Transformer(model, weights, config.numerics)
-    return Runner(transformer, plan, read_vocabulary=lambda: read_vocabulary(config.model, model.vocab_size))
+    return Runner(
+        transformer,
+        plan,
+        observer=Sentinel() if config.check_numerics else None,
+        read_vocabulary=lambda: read_vocabulary(config.model, model.vocab_size),
+    )
 
 
-def cache_plan(config: EngineConfig, model: ModelConfig, num_draft_tokens: int = 0) -> CapacityPlan:
+def cache_plan(config: EngineConfig, model: ModelConfig) -> CapacityPlan:
     """The capacity plan that this configuration gets on this machine."""
-    layout = CacheLayout.build(model, config.numerics, num_draft_tokens)
+    layout = CacheLayout.build(model, config.numerics, config.num_draft_tokens)
     budget = config.cache_bytes or int(config.memory_fraction * available_memory_bytes())
     return plan_capacity(
         layout, budget, config.max_running_requests, model.max_position_embeddings, config.max_model_len

@@ -63,10 +63,20 @@ class Constraints:
         self._masks.accept(slot, token)
         return TOO_SLOW if self._masks.is_too_slow(slot) else None
 
-    def apply(self, logits: Tensor, batch: Sequence[int]) -> None:
-        """Mask float32 [B, V] in place, row b of slot batch[b]; see TokenMasks.apply."""
+    def look_ahead(self, slot: int, token: int) -> None:
+        """Take a draft, until `undo`."""
         if self._masks is not None:
-            self._masks.apply(logits, batch)
+            self._masks.accept(slot, token)
+
+    def undo(self, slot: int, num_tokens: int) -> None:
+        """Take back the last `num_tokens` drafts."""
+        if self._masks is not None:
+            self._masks.undo(slot, num_tokens)
+
+    def apply(self, logits: Tensor, batch: Sequence[int], drafts: Sequence[Sequence[int]] = ()) -> None:
+        """Mask float32 [rows, V] in place; see TokenMasks.apply."""
+        if self._masks is not None:
+            self._masks.apply(logits, batch, drafts)
 
     def close(self) -> None:
         """End the thread."""

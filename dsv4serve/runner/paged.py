@@ -71,6 +71,12 @@ class PagedStep:
         rotations = self.rope(layer.frequencies)
         return sparse_attention(inputs.q, sources, layer.sink, rotations)
 
+    def keep(self, layer: int, kv: Tensor) -> None:
+        """Store the rows' keys [rows, head_dim] of a layer that has no compressed rows, and nothing else."""
+        cache = self.pools.layers[layer]
+        source, target = self.metadata.commit(self.pools.layout.window_ring_rows)
+        store(cache.window, target, encode(kv[source], cache.layout.window))
+
     def _window(self, cache: LayerCache, kv: Tensor) -> Keys:
         layout, ring_rows = cache.layout, self.pools.layout.window_ring_rows
         # The MTP layer's ring has room for drafts; the window itself is what the model was trained with.
@@ -167,17 +173,13 @@ class PagedStep:
         return torch.cat([torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=-1) for ids in chosen])
 
     def _c128(self, layer: Attention, cache: LayerCache, inputs: AttentionInputs) -> Keys:
-        compressor, raw, state, segments = (
-            layer.compressor,
-            inputs.compress,
-            cache.c128_state,
-            self.metadata.c128_segments,
-        )
+        compressor, raw, segments = layer.compressor, inputs.compress, self.metadata.c128_segments
         assert compressor is not None
         assert raw is not None
-        assert state is not None
+        assert cache.c128_state is not None
+        state = cache.c128_state.flatten(0, 1)
         kv, gate = raw[segments.rows].chunk(2, dim=-1)
-        updated = online_update(state[segments.slots], segments.fresh, kv, gate, segments.rows >= 0)
+        updated = online_update(state[segments.sources], segments.fresh, kv, gate, segments.rows >= 0)
         if len(segments.closing):
             assert cache.entries is not None
             assert cache.layout.entry is not None
@@ -185,9 +187,9 @@ class PagedStep:
             rotations = self._rope(layer.frequencies, C128, segments.entry_ids * C128)
             entries = compressor.entries(pooled, rotations, inputs.kv.dtype)
             store(cache.entries, segments.entry_rows, encode(entries, cache.layout.entry))
-            state[segments.slots[segments.open]] = updated[segments.open]
+            state[segments.targets[segments.open]] = updated[segments.open]
         else:
-            state[segments.slots] = updated
+            state[segments.targets] = updated
         return self._entry_keys(cache, self.metadata.all_entries(C128))
 
     def _entry_keys(self, cache: LayerCache, table: Tensor) -> Keys:

@@ -6,21 +6,23 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dsv4_kernels.metadata import StepMetadata
-from dsv4_kernels.sampling import sample, uniform
 from dsv4serve.constrained.vocabulary import Vocabulary, no_vocabulary
 from dsv4serve.memory import CachePools, CapacityPlan
 from dsv4serve.model.context import Observer
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.runner import logprobs
-from dsv4serve.runner.adjust import adjust
 from dsv4serve.runner.constraints import Constraints
 from dsv4serve.runner.paged import PagedStep
+from dsv4serve.runner.sampler import Drafts, Sampler, row_bytes
+from dsv4serve.runner.sentinel import Sentinel
 from dsv4serve.runner.slots import SlotTable
-from dsv4serve.types import PAGE_TOKENS, Chunk, Constraint, SchedulerOutput, StepOutput
+from dsv4serve.speculative import Advance, MtpChain
+from dsv4serve.types import PAGE_TOKENS, Chunk, Constraint, SchedulerOutput, StepOutput, Verify
 
 
 class Runner:
@@ -29,7 +31,8 @@ class Runner:
     Args:
         transformer: the network with its weights.
         plan: how many slots, pages and tails to allocate; allocated here.
-        observer: called with named intermediate values of every step, in row order.
+        observer: called with named intermediate values of every step, in row order. A Sentinel's findings are in the
+            StepOutput.
         read_vocabulary: what the ids mean, needed by requests with a constraint.
     """
 
@@ -50,6 +53,11 @@ class Runner:
         max_pages = -(-plan.max_model_len // PAGE_TOKENS)
         self._constraints = Constraints(read_vocabulary)
         self._slots = SlotTable(plan.num_slots, max_pages, self.eos_token_id)
+        self._sampler = Sampler(self._slots, self._constraints)
+        self._no_pages = np.empty((0, 0), dtype=np.int64)
+        self._chain = None
+        if plan.layout.num_draft_tokens:
+            self._chain = MtpChain(transformer, self.pools, self._mtp_step)
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> StepOutput:
@@ -66,6 +74,8 @@ class Runner:
         for append in output.page_appends:
             slots.append(append)
         result = self._forward(output, begin) if output.num_tokens else StepOutput(step_id=output.step_id)
+        if isinstance(self._observer, Sentinel):
+            result.first_nonfinite, self._observer.first = self._observer.first, ""
         for snapshot in output.snapshots:
             self.pools.snapshot(snapshot.slot, snapshot.tail)
         return result
@@ -83,35 +93,85 @@ class Runner:
         batch_slots = [chunk.slot for chunk in chunks] + decodes
         counts = [len(chunk.token_ids) for chunk in chunks] + [1] * len(decodes)
         ids = [token for chunk in chunks for token in chunk.token_ids] + [slots.last_token[slot] for slot in decodes]
+        num_plain, drafts, num_drafts = len(batch_slots), None, []
+        to_draft = perf_counter()
+        if output.verifies:
+            drafts = self._draft(output.verifies)
+            num_drafts = [0] * num_plain + [len(each) for each in drafts.token_ids]
+            batch_slots += drafts.batch
+            counts += [1 + len(each) for each in drafts.token_ids]
+            for slot, each in zip(drafts.batch, drafts.token_ids, strict=True):
+                ids += [slots.last_token[slot], *each]
+        drafted = perf_counter()
+        starts = [slots.num_computed[slot] for slot in batch_slots]
         metadata = StepMetadata(
             slots=batch_slots,
-            starts=[slots.num_computed[slot] for slot in batch_slots],
+            starts=starts,
             counts=counts,
             page_table=slots.page_table(batch_slots),
             page_tokens=PAGE_TOKENS,
             c4_ring_rows=self.pools.layout.c4_ring_rows,
+            drafts=num_drafts,
+            c128_banks=self.pools.layout.c128_banks,
         )
+        token_ids = torch.tensor(ids)
         prepared = perf_counter()
-        streams = self.transformer(torch.tensor(ids), PagedStep(self.pools, metadata, self._observer))
-        prompt_rows = self._prompt_rows(chunks)
-        sampling_rows, sampling_slots = self._sampling_rows(chunks, decodes)
-        result = StepOutput(step_id=output.step_id, prepare_s=prepared - begin)
+        streams = self.transformer(token_ids, PagedStep(self.pools, metadata, self._observer))
+        result = StepOutput(step_id=output.step_id, prepare_s=prepared - drafted + to_draft - begin)
         self._prompt_logprobs(streams, chunks, result)
-        for slot, count in zip(batch_slots, counts, strict=True):
+        num_accepted = self._choose(streams, output, drafts, result)
+        kept = counts[:num_plain] + [1 + num for num in num_accepted]  # positions that stay
+        for slot, count in zip(batch_slots, kept, strict=True):
             slots.num_computed[slot] += count
+        if drafts is not None:
+            self.pools.commit(torch.tensor(drafts.batch), torch.tensor(num_accepted))
+        if self._chain is not None:
+            places = zip(batch_slots, starts, kept, metadata.first_rows, strict=True)
+            advances = [Advance(*place, has_drafted=index >= num_plain) for index, place in enumerate(places)]
+            self._chain.follow(advances, streams, token_ids)
+        return result
+
+    def _choose(self, streams: Tensor, output: SchedulerOutput, drafts: Drafts | None, result: StepOutput) -> list[int]:
+        """Logits that were asked for and the new tokens go into `result`; returns how many drafts each verify keeps."""
+        prompt_rows = self._prompt_rows(output.chunks)
+        sampling_rows, sampling_slots = self._sampling_rows(output.chunks, output.decodes)
         rows = [row for rows in prompt_rows.values() for row in rows] + sampling_rows
+        if drafts is not None:
+            rows += range(len(streams) - drafts.num_rows, len(streams))
         if not rows:
-            return result
-        logits = self.transformer.logits(streams if rows == list(range(metadata.num_rows)) else streams[rows])
-        num_prompt_rows = len(rows) - len(sampling_rows)
+            return []
+        logits = self.transformer.logits(streams if rows == list(range(len(streams))) else streams[rows])
         taken = 0
         for slot, wanted in prompt_rows.items():
-            result.prompt_logits[slot] = _row_bytes(logits[taken : taken + len(wanted)])
+            result.prompt_logits[slot] = row_bytes(logits[taken : taken + len(wanted)])
             taken += len(wanted)
         computed = perf_counter()
-        self._sample(logits[num_prompt_rows:], sampling_slots, result)
+        end = taken + len(sampling_slots)
+        self._sampler.draw(logits[taken:end], sampling_slots, result)
+        num_accepted = [] if drafts is None else self._sampler.verify(logits[end:], drafts, result)
         result.sample_s = perf_counter() - computed
-        return result
+        return num_accepted
+
+    def _draft(self, verifies: list[Verify]) -> Drafts:
+        """Make the drafts of a step."""
+        assert self._chain is not None, "drafts need a cache with room for them"
+        slots = self._slots
+        batch = [verify.slot for verify in verifies]
+        drafts = self._sampler.start_drafts(batch)
+        self._chain.draft(
+            batch,
+            [slots.num_computed[slot] for slot in batch],
+            [slots.last_token[slot] for slot in batch],
+            [verify.num_draft_tokens for verify in verifies],
+            drafts.choose,
+        )
+        drafts.end()
+        return drafts
+
+    def _mtp_step(self, batch: list[int], starts: list[int], counts: list[int]) -> PagedStep:
+        """A step of the MTP block, which reads no pages."""
+        metadata = StepMetadata(batch, starts, counts, self._no_pages, PAGE_TOKENS, self.pools.layout.c4_ring_rows)
+        return PagedStep(self.pools, metadata, self._observer)
 
     def _sampling_rows(self, chunks: list[Chunk], decodes: list[int]) -> tuple[list[int], list[int]]:
         """Step rows whose logits choose a token, and their slots."""
@@ -149,42 +209,3 @@ class Runner:
                 result.prompt_logprobs[chunk.slot] = logprobs.of_prompt(
                     self.transformer.logits, streams[first : first + len(next_ids)], next_ids, num_top
                 )
-
-    def _sample(self, logits: Tensor, batch: list[int], result: StepOutput) -> None:
-        """Draw one token per row [len(batch), vocab]; the slots remember it as their next input."""
-        if not batch:
-            return
-        slots = self._slots
-        params = [slots.params(slot) for slot in batch]
-        kept = [row for row, p in enumerate(params) if p.return_logits or p.num_logprobs is not None]
-        raw = logits[kept] if kept else logits  # copies of rows that are asked for, as the model gave them
-        adjust(logits, [slots.adjustments[slot] for slot in batch])
-        self._constraints.apply(logits, batch)
-        token_ids = sample(
-            logits,
-            temperature=torch.tensor([p.temperature for p in params]),
-            top_k=torch.tensor([p.top_k for p in params]),
-            top_p=torch.tensor([p.top_p for p in params]),
-            min_p=torch.tensor([p.min_p for p in params]),
-            uniform=torch.tensor(
-                [uniform(p.seed, slots.num_outputs[slot]) for p, slot in zip(params, batch, strict=True)],
-                dtype=torch.float64,
-            ),
-        ).tolist()
-        for slot, token in zip(batch, token_ids, strict=True):
-            slots.sampled(slot, token)
-            if (wrong := self._constraints.accept(slot, token)) is not None:
-                result.errors[slot] = wrong
-            result.slots.append(slot)
-            result.token_ids.append([token])
-        for row, values in zip(kept, raw, strict=True) if kept else ():
-            if params[row].return_logits:
-                result.logits[batch[row]] = _row_bytes(values.unsqueeze(0))
-            num_top = params[row].num_logprobs
-            if num_top is not None:
-                result.logprobs[batch[row]] = logprobs.describe(values.unsqueeze(0), [token_ids[row]], num_top)
-
-
-def _row_bytes(logits: Tensor) -> list[bytes]:
-    """float32 rows as bytes."""
-    return [row.tobytes() for row in logits.float().numpy()]

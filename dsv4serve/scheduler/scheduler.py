@@ -1,8 +1,9 @@
 """Which tokens run in the next step.
 
-There are no phases: every step gives each running request some new tokens, one for decode and a chunk for prefill,
-under a token budget. Decodes come first and are never starved, even when they exceed the budget; prefill gets what
-they leave, at least one page. A step therefore has at most max(max_step_tokens, num_slots + PAGE_TOKENS) rows.
+There are no phases: every step gives each running request some new tokens, one for decode (more where drafts are
+accepted) and a chunk for prefill, under a token budget. Decodes come first and are never starved, even when they
+exceed the budget; prefill gets what they leave, at least one page. A step therefore has at most
+max(max_step_tokens, num_slots + PAGE_TOKENS) rows.
 
 Progress. Requests have a total order: priority aged by waiting time, then arrival. A request is accepted only if it
 fits alone. When pages run out the cache gives back all that no request holds, and then the last running request in
@@ -16,6 +17,11 @@ prompt leaves what the tree already knows (a system prompt shared by different u
 user on at the latest). Prefill stops there for it. Other chunk ends get a tail only while some are free. Decode takes
 one at each page boundary and overwrites its own previous one.
 
+Drafts. A decode with drafts advances by a number of tokens that nobody knows before its result is there, so until then
+the request is in no other step. Drafts take what the budget leaves after one row for each decode, and end before the
+page boundary: that is always reached by a decode without drafts, so growth, tails and retraction happen at times that
+are known when the step is planned.
+
 Order of effects. A step restores tails before its forward and snapshots them after it, and steps run in the order in
 which they were planned. So a page or tail may be freed and given away while a planned step still uses it. What a
 step computes enters the tree in `update`, after it has run.
@@ -27,6 +33,7 @@ import time
 from collections.abc import Callable
 
 from dsv4serve.cache import PagePool, Pool, PrefixTree, extend_keys
+from dsv4serve.scheduler.drafts import DraftPolicy
 from dsv4serve.scheduler.queue import WaitingQueue
 from dsv4serve.scheduler.state import RequestState, pages_of
 from dsv4serve.scheduler.stats import SchedulerStats
@@ -43,6 +50,7 @@ from dsv4serve.types import (
     SlotStart,
     StepOutput,
     TailSnapshot,
+    Verify,
 )
 
 # Admission leaves pages for this many steps of the running requests' growth, or it would be undone at once.
@@ -63,6 +71,7 @@ class Scheduler:
         prefix_cache: reuse the pages of earlier requests (needs tails).
         max_waiting: requests that may wait beyond those that free slots can take; more raise QueueFull.
         ageing_s: seconds of waiting that weigh as much as one priority level.
+        drafts: how many drafts a step verifies; None = the runner makes none.
         clock: seconds, monotonic.
     """
 
@@ -77,6 +86,7 @@ class Scheduler:
         prefix_cache: bool = True,
         max_waiting: int = 1024,
         ageing_s: float = 10.0,
+        drafts: DraftPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._slots, self._pages, self._tails = Pool("slot", num_slots), PagePool(num_pages), Pool("tail", num_tails)
@@ -86,13 +96,15 @@ class Scheduler:
         self._max_waiting, self._ageing_s, self._clock = max_waiting, ageing_s, clock
         self._requests: dict[str, RequestState] = {}
         self._waiting = WaitingQueue()
-        # By slot: all that run; of these, who prefills and who decodes (neither: the last token is in flight).
+        self._drafts = drafts
+        # By slot: all that run; of these, who prefills and who decodes (neither: drafts or the last token in flight).
         self._running: dict[int, RequestState] = {}
         self._prefilling: dict[int, RequestState] = {}
         self._decoding: dict[int, RequestState] = {}
         self._promised: dict[int, list[tuple[RequestState, int, int]]] = {}  # step -> (request, tokens, tail) to insert
         self._num_added = 0
-        self._counters = SchedulerStats()
+        most = drafts.most if drafts is not None else 0
+        self._counters = SchedulerStats(num_drafted=[0] * most, num_accepted=[0] * most)
 
     # Requests in and out
 
@@ -173,8 +185,11 @@ class Scheduler:
         """The next step, or None when there is nothing to run."""
         step = SchedulerOutput(step_id=self._counters.num_steps)
         retractions = self._counters.num_retractions
+        verifying = self._take_verifies() if self._drafts is not None else []
         self._plan_decodes(step)
-        budget = max(self._max_step_tokens - len(step.decodes), PAGE_TOKENS)
+        if verifying:
+            step.verifies = [Verify(state.slot, num) for state, num in verifying if state.slot >= 0]  # not retracted
+        budget = max(self._max_step_tokens - step.num_tokens, PAGE_TOKENS)
         for state in list(self._prefilling.values()):
             budget -= self._plan_chunk(state, budget, step)
         # Whoever just gave back its pages would take them again at once; wait for a step without shortage.
@@ -184,6 +199,27 @@ class Scheduler:
             return None
         self._counters.num_steps += 1
         return step
+
+    def _take_verifies(self) -> list[tuple[RequestState, int]]:
+        """Take out of the decoding requests those for which drafts are made now; how many for each."""
+        assert self._drafts is not None
+        num_decoding = len(self._decoding)
+        if not num_decoding:
+            return []
+        room = self._max_step_tokens - num_decoding
+        if self._prefilling or len(self._waiting):
+            room -= PAGE_TOKENS
+        most = min(self._drafts.choose(num_decoding), room // num_decoding)
+        if most < 1:
+            return []
+        verifying = []
+        for state in self._decoding.values():
+            num = min(most, state.draft_room)
+            if num > 0 and state.sampling.may_speculate:
+                verifying.append((state, num))
+        for state, _ in verifying:
+            del self._decoding[state.slot]
+        return verifying
 
     def _plan_decodes(self, step: SchedulerOutput) -> None:
         """One token for every decoding request; pages for the next one and tails where a page gets full."""
@@ -205,7 +241,7 @@ class Scheduler:
                 self._plan_tail(state, step)
             if state.num_computed == state.last_computed:
                 del self._decoding[state.slot]
-            state.event = _next_event(state)
+            state.event = state.next_event()
 
     def _grow(self, state: RequestState, step: SchedulerOutput) -> None:
         """A page for the token after this one. When none is left the last in order is retracted, be it `state`."""
@@ -259,7 +295,7 @@ class Scheduler:
             del self._prefilling[state.slot]
             if end < state.last_computed:
                 self._decoding[state.slot] = state
-                state.event = _next_event(state)
+                state.event = state.next_event()
         return end - start
 
     def _admit(self, budget: int, step: SchedulerOutput) -> None:
@@ -323,7 +359,7 @@ class Scheduler:
     def update(self, planned: SchedulerOutput, result: StepOutput) -> list[RequestOutput]:
         """Digest what `planned` produced: append tokens, end requests, keep tails. One output per new token."""
         step_id, running, logits, logprobs = planned.step_id, self._running, result.logits, result.logprobs
-        num_expected = len(planned.decodes) + sum(chunk.samples for chunk in planned.chunks)
+        num_expected = len(planned.decodes) + len(planned.verifies) + sum(chunk.samples for chunk in planned.chunks)
         if result.step_id != step_id or len(result.slots) != num_expected:
             raise RuntimeError(
                 f"step {step_id} samples {num_expected} tokens; "
@@ -339,20 +375,27 @@ class Scheduler:
             owner = running.get(slot)
             if owner is not None and owner.first_step <= step_id and not owner.num_outputs:
                 owner.prompt_logprobs += entries
-        outputs = []
+        verifies = planned.verifies
+        if verifies:
+            self._end_verifies(planned, result)
+        outputs, num_tokens = [], 0  # tokens beside the one of each output
         for slot, token_ids in zip(result.slots, result.token_ids, strict=True):
             owner = running.get(slot)
             if owner is None or owner.first_step > step_id:
                 continue  # ended or retracted since the step was planned
-            (token,) = token_ids
             tokens = owner.tokens
+            if verifies and len(token_ids) > 1:
+                token_ids = owner.until_stop(token_ids)
+                tokens += token_ids[:-1]
+                num_tokens += len(token_ids) - 1
+            token = token_ids[-1]
             tokens.append(token)
             output = RequestOutput(request_id=owner.request_id, token_ids=token_ids)
             outputs.append(output)
             if logits:
-                output.logits = logits.get(slot, [])
+                output.logits = logits.get(slot, [])[: len(token_ids)]
             if logprobs:
-                output.logprobs = logprobs.get(slot, [])
+                output.logprobs = logprobs.get(slot, [])[: len(token_ids)]
             if owner.num_cached is not None:
                 output.num_cached_tokens, output.prompt_logits = owner.num_cached, owner.prompt_logits
                 output.prompt_logprobs = owner.prompt_logprobs
@@ -370,8 +413,32 @@ class Scheduler:
             elif len(tokens) == owner.max_length:
                 output.finish_reason = FinishReason.LENGTH
                 self._end(owner)
-        self._counters.num_generated_tokens += len(outputs)
+        self._counters.num_generated_tokens += num_tokens + len(outputs)
         return outputs
+
+    def took(self, planned: SchedulerOutput, seconds: float) -> None:
+        """Running `planned` took so long; a step of nothing but decodes tells what drafts cost."""
+        if self._drafts is None or planned.chunks:
+            return
+        num_drafts = max((verify.num_draft_tokens for verify in planned.verifies), default=0)
+        self._drafts.took(len(planned.decodes) + len(planned.verifies), num_drafts, seconds)
+
+    def _end_verifies(self, planned: SchedulerOutput, result: StepOutput) -> None:
+        """Requests whose drafts have come back decode on behind those that were accepted."""
+        assert self._drafts is not None
+        num_new = dict(zip(result.slots, map(len, result.token_ids), strict=True))
+        counters = self._counters
+        for verify in planned.verifies:
+            num_drafts, num_accepted = verify.num_draft_tokens, num_new[verify.slot] - 1
+            self._drafts.observe(num_drafts, num_accepted)
+            counters.num_verifies += 1
+            for place in range(num_drafts):
+                counters.num_drafted[place] += 1
+                counters.num_accepted[place] += place < num_accepted
+            state = self._running.get(verify.slot)
+            if state is not None and state.first_step <= planned.step_id:
+                state.num_computed += 1 + num_accepted
+                self._decoding[state.slot] = state
 
     def _insert_promised(self, state: RequestState, num_tokens: int, tail: int, step_id: int) -> None:
         """A prefill's snapshot was taken: share it at once, unless the request gave back its pages meanwhile."""
@@ -407,8 +474,3 @@ class Scheduler:
         self._decoding.pop(state.slot, None)
         self._slots.release(state.slot)
         state.reset_run()
-
-
-def _next_event(state: RequestState) -> int:
-    """Positions at which decode needs care next: the end of the page or of the request."""
-    return min((state.num_computed // PAGE_TOKENS + 1) * PAGE_TOKENS, state.last_computed)

@@ -73,6 +73,23 @@ class RequestState:
         self.prompt_logits: list[bytes] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
 
+    def next_event(self) -> int:
+        """Positions at which decode needs care next: the end of the page or of the request."""
+        return min((self.num_computed // PAGE_TOKENS + 1) * PAGE_TOKENS, self.last_computed)
+
+    def until_stop(self, token_ids: list[int]) -> list[int]:
+        """The first of several new tokens, up to one that ends the request: what was drafted behind it never was."""
+        for index, token in enumerate(token_ids, start=1):
+            if token in self.stop_ids and len(self.tokens) + index >= self.min_length:
+                return token_ids[:index]
+        return token_ids
+
+    @property
+    def draft_room(self) -> int:
+        """Drafts that the next decode may have: it ends before the page boundary, and at max_length at the latest."""
+        page_end = (self.num_computed // PAGE_TOKENS + 1) * PAGE_TOKENS
+        return min(page_end - 2, self.last_computed - 1) - self.num_computed
+
     @property
     def num_outputs(self) -> int:
         """Tokens generated so far."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -26,3 +26,6 @@ class SchedulerStats:
     num_evicted_pages: int = 0  # from the prefix cache; tails too
     num_evicted_tails: int = 0
     num_finished: int = 0
+    num_verifies: int = 0  # decodes with drafts
+    num_drafted: list[int] = field(default_factory=list)  # by place of the draft: how many were verified
+    num_accepted: list[int] = field(default_factory=list)  # and how many of them accepted

@@ -20,6 +20,7 @@ from dsv4serve.types.step import (
     SlotStart,
     StepOutput,
     TailSnapshot,
+    Verify,
 )
 
 __all__ = [
@@ -45,4 +46,5 @@ __all__ = [
     "StepOutput",
     "TailSnapshot",
     "TokenLogprobs",
+    "Verify",
 ]

@@ -28,7 +28,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """How tokens are drawn. Already validated and completed by the frontend; the engine trusts it.
 
     `seed` is always set: one (seed, output index) pair gives one random number, so a request samples the
-    same tokens alone, in a batch, and after a retraction. `temperature` 0 means greedy.
+    same tokens alone, in a batch, and after a retraction, as long as no drafts are made for it. `temperature` 0 means
+    greedy.
     """
 
     max_tokens: int
@@ -38,6 +39,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     top_k: int = 0  # 0 = no limit
     min_p: float = 0.0
     seed: int = 0  # 0 <= seed < 2**63
+    is_repeatable: bool = False  # the same tokens must come again: drawn without drafts, on which they would depend
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     return_logits: bool = False  # send back the float32 logits row that chose each token
@@ -54,6 +56,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     thinking_budget: int | None = None  # output tokens after which reasoning that is still open is ended
     thinking_end_ids: tuple[int, ...] = ()  # any of them ends the reasoning; the budget forces the first
     constraint: Constraint | None = None  # stronger than all of these
+
+    @property
+    def may_speculate(self) -> bool:
+        """Whether drafts may be made for the request. Greedy tokens do not depend on them."""
+        return self.temperature == 0.0 or not self.is_repeatable
 
     @property
     def needs_history(self) -> bool:

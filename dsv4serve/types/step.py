@@ -48,6 +48,17 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     samples: bool
 
 
+class Verify(msgspec.Struct, frozen=True):
+    """A decode with `num_draft_tokens` >= 1 drafts behind the token that the slot sampled last.
+
+    The runner makes the drafts, and the slot advances by one position and one more for each draft that is accepted. All
+    of them lie on pages that the slot has, and before the next page boundary.
+    """
+
+    slot: int
+    num_draft_tokens: int
+
+
 class TailSnapshot(msgspec.Struct, frozen=True):
     """After the step, copy the slot's window, C4 rows and stream vector to `tail`.
 
@@ -59,30 +70,35 @@ class TailSnapshot(msgspec.Struct, frozen=True):
 
 
 class SchedulerOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One step. The runner applies starts, then page_appends, runs chunks and decodes as one ragged batch,
-    samples, and then takes the snapshots."""
+    """One step. The runner applies starts, then page_appends, makes the drafts, runs chunks, decodes and verifies as
+    one ragged batch, samples, and then takes the snapshots."""
 
     step_id: int
     starts: list[SlotStart] = []
     page_appends: list[PageAppend] = []
     chunks: list[Chunk] = []
     decodes: list[int] = []  # slots whose input is the token they sampled last
+    verifies: list[Verify] = []  # the same with drafts; a slot is in one of both
     snapshots: list[TailSnapshot] = []
 
     @property
     def num_tokens(self) -> int:
         """Rows of this step's forward."""
-        return len(self.decodes) + sum(len(chunk.token_ids) for chunk in self.chunks)
+        num_tokens = len(self.decodes) + sum(len(chunk.token_ids) for chunk in self.chunks)
+        return num_tokens + sum(1 + verify.num_draft_tokens for verify in self.verifies)
 
 
 class StepOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What a step sampled: `token_ids[i]` are the new tokens of `slots[i]` (one; more under speculation)."""
+    """What a step sampled: `token_ids[i]` are the new tokens of `slots[i]`: one, and the accepted drafts before
+    it."""
 
     step_id: int
     prepare_s: float = 0.0  # seconds before the forward: slots, tails, the batch's tensors
     sample_s: float = 0.0  # seconds after the logits were there
     slots: list[int] = []
     token_ids: list[list[int]] = []
+    num_nonfinite_drafts: int = 0  # drafts whose logits had NaN or infinite values
+    first_nonfinite: str = ""  # the first operation whose output had some, where that is checked
     logits: dict[int, list[bytes]] = {}  # slot -> float32 rows, one per new token, where asked for
     errors: dict[int, str] = {}  # slot -> why its request cannot go on, for the client
     prompt_logits: dict[int, list[bytes]] = {}  # slot -> float32 rows of this chunk's wanted prompt tokens

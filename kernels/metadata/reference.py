@@ -6,6 +6,7 @@ Row numbers are flat: ring row = slot * ring_rows + position % ring_rows, page r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,10 +47,15 @@ class HistoryTable:
 
 @dataclass(frozen=True)
 class Segments:
-    """Runs of a step's rows inside one C128 block of one request."""
+    """Runs of a step's rows inside one C128 block of one request.
+
+    Where the last rows of a request are drafts, each of its rows ends a run of its own: the run of its j-th row in the
+    step leaves in bank j of the slot's states what holds if the request goes on behind that row.
+    """
 
     rows: Tensor  # int64 [segments, longest]: step rows, -1 beyond the segment's end
-    slots: Tensor  # int64 [segments]
+    sources: Tensor  # int64 [segments]: state row, slot * banks, that the segment continues
+    targets: Tensor  # int64 [segments]: state row, slot * banks + bank, where it ends
     fresh: Tensor  # bool [segments]: starts its block, so the slot's running state is not read
     closing: Tensor  # int64 [closed]: segments that complete their block
     open: Tensor  # int64 [segments - closed]: segments whose state goes back to the slot
@@ -76,6 +82,8 @@ class StepMetadata:
         page_table: int64 [requests, pages], -1 where there is no page.
         page_tokens: token positions per page, a multiple of 128.
         c4_ring_rows: rows of the C4 state ring: 8, more when drafts need room.
+        drafts: how many of each request's rows, its last ones, are drafts that may be rejected; empty = none.
+        c128_banks: running C128 states per slot: 1, and one for each draft that a request may have.
 
     The arithmetic is numpy's because a call costs a third of torch's on arrays this small.
     """
@@ -88,8 +96,11 @@ class StepMetadata:
         page_table: Array,
         page_tokens: int,
         c4_ring_rows: int = C4_WIDTH,
+        drafts: Sequence[int] = (),
+        c128_banks: int = 1,
     ) -> None:
         self.counts, self.page_table, self.page_tokens = counts, page_table, page_tokens
+        self._drafts, self._c128_banks = drafts, c128_banks
         self.num_rows, self.longest = sum(counts), max(counts, default=0)
         self._c4_ring_rows = c4_ring_rows
         self._slots = np.array(slots, dtype=np.int64)
@@ -108,6 +119,11 @@ class StepMetadata:
     def slots(self) -> Tensor:
         """int64 [requests]."""
         return torch.from_numpy(self._slots)
+
+    @property
+    def first_rows(self) -> list[int]:
+        """The step row of each request's first position."""
+        return self._row_starts.tolist()
 
     @cached_property
     def positions(self) -> Tensor:
@@ -181,16 +197,28 @@ class StepMetadata:
         borders = positions % C128 == 0
         borders[self._row_starts] = True
         first = np.flatnonzero(borders)
-        lengths = np.diff(first, append=self.num_rows)
+        ends = np.append(first[1:], self.num_rows) - 1
+        sources = targets = self._slots[requests[first]] * self._c128_banks
+        if any(self._drafts):
+            drafting = (np.array(self._drafts) > 0)[requests]
+            is_end = drafting.copy()
+            is_end[ends] = True
+            all_ends = np.flatnonzero(is_end)
+            first = first[np.searchsorted(ends, all_ends)]
+            ends = all_ends
+            sources = self._slots[requests[ends]] * self._c128_banks
+            targets = sources + np.where(drafting[ends], ends - self._row_starts[requests[ends]], 0)
+        lengths = ends - first + 1
         columns = np.arange(lengths.max())
         rows = np.where(columns < lengths[:, None], first[:, None] + columns, -1)
-        last = positions[first] + lengths - 1
+        last = positions[ends]
         closed = (last + 1) % C128 == 0
         closing = np.flatnonzero(closed)
         entries = last[closing] // C128
         return Segments(
             rows=torch.from_numpy(rows),
-            slots=torch.from_numpy(self._slots[requests[first]]),
+            sources=torch.from_numpy(sources),
+            targets=torch.from_numpy(targets),
             fresh=torch.from_numpy(positions[first] % C128 == 0),
             closing=torch.from_numpy(closing),
             open=torch.from_numpy(np.flatnonzero(~closed)),

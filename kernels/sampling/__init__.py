@@ -2,14 +2,31 @@
 per row."""
 
 from dsv4_kernels.sampling.reference import (
+    COIN,
+    DRAFT,
     LOWEST,
     NonFiniteLogits,
     add_bias,
     ban,
+    distribution,
+    draw,
     penalise,
     sample,
     token_logprobs,
     uniform,
 )
 
-__all__ = ["LOWEST", "NonFiniteLogits", "add_bias", "ban", "penalise", "sample", "token_logprobs", "uniform"]
+__all__ = [
+    "COIN",
+    "DRAFT",
+    "LOWEST",
+    "NonFiniteLogits",
+    "add_bias",
+    "ban",
+    "distribution",
+    "draw",
+    "penalise",
+    "sample",
+    "token_logprobs",
+    "uniform",
+]

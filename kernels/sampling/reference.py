@@ -13,6 +13,7 @@ MASK = (1 << 64) - 1
 LOWEST = torch.finfo(torch.float32).min  # the logit of a banned token
 FIRST_WIDTH = 256  # candidates that are sorted before all of them are
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: successive counters land far apart
+DRAFT, COIN = 1, 2  # streams of `uniform`: which token a draft is, whether it is accepted
 
 
 class NonFiniteLogits(ValueError):
@@ -30,9 +31,15 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def uniform(seed: int, index: int) -> float:
-    """The number in [0, 1) that belongs to output `index` of a request with `seed`: a hash, no state."""
-    return (_mix((_mix(seed & MASK) + (index + 1) * GOLDEN) & MASK) >> 11) * 2.0**-53
+def uniform(seed: int, index: int, stream: int = 0) -> float:
+    """The number in [0, 1) that belongs to output `index` of a request with `seed`: a hash, no state.
+
+    Streams are independent: 0 draws the token, the others what else has to be drawn for it (DRAFT, COIN).
+    """
+    start = _mix(seed & MASK)
+    if stream:
+        start = _mix(start ^ stream)
+    return (_mix((start + (index + 1) * GOLDEN) & MASK) >> 11) * 2.0**-53
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,24 +108,56 @@ def sample(
     descending order, equal probabilities by id; of a row without filters in the order of ids, which needs no sort.
     Raises NonFiniteLogits when a row's maximum is NaN or infinite.
     """
-    top, greedy = logits.max(dim=-1)
-    if not bool(torch.isfinite(top).all()):
-        raise NonFiniteLogits((~torch.isfinite(top)).nonzero().squeeze(1).tolist())
+    top, greedy = _maximum(logits)
     is_greedy = temperature == 0
     if bool(is_greedy.all()):
         return greedy
     scaled = (logits - top.unsqueeze(1)) / torch.where(is_greedy, 1.0, temperature).unsqueeze(1)
-    has_filter = ((top_k > 0) & (top_k < logits.shape[1])) | (top_p < 1) | (min_p > 0)
-    drawn = _draw_unfiltered(scaled, uniform)
-    rows = (has_filter & ~is_greedy).nonzero().squeeze(1)
+    drawn = draw(scaled.exp(), uniform)
+    rows = (_has_filter(logits.shape[1], top_k, top_p, min_p) & ~is_greedy).nonzero().squeeze(1)
     if rows.numel():
         drawn[rows] = _draw(scaled[rows], top_k[rows], top_p[rows].double(), min_p[rows], uniform[rows], FIRST_WIDTH)
     return torch.where(is_greedy, greedy, drawn)
 
 
-def _draw_unfiltered(scaled: Tensor, uniform: Tensor) -> Tensor:
-    """Draw from rows of logits / temperature with maximum 0, float32 [B, V], by the cumulative sum over ids."""
-    cumulative = scaled.exp().cumsum(-1, dtype=torch.float64)  # a running sum, so that no row depends on its batch
+def distribution(logits: Tensor, *, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """What `sample` draws from: float32 [B, V], each row adds up to 1; all of a greedy row lies on its token.
+
+    Same arguments, filters and errors as `sample`.
+    """
+    top, greedy = _maximum(logits)
+    is_greedy = temperature == 0
+    scaled = (logits - top.unsqueeze(1)) / torch.where(is_greedy, 1.0, temperature).unsqueeze(1)
+    masses = scaled.exp()
+    rows = (_has_filter(logits.shape[1], top_k, top_p, min_p) & ~is_greedy).nonzero().squeeze(1)
+    if rows.numel():
+        order = _descending(scaled[rows], logits.shape[1])
+        _, num_kept, _ = _kept(scaled[rows], order, top_k[rows], top_p[rows].double(), min_p[rows])
+        is_cut = torch.empty_like(order, dtype=torch.bool)
+        is_cut.scatter_(1, order, torch.arange(logits.shape[1]) >= num_kept.unsqueeze(1))
+        masses[rows] = masses[rows].masked_fill(is_cut, 0.0)
+    masses[is_greedy] = torch.nn.functional.one_hot(greedy[is_greedy], logits.shape[1]).to(masses.dtype)
+    return (masses / masses.sum(-1, keepdim=True, dtype=torch.float64)).float()
+
+
+def _maximum(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest logit of each row and the lowest id that has it. Raises NonFiniteLogits."""
+    top, greedy = logits.max(dim=-1)
+    if not bool(torch.isfinite(top).all()):
+        raise NonFiniteLogits((~torch.isfinite(top)).nonzero().squeeze(1).tolist())
+    return top, greedy
+
+
+def _has_filter(vocab: int, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    return ((top_k > 0) & (top_k < vocab)) | (top_p < 1) | (min_p > 0)
+
+
+def draw(masses: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one id per row, int64 [B], by the cumulative sum over ids.
+
+    masses float32 [B, V] >= 0, not all of a row 0, in any unit; uniform float64 [B] in [0, 1).
+    """
+    cumulative = masses.cumsum(-1, dtype=torch.float64)  # a running sum, so that no row depends on its batch
     total = cumulative[:, -1:].contiguous()
     # Rounding may push the target onto the total; the last id with any probability then takes it.
     last = torch.searchsorted(cumulative, total)
@@ -144,23 +183,34 @@ def _draw(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: 
     vocab = scaled.shape[1]
     width = min(width, vocab)
     order = _descending(scaled, width)
-    total = scaled.exp().cumsum(-1, dtype=torch.float64)[:, -1]  # a running sum, so that no row depends on its batch
-    probs = scaled.gather(1, order).exp().double()  # [B, width], relative to the largest, which is 1
-    cumulative = probs.cumsum(-1)
-    limit = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)
-    limit_mass = cumulative.gather(1, (limit - 1).clamp(max=width - 1).unsqueeze(1)).squeeze(1)
-    limit_mass = torch.where(limit == vocab, total, limit_mass)
-    in_top_p = (cumulative - probs < (top_p * limit_mass).unsqueeze(1)) | (top_p >= 1).unsqueeze(1)
-    num_kept = torch.minimum((in_top_p & (probs >= min_p.unsqueeze(1))).sum(-1), limit)
-    num_kept.clamp_(min=1)
+    probs, num_kept, cumulative = _kept(scaled, order, top_k, top_p, min_p)
     target = uniform * cumulative.gather(1, (num_kept - 1).unsqueeze(1)).squeeze(1)
     # Rounding may push the target onto the mass; the last kept token with any probability then takes it.
     last = torch.minimum(num_kept, (probs > 0).sum(-1)) - 1
     rank = torch.minimum((cumulative <= target.unsqueeze(1)).sum(-1), last)
     drawn = order.gather(1, rank.unsqueeze(1)).squeeze(1)
     if width < vocab:
+        limit = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)
         settled = (limit <= width) | ((limit == vocab) & (num_kept < width))
         rows = (~settled).nonzero().squeeze(1)
         if rows.numel():
             drawn[rows] = _draw(scaled[rows], top_k[rows], top_p[rows], min_p[rows], uniform[rows], width=vocab)
     return drawn
+
+
+def _kept(scaled: Tensor, order: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the filters leave of the candidates `order`, the ids [B, width] of the largest in descending order.
+
+    Returns masses float64 [B, width] relative to the largest, which is 1, how many of them stay int64 [B], and the
+    cumulative masses.
+    """
+    vocab, width = scaled.shape[1], order.shape[1]
+    total = scaled.exp().cumsum(-1, dtype=torch.float64)[:, -1]  # a running sum, so that no row depends on its batch
+    probs = scaled.gather(1, order).exp().double()
+    cumulative = probs.cumsum(-1)
+    limit = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)
+    limit_mass = cumulative.gather(1, (limit - 1).clamp(max=width - 1).unsqueeze(1)).squeeze(1)
+    limit_mass = torch.where(limit == vocab, total, limit_mass)
+    in_top_p = (cumulative - probs < (top_p * limit_mass).unsqueeze(1)) | (top_p >= 1).unsqueeze(1)
+    num_kept = torch.minimum((in_top_p & (probs >= min_p.unsqueeze(1))).sum(-1), limit)
+    return probs, num_kept.clamp_(min=1), cumulative

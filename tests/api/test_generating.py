@@ -125,8 +125,10 @@ def test_seeds_of_choices(server):
     assert 42 in seeds
     assert len({derive_seed(base, copy) for base in range(20) for copy in range(20)}) > 380
     assert all(0 <= derive_seed(2**63 - 1, copy) < 2**63 for copy in range(99))
+    assert all(request.sampling.is_repeatable for request in server.engine.submitted)
     server.chat()
     server.chat()
+    assert not server.engine.submitted[-1].sampling.is_repeatable
     assert server.engine.submitted[-1].sampling.seed != server.engine.submitted[-2].sampling.seed
     assert len({request.request_id for request in server.engine.submitted}) == 6
 

@@ -76,8 +76,33 @@ def test_the_route_has_what_its_docstring_says(serve):
         "prompt_tokens_per_s": 0.0,
         "generated_tokens_per_s": 0.0,
         "prefix_hit_rate": None,
-        "acceptance": None,
+        "acceptance": None,  # no draft between the two samples
     }
+
+
+def test_acceptance_is_that_of_the_drafts_of_the_last_minute(live, source, clock):
+    step(live, source, clock, 0, num_verifies=1000, num_drafted=[1000, 900], num_accepted=[0, 0])
+    assert live.acceptance() is None
+    step(live, source, clock, 70, num_verifies=1010, num_drafted=[1010, 900], num_accepted=[5, 0])
+    step(live, source, clock, 10, num_verifies=1030, num_drafted=[1030, 920], num_accepted=[21, 8])
+    assert live.report()["acceptance"] == {
+        "accept_rate": 24 / 40,
+        "accept_length": 1 + 24 / 20,
+        "by_position": [16 / 20, 8 / 20],
+        "is_low": False,
+    }
+    step(
+        live,
+        source,
+        clock,
+        55,
+        num_verifies=1034,
+        num_drafted=[1034, 920],
+        num_accepted=[22, 8],
+        is_accept_rate_low=True,
+    )
+    report = live.report()["acceptance"]
+    assert (report["by_position"], report["is_low"]) == ([1 / 4, None], True)
 
 
 def test_rates_are_of_the_last_ten_seconds_and_hits_of_the_last_minute(live, source, clock):

@@ -160,7 +160,7 @@ def test_live_numbers_follow_the_server(server: Server, page: Page) -> None:
     assert shown["Queued"] == str(stats["queued"])
     pages = stats["pages"]
     assert shown["Pages"] == f"{pages['used']} + {pages['cached']} cached of {pages['total']}"
-    assert shown["Accepted per step"] == "–"
+    assert shown["Tokens per verify"] == "–"
 
 
 def test_it_fits_a_phone(page: Page) -> None:

@@ -19,7 +19,8 @@ ALLOWED = {
     "memory": BASE | {"dsv4_kernels"},
     "weights": BASE | {"dsv4_kernels"},
     "model": BASE | {"dsv4_kernels"},
-    "runner": BASE | {"dsv4_kernels", "memory", "weights", "model", "constrained"},
+    "speculative": BASE | {"dsv4_kernels", "memory", "model"},
+    "runner": BASE | {"dsv4_kernels", "memory", "weights", "model", "speculative", "constrained"},
     "engine": BASE | {"scheduler", "cache", "runner"},
     "api": BASE | {"engine", "chat", "constrained"},
     "cli": BASE

@@ -112,13 +112,53 @@ def test_c128_segments_partition_the_step(seed: int, decode_only: bool) -> None:
     for index, cells in enumerate(segments.rows.tolist()):
         rows = [cell for cell in cells if cell >= 0]
         seen += rows
-        assert {owners[row] for row in rows} == {segments.slots[index].item()}
+        assert {owners[row] for row in rows} == {segments.sources[index].item()} == {segments.targets[index].item()}
         assert len({positions[row] // C128 for row in rows}) == 1
         assert segments.fresh[index].item() == (positions[rows[0]] % C128 == 0)
         closes = positions[rows[-1]] % C128 == C128 - 1
         assert (index in segments.closing.tolist()) == closes
         assert (index in segments.open.tolist()) != closes
     assert seen == list(range(step.num_rows))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_each_row_that_a_draft_may_follow_leaves_its_own_c128_state(seed: int) -> None:
+    """Segment by segment: what it reads, where it ends, which bank of which slot it writes."""
+    draw = np.random.default_rng(seed)
+    banks = 5
+    slots, drafts = [6, 2, 4, 0], draw.integers(0, banks, 4).tolist()
+    counts = [1 + num if num else int(draw.choice([1, 140])) for num in drafts]
+    starts = (draw.integers(0, 3, 4) * C128 + draw.integers(122, 130, 4)).tolist()
+    pages = np.arange(16).reshape(4, 4)
+    step = StepMetadata(slots, starts, counts, pages, PAGE, drafts=drafts, c128_banks=banks)
+    expected, first = [], 0
+    for slot, start, count, num_drafts in zip(slots, starts, counts, drafts, strict=True):
+        begin = 0
+        for offset in range(count):
+            if (start + offset) % C128 == 0:
+                begin = offset
+            closes = (start + offset + 1) % C128 == 0
+            if num_drafts or closes or offset == count - 1:
+                rows = list(range(first + begin, first + offset + 1))
+                bank = offset if num_drafts else 0
+                expected.append((rows, slot * banks, slot * banks + bank, (start + begin) % C128 == 0, closes))
+        first += count
+    segments = step.c128_segments
+    closing = segments.closing.tolist()
+    found = [
+        ([cell for cell in cells if cell >= 0], source, target, fresh, index in closing)
+        for index, (cells, source, target, fresh) in enumerate(
+            zip(
+                segments.rows.tolist(),
+                segments.sources.tolist(),
+                segments.targets.tolist(),
+                segments.fresh.tolist(),
+                strict=True,
+            )
+        )
+    ]
+    assert found == expected
+    assert sorted(closing + segments.open.tolist()) == list(range(len(found)))
 
 
 def test_rows_of_a_step_know_their_request_and_padding_is_marked():

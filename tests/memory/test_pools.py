@@ -48,6 +48,29 @@ def test_init_clears_one_slot_only() -> None:
     assert all((plane == 7).all() for plane in slot_bytes(pools, 1))
 
 
+def test_commit_takes_the_c128_state_behind_the_last_accepted_draft() -> None:
+    pools = make_pools(num_draft_tokens=3)
+    states = [layer.c128_state for layer in pools.layers if layer.c128_state is not None]
+    assert states
+    for index, state in enumerate(states):
+        state.normal_(generator=torch.Generator().manual_seed(index))
+    before = [state.clone() for state in states]
+    pools.commit(torch.tensor([2, 0]), torch.tensor([3, 1]))
+    for state, old in zip(states, before, strict=True):
+        assert torch.equal(state[2, 0], old[2, 3])
+        assert torch.equal(state[0, 0], old[0, 1])
+        old[2, 0], old[0, 0] = old[2, 3], old[0, 1]
+        assert torch.equal(state, old)
+
+
+def test_streams_come_back_as_they_were() -> None:
+    pools = make_pools(num_draft_tokens=1)
+    config = small_config()
+    streams = torch.randn(2, config.hc_mult, config.hidden_size)
+    pools.store_streams(torch.tensor([2, 0]), streams)
+    assert torch.equal(pools.load_streams(torch.tensor([0, 2]), config.hc_mult, torch.float32), streams.flip(0))
+
+
 def test_restore_brings_back_the_snapshot_and_clears_the_c128_state() -> None:
     pools = make_pools(num_draft_tokens=1)
     for index, plane in enumerate(slot_bytes(pools, 2)):

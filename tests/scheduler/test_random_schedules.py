@@ -24,6 +24,8 @@ class Schedules(RuleBasedStateMachine):
         max_step_tokens=st.sampled_from([256, 300, 512, 2048]),
         steps_in_flight=st.sampled_from([1, 1, 2, 3]),
         prefix_cache=st.sampled_from([True, True, True, False]),
+        num_draft_tokens=st.sampled_from([0, 0, 1, 2, 4]),
+        adaptive=st.booleans(),
     )
     def start(self, num_pages: int, **settings: int) -> None:
         self.bench = Bench(num_pages=num_pages, max_model_len=min(1500, num_pages * 256), max_waiting=6, **settings)
@@ -37,6 +39,7 @@ class Schedules(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         min_tokens=st.sampled_from([0, 0, 40]),
         num_prompt_logits=st.sampled_from([0, 0, 0, 3]),
+        is_repeatable=st.booleans(),
     )
     def add(self, family: int, shared: int, own: int, **arguments: int) -> None:
         number = len(self.bench.requests)

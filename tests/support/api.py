@@ -45,6 +45,9 @@ STATS = EngineStats(
     num_generated_tokens=300,
     num_retractions=0,
     num_finished=7,
+    num_verifies=50,
+    num_drafted=[50, 50],
+    num_accepted=[40, 30],
     num_frontends=1,
     step_times={"execute": StepHistogram()},
 )

@@ -8,6 +8,7 @@ from typing import Any
 from support.fake_runner import EOS, FakeRunner, generate_alone
 
 from dsv4serve.scheduler import Scheduler
+from dsv4serve.scheduler.drafts import DraftPolicy
 from dsv4serve.types import FinishReason, Request, RequestOutput, SamplingParams, SchedulerOutput, StepOutput
 
 
@@ -22,6 +23,8 @@ class Bench:
         max_model_len: int = 2048,
         max_step_tokens: int = 512,
         steps_in_flight: int = 1,
+        num_draft_tokens: int = 0,
+        adaptive: bool = False,
         **settings: Any,
     ) -> None:
         self.now = 0.0
@@ -33,6 +36,7 @@ class Bench:
             max_model_len=max_model_len,
             max_step_tokens=max_step_tokens,
             eos_token_id=EOS,
+            drafts=DraftPolicy(num_draft_tokens, adaptive) if num_draft_tokens else None,
             clock=lambda: self.now,
             **settings,
         )
@@ -72,12 +76,15 @@ class Bench:
         planned = self.last_step = self.scheduler.schedule()
         if planned is not None:
             named = [*planned.decodes, *(item.slot for item in planned.chunks + planned.page_appends)]
-            named += [item.slot for item in planned.snapshots]
+            named += [item.slot for item in planned.snapshots + planned.verifies]
+            in_flight = {item.slot for step, _ in self.in_flight for item in step.verifies}
+            assert not in_flight & {*planned.decodes, *(item.slot for item in planned.verifies)}, "drafts not back yet"
             assert set(named) <= set(self.scheduler._running), "the step names a slot whose request was retracted"
             if self.scheduler.stats().num_retractions > retractions:
                 assert not planned.starts, "admitted what was given back in the same step"
             assert planned.num_tokens <= max(self.max_step_tokens, self.num_slots + 256)
             self.in_flight.append((planned, self.runner.execute(planned)))
+            self.scheduler.took(planned, 1.0 + 0.05 * planned.num_tokens)
         if self.in_flight and (planned is None or len(self.in_flight) >= self.steps_in_flight):
             for output in self.scheduler.update(*self.in_flight.pop(0)):
                 self._merge(output)

@@ -7,13 +7,18 @@ from typing import Any
 
 import torch
 from support.models import oracle_logits
+from torch import Tensor
 
+from dsv4_kernels.kv_store import Planes
 from dsv4serve.config import Numerics
 from dsv4serve.constrained.vocabulary import Vocabulary, no_vocabulary
 from dsv4serve.memory import CacheLayout, CapacityPlan
+from dsv4serve.model.context import Observer
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.runner import Runner
+from dsv4serve.runner.sampler import Drafts
 from dsv4serve.scheduler import Scheduler
+from dsv4serve.scheduler.drafts import DraftPolicy
 from dsv4serve.types import Request, RequestOutput, SamplingParams
 
 TOLERANCE = 2e-4  # of float32 logits with standard deviation about 2
@@ -25,8 +30,35 @@ def greedy(request_id: str, prompt: list[int], max_tokens: int, **sampling: Any)
     return Request(request_id=request_id, prompt_ids=prompt, sampling=SamplingParams(max_tokens=max_tokens, **settings))
 
 
+Inject = Callable[[str, int, int], int]  # request id, index of the output, the block's own draft -> the draft
+
+
+class InjectedDrafts(Drafts):
+    """Drafts of greedy requests that a test chooses."""
+
+    def __init__(self, engine: Engine, batch: list[int], inject: Inject) -> None:
+        super().__init__(engine.runner._slots, engine.runner._constraints, batch)
+        self._names = [engine.scheduler._running[slot].request_id for slot in batch]
+        self._inject = inject
+
+    def choose(self, places: list[int], logits: Tensor) -> Tensor:
+        assert bool(torch.isfinite(logits).all())
+        assert not self._sampled
+        tokens = [
+            self._inject(
+                self._names[place],
+                self._slots.num_outputs[self.batch[place]] + len(self.token_ids[place]),
+                int(logits[row].argmax()),
+            )
+            for row, place in enumerate(places)
+        ]
+        self._add(places, tokens)
+        return torch.tensor(tokens)
+
+
 class Engine:
-    """Scheduler and runner. Every slot, page and tail is NaN whenever it belongs to nobody."""
+    """Scheduler and runner. Every slot, page and tail is NaN whenever it belongs to nobody; with drafts, all that lies
+    behind the positions that a slot has computed is NaN, too, between any two steps."""
 
     def __init__(
         self,
@@ -38,11 +70,18 @@ class Engine:
         max_model_len: int = 2048,
         prefix_cache: bool = True,
         read_vocabulary: Callable[[], Vocabulary] = no_vocabulary,
+        num_draft_tokens: int = 0,
+        adaptive: bool = False,
+        inject: Inject | None = None,
+        observer: Observer | None = None,
     ) -> None:
         max_model_len = min(max_model_len, num_pages * 256)
-        layout = CacheLayout.build(transformer.config, Numerics.EXACT)
+        layout = CacheLayout.build(transformer.config, Numerics.EXACT, num_draft_tokens)
         plan = CapacityPlan(layout, num_slots, num_pages, num_tails, max_model_len)
-        self.runner = Runner(transformer, plan, read_vocabulary=read_vocabulary)
+        self.runner = Runner(transformer, plan, observer, read_vocabulary)
+        if inject is not None:
+            self.runner._sampler.start_drafts = lambda batch: InjectedDrafts(self, batch, inject)
+        self.outputs: dict[str, RequestOutput] = {}
         self.scheduler = Scheduler(
             num_slots=num_slots,
             num_pages=num_pages,
@@ -51,6 +90,8 @@ class Engine:
             max_step_tokens=max_step_tokens,
             eos_token_id=transformer.config.eos_token_id,
             prefix_cache=prefix_cache,
+            max_waiting=10_000,
+            drafts=DraftPolicy(num_draft_tokens, adaptive) if num_draft_tokens else None,
         )
 
     def _poison(self) -> None:
@@ -60,6 +101,8 @@ class Engine:
             [item for item in range(pool.size) if pool.count(item) == 0]
             for pool in (scheduler._slots, scheduler._pages, scheduler._tails)
         )
+        pools.streams[slots] = 255
+        pools._tail_streams[tails] = 255
         for layer, tail_rings in zip(pools.layers, pools._tail_rings, strict=True):
             for ring in layer.rings():
                 ring.view(pools.num_slots + 1, -1)[slots] = 255
@@ -70,6 +113,31 @@ class Engine:
             for plane in (layer.entries or ()) + (layer.index or ()):
                 plane.view(pools.num_pages + 1, -1)[pages] = 255
 
+    def _poison_uncommitted(self) -> None:
+        """Overwrite what no later row of a running request may read: ring rows outside of the window that the next row
+        sees, states of drafts, entries of blocks that are not complete."""
+        pools, layout, slots = self.runner.pools, self.runner.pools.layout, self.runner._slots
+        window = layout.window_ring_rows - layout.num_draft_tokens
+        mtp = len(pools.layers) - 1
+        for slot, state in self.scheduler._running.items():
+            num = slots.num_computed[slot]
+            for index, layer in enumerate(pools.layers):
+                # The MTP block stands one row behind.
+                next_row = num - 1 if index == mtp else num
+                live = range(max(next_row - window + 1, 0), max(next_row, 0))
+                _poison_ring(layer.window, slot, layout.window_ring_rows, live)
+                for ring in (layer.c4_state, layer.index_state):
+                    if ring is not None:
+                        _poison_ring(ring, slot, layout.c4_ring_rows, range(max(num - num % 4 - 4, 0), num))
+                if layer.c128_state is not None:
+                    layer.c128_state[slot, 1 if num % 128 else 0 :] = torch.nan
+                per_page = layer.layout.entries_per_page
+                for plane in (layer.entries or ()) + (layer.index or ()):
+                    for number, page in enumerate(state.pages):
+                        complete = num // layer.layout.ratio - number * per_page
+                        if complete < per_page:
+                            plane[page * per_page + max(complete, 0) : (page + 1) * per_page] = 255
+
     def run(
         self,
         requests: list[Request],
@@ -78,25 +146,48 @@ class Engine:
     ) -> dict[str, RequestOutput]:
         """Serve `requests`, each added and aborted before the step named for it; outputs merged per request."""
         arrivals, aborts = arrivals or {}, dict(aborts or {})
-        merged = {request.request_id: RequestOutput(request_id=request.request_id) for request in requests}
         pending = sorted(requests, key=lambda request: arrivals.get(request.request_id, 0))
         step = 0
-        while pending or any(output.finish_reason is None for output in merged.values()):
+        while pending or self.scheduler.has_requests:
             while pending and arrivals.get(pending[0].request_id, 0) <= step:
-                self.scheduler.add(pending.pop(0))
+                self.add(pending.pop(0))
             for name in [name for name, when in aborts.items() if when <= step]:
                 del aborts[name]
-                ended = self.scheduler.abort(name)
-                if ended is not None:
-                    _merge(merged[name], ended)
-            self._poison()
-            planned = self.scheduler.schedule()
-            outputs = [] if planned is None else self.scheduler.update(planned, self.runner.execute(planned))
-            for output in outputs:
-                _merge(merged[output.request_id], output)
+                self.abort(name)
+            self.step()
             step += 1
             assert step < 5000, "the engine makes no progress"
-        return merged
+        return {request.request_id: self.outputs[request.request_id] for request in requests}
+
+    def add(self, request: Request) -> None:
+        """Queue a request; what comes of it is merged in `outputs`."""
+        self.scheduler.add(request)
+        self.outputs[request.request_id] = RequestOutput(request_id=request.request_id)
+
+    def abort(self, name: str) -> None:
+        """End a request, if it is open."""
+        ended = self.scheduler.abort(name)
+        if ended is not None:
+            _merge(self.outputs[name], ended)
+
+    def step(self) -> None:
+        """One step, if there is anything to run."""
+        self._poison()
+        if self.runner.pools.layout.num_draft_tokens:
+            self._poison_uncommitted()
+        planned = self.scheduler.schedule()
+        if planned is None:
+            return
+        result = self.runner.execute(planned)
+        self.scheduler.took(planned, 1.0 + 0.05 * planned.num_tokens)
+        for output in self.scheduler.update(planned, result):
+            _merge(self.outputs[output.request_id], output)
+
+
+def _poison_ring(ring: Planes, slot: int, ring_rows: int, live: range) -> None:
+    dead = sorted(set(range(ring_rows)) - {position % ring_rows for position in live})
+    for plane in ring:
+        plane.view(-1, ring_rows, plane.shape[1])[slot, dead] = 255
 
 
 def _merge(total: RequestOutput, part: RequestOutput) -> None:

@@ -2,7 +2,8 @@
 
 Every page remembers the tokens written to it and a checksum of what came before, every slot and tail the tokens its
 state has consumed. Each read is checked against the history of the request, and the next token is a hash of the history
-read back from the pages: an error in the bookkeeping either fails here or changes tokens.
+read back from the pages: an error in the bookkeeping either fails here or changes tokens. Drafts are right as often as
+a hash says.
 """
 
 from __future__ import annotations
@@ -63,11 +64,13 @@ class FakeRunner:
         self.pages = [Page() for _ in range(num_pages)]
         self.tails: list[list[int] | None] = [None] * num_tails
         self._owners = owners
+        self.accepts: int | None = None  # drafts of each verify that are right; None = as a hash says
 
     def execute(self, step: SchedulerOutput) -> StepOutput:
         self._start(step)
         chunks = {chunk.slot: chunk for chunk in step.chunks}
-        assert len(chunks) + len(step.decodes) == len(set(chunks) | set(step.decodes)), "a slot runs once in a step"
+        ran = [*chunks, *step.decodes, *(verify.slot for verify in step.verifies)]
+        assert len(ran) == len(set(ran)), "a slot runs once in a step"
         result = StepOutput(step_id=step.step_id)
         for number, chunk in chunks.items():
             slot = self._slot(number)
@@ -85,6 +88,8 @@ class FakeRunner:
             assert slot.last_token is not None, "decode before a token was sampled"
             self._consume(slot, [slot.last_token])
             self._sample(number, result)
+        for verify in step.verifies:
+            self._verify(verify.slot, verify.num_draft_tokens, result)
         assert len({snapshot.tail for snapshot in step.snapshots}) == len(step.snapshots), "one tail written twice"
         for snapshot in step.snapshots:
             slot = self._slot(snapshot.slot)
@@ -144,16 +149,39 @@ class FakeRunner:
             history += page.tokens
         return history[: len(slot.consumed)]
 
+    def _verify(self, number: int, num_drafts: int, result: StepOutput) -> None:
+        """Drafts of which a hash says how many are right; the wrong ones leave rubbish behind the history."""
+        slot = self._slot(number)
+        assert slot.last_token is not None, "verify before a token was sampled"
+        assert slot.sampling.may_speculate
+        first = len(slot.consumed)
+        num_accepted = checksum(slot.consumed, 77) % (num_drafts + 1) if self.accepts is None else self.accepts
+        tokens = []
+        for _ in range(min(num_accepted, num_drafts) + 1):
+            self._consume(slot, [slot.last_token])
+            tokens.append(self._draw(slot))
+        end = first + 1 + num_drafts
+        assert first // PAGE_TOKENS == end // PAGE_TOKENS, "drafts reach the page boundary"
+        page = self.pages[slot.table[first // PAGE_TOKENS]]
+        page.tokens += [-1] * (end % PAGE_TOKENS - len(page.tokens))
+        result.slots.append(number)
+        result.token_ids.append(tokens)
+        if slot.sampling.return_logits:
+            result.logits[number] = [b"logits %d" % (first + 1 + index) for index in range(len(tokens))]
+
     def _sample(self, number: int, result: StepOutput) -> None:
         slot = self._slot(number)
+        result.slots.append(number)
+        result.token_ids.append([self._draw(slot)])
+        if slot.sampling.return_logits:
+            result.logits[number] = [b"logits %d" % len(slot.consumed)]
+
+    def _draw(self, slot: Slot) -> int:
         history = self._read(slot)
         assert len(history) == slot.num_prompt + slot.num_outputs, "sampled before all known tokens were computed"
         slot.last_token = next_token(history, slot.sampling.seed)
         slot.num_outputs += 1
-        result.slots.append(number)
-        result.token_ids.append([slot.last_token])
-        if slot.sampling.return_logits:
-            result.logits[number] = [b"logits %d" % len(history)]
+        return slot.last_token
 
 
 def prompt(seed: int, length: int) -> list[int]:

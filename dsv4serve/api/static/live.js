@@ -29,7 +29,7 @@ const TILES = [
   ["Pages", (s) => usage(s.pages), (s) => s.pages],
   ["Tails", (s) => usage(s.tails), (s) => s.tails],
   ["Prefix hits", (s) => share(s.prefix_hit_rate), (s) => s.prefix_hit_rate],
-  ["Accepted per step", (s) => (s.acceptance === null ? NONE : s.acceptance.toFixed(2)), (s) => s.acceptance],
+  ["Tokens per verify", (s) => s.acceptance?.accept_length.toFixed(2) ?? NONE, (s) => s.acceptance?.accept_length ?? null],
 ].map(([name, text, value]) => {
   const picture = document.createElementNS(SVG, "svg");
   picture.setAttribute("viewBox", "0 0 100 26");

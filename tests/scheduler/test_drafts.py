@@ -1,0 +1,207 @@
+"""Decodes with drafts: how many a step verifies, where they end, what becomes of several new tokens at once."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from support.bench import Bench
+from support.fake_runner import generate_alone, prompt
+
+from dsv4serve.scheduler.drafts import DraftPolicy
+from dsv4serve.types import FinishReason
+
+
+def run_one(bench: Bench, name: str) -> list[list[int]]:
+    """Tokens of each step of the only request."""
+    steps: list[list[int]] = []
+    while bench.results[name].finish_reason is None:
+        before = len(bench.results[name].token_ids)
+        bench.step()
+        steps.append(bench.results[name].token_ids[before:])
+    return steps
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 3])
+def test_a_step_gives_a_token_and_one_for_each_accepted_draft(accepted: int) -> None:
+    bench = Bench(num_draft_tokens=3)
+    bench.runner.accepts = accepted
+    bench.add("r", prompt(0, 20), max_tokens=1 + 8 * (accepted + 1), return_logits=True)
+    steps = run_one(bench, "r")
+    assert [len(tokens) for tokens in steps[:-1]] == [1] + [accepted + 1] * (len(steps) - 2)
+    bench.check_results()
+    assert (
+        bench.results["r"].logits
+        == [b"logits %d" % (20 + n) for n in range(1 + 8 * (accepted + 1))][: len(bench.results["r"].token_ids)]
+    )
+    stats = bench.scheduler.stats()
+    assert stats.num_generated_tokens == len(bench.results["r"].token_ids)
+    assert stats.num_accepted == [stats.num_drafted[place] if place < accepted else 0 for place in range(3)]
+
+
+def test_the_page_boundary_is_reached_without_drafts_and_leaves_a_tail() -> None:
+    bench = Bench(num_draft_tokens=4)
+    bench.runner.accepts = 4
+    bench.add("first", prompt(0, 200), max_tokens=100)
+    seen = set()
+    while bench.results["first"].finish_reason is None:
+        bench.step()
+        step = bench.last_step
+        assert step is not None
+        consumed = len(bench.runner.slots[0].consumed)
+        seen.add(consumed)
+        assert bool(step.snapshots) == (consumed == 256)
+        assert not (step.verifies and consumed == 256)
+    assert {255, 256} <= seen
+    bench.add("second", bench.history("first"))
+    bench.run()
+    assert bench.results["second"].num_cached_tokens == 256
+    bench.check_results()
+    bench.check_all_free()
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5, 6, 7, 11])
+def test_no_draft_goes_past_max_tokens(max_tokens: int) -> None:
+    bench = Bench(num_draft_tokens=4)
+    bench.runner.accepts = 4
+    bench.add("r", prompt(0, 20), max_tokens=max_tokens)
+    while bench.step():
+        assert bench.last_step is None or all(
+            verify.num_draft_tokens <= max_tokens - 2 for verify in bench.last_step.verifies
+        )
+    assert len(bench.results["r"].token_ids) == max_tokens
+    bench.check_results()
+
+
+def test_what_is_drafted_behind_a_stop_never_was() -> None:
+    alone = Bench()
+    alone.add("r", prompt(0, 20), max_tokens=12)
+    stop = generate_alone(alone.requests["r"], 2048)[6]
+    bench = Bench(num_draft_tokens=4)
+    bench.runner.accepts = 4
+    bench.add("r", prompt(0, 20), max_tokens=12, stop_token_ids=(stop,), return_logits=True)
+    bench.run()
+    result = bench.results["r"]
+    assert (result.finish_reason, result.stop_token_id) == (FinishReason.STOP, stop)
+    assert len(result.logits) == len(result.token_ids)
+    bench.check_results()
+    assert bench.scheduler.stats().num_generated_tokens == len(result.token_ids)
+
+
+def test_drafts_take_what_the_budget_leaves_and_prefill_keeps_its_page() -> None:
+    bench = Bench(num_slots=100, num_pages=120, num_tails=0, max_step_tokens=450, num_draft_tokens=4)
+    for index in range(90):
+        bench.add(f"r{index}", prompt(index, 3), max_tokens=60)
+    while bench.scheduler.stats().num_waiting or bench.scheduler._prefilling:
+        bench.step()
+    bench.step()
+    assert bench.last_step is not None
+    assert [verify.num_draft_tokens for verify in bench.last_step.verifies] == [4] * 90
+    bench.add("long", prompt(1, 1000), max_tokens=1)
+    bench.step()
+    assert bench.last_step.num_tokens <= 450
+    assert sum(len(chunk.token_ids) for chunk in bench.last_step.chunks) == 256
+    assert {verify.num_draft_tokens for verify in bench.last_step.verifies} == {1}
+    bench.run()
+    bench.check_results()
+
+
+def test_sampled_tokens_that_must_repeat_are_drawn_without_drafts_beside_others() -> None:
+    bench = Bench(num_draft_tokens=2)
+    bench.add("seeded", prompt(0, 20), max_tokens=9, temperature=1.0, is_repeatable=True)
+    bench.add("greedy", prompt(1, 20), max_tokens=9, temperature=0.0, is_repeatable=True)
+    bench.add("free", prompt(2, 20), max_tokens=9, temperature=1.0)
+    bench.step()
+    bench.step()
+    assert bench.last_step is not None
+    assert (bench.last_step.decodes, [verify.slot for verify in bench.last_step.verifies]) == ([0], [1, 2])
+    bench.run()
+    bench.check_results()
+
+
+def machine(fixed: float, row: float, draft: float, rates: list[float], most: int = 4):
+    """A policy on a machine with these costs, whose drafts are accepted so often. Drives it for some steps of a batch
+    and returns how often each number was chosen."""
+    policy = DraftPolicy(most, adaptive=True)
+    draw = random.Random(0)
+
+    def run(num_requests: int, num_steps: int) -> list[int]:
+        chosen = [0] * (most + 1)
+        for _ in range(num_steps):
+            num = policy.choose(num_requests)
+            chosen[num] += 1
+            policy.took(num_requests, num, fixed + num_requests * (1 + num) * row + num * draft)
+            for _ in range(num_requests if num else 0):
+                accepted = 0
+                while accepted < num and draw.random() < rates[accepted]:
+                    accepted += 1
+                policy.observe(num, accepted)
+        return chosen
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("costs", "rates", "best"),
+    [
+        ((1.0, 0.0, 0.05), [0.9] * 4, 4),  # rows cost nothing and drafts are good
+        ((1.0, 0.0, 0.05), [0.9, 0.9, 0.0, 0.0], 2),  # the third one is never right
+        ((1.0, 0.0, 0.05), [0.0] * 4, 0),
+        ((1.0, 0.1, 0.3), [0.8, 0.3, 0.3, 0.3], 1),  # a slow machine: only the first one pays
+        ((0.1, 1.0, 0.3), [0.9] * 4, 0),  # rows are all it costs
+    ],
+)
+def test_adaptive_drafts_are_those_that_give_the_most_tokens_per_second(
+    costs: tuple[float, float, float], rates: list[float], best: int
+) -> None:
+    run = machine(*costs, rates)
+    run(1, 600)
+    chosen = run(1, 640)
+    assert chosen[best] >= 620
+
+
+def test_adaptive_drafts_depend_on_the_batch_and_each_number_is_tried_now_and_then() -> None:
+    run = machine(1.0, 0.02, 0.05, [0.6] * 4)
+    for num_requests in (1, 8, 200):
+        run(num_requests, 600)
+    chosen = {num_requests: run(num_requests, 320) for num_requests in (1, 8, 200)}
+    best = [counts.index(max(counts)) for counts in chosen.values()]
+    assert best == sorted(best, reverse=True)
+    assert best[0] >= 2
+    assert best[-1] == 0
+    assert all(count > 0 for count in chosen[200])
+    assert sum(chosen[200][1:]) <= 10
+
+
+def test_adaptive_drafts_notice_that_drafts_have_become_good_or_bad() -> None:
+    rates = [0.0] * 2
+    run = machine(1.0, 0.0, 0.05, rates, most=2)
+    assert run(1, 1000)[0] > 850
+    rates[:] = [0.95, 0.95]
+    run(1, 4000)  # a probe now and then is all that is seen of them
+    assert run(1, 640)[2] > 600
+    rates[:] = [0.0, 0.0]
+    run(1, 200)
+    assert run(1, 640)[0] > 600
+
+
+def test_fixed_drafts_are_always_as_many() -> None:
+    policy = DraftPolicy(4, adaptive=False)
+    for _ in range(600):
+        policy.observe(4, 0)
+        policy.took(1, 4, 100.0)
+    assert {policy.choose(num_requests) for num_requests in (1, 100, 5000)} == {4}
+
+
+def test_only_steps_without_chunks_tell_what_drafts_cost() -> None:
+    bench = Bench(num_draft_tokens=2, adaptive=True, max_step_tokens=256)
+    bench.add("short", prompt(0, 20), max_tokens=200)
+    bench.step()
+    bench.step()
+    bench.add("long", prompt(1, 900), max_tokens=1)
+    policy = bench.scheduler._drafts
+    assert policy is not None
+    while bench.step() and bench.last_step is not None:
+        before = policy._class(1).counts.copy()
+        bench.scheduler.took(bench.last_step, 1.0)
+        assert (policy._class(1).counts == before) == bool(bench.last_step.chunks)
