@@ -21,6 +21,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 RequestId = Annotated[str, Field(pattern=REQUEST_ID)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
+Task = Literal["action", "query", "authority", "domain", "read_url", "title"]
 
 # Fields of known APIs that a route, or this server, does not have, with the values that ask for nothing.
 NOT_YET: dict[str, tuple[Any, ...]] = {
@@ -103,6 +104,7 @@ class ChatSwitches(Strict):
     tool_choice: Any = None
     response_format: Any = None
     continue_final_message: bool | None = None
+    task: Task | None = None  # of the last message, as that message's own field `task`
     add_generation_prompt: bool | None = None
 
     @model_validator(mode="after")
