@@ -87,7 +87,7 @@ async def chat_completions(http: Request) -> Response:
     frontend: Frontend = http.app.state.frontend
     body = await read_body(http, ChatBody, frontend.config.max_body_bytes)
     call = await chat_call(frontend, body, "chatcmpl-", http.headers)
-    return Generated(frontend, call, ChatShape(frontend.tokenizer, body), bool(body.stream), body.wants_usage_chunk)
+    return Generated(frontend, call, ChatShape(frontend.tokenizer, body), bool(body.stream), body.stream_options)
 
 
 async def chat_call(frontend: Frontend, body: ChatBody, prefix: str, headers: Mapping[str, str]) -> Call:

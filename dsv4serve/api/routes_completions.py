@@ -85,7 +85,7 @@ async def completions(http: Request) -> Response:
         *(frontend, info, body, prompts, limit), prefix="cmpl-", start=None, headers=http.headers, constraint=constraint
     )
     shape = CompletionShape(frontend.tokenizer, body)
-    return Generated(frontend, call, shape, bool(body.stream), body.wants_usage_chunk)
+    return Generated(frontend, call, shape, bool(body.stream), body.stream_options)
 
 
 def _prompts(frontend: Frontend, info: EngineInfo, body: CompletionBody) -> list[list[int]]:

@@ -34,6 +34,15 @@ async def tokenize(http: Request) -> Response:
     return json_response({"tokens": ids, "count": len(ids), "max_model_len": info and info.max_model_len})
 
 
+@router.get("/tokenizer_info")
+async def tokenizer_info(http: Request) -> Response:
+    """What a client must know to use /tokenize and /detokenize as its tokenizer, named as in tokenizer_config.json."""
+    info = http.app.state.frontend.engine.info
+    tokens = {"bos_token": ControlToken.BOS, "eos_token": ControlToken.EOS, "pad_token": ControlToken.EOS}
+    facts = {"add_bos_token": False, "model_max_length": info and info.max_model_len}
+    return json_response(tokens | facts)
+
+
 @router.post("/detokenize")
 async def detokenize(http: Request) -> Response:
     """Text of `tokens`; special tokens are shown unless `skip_special_tokens`."""

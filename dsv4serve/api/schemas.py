@@ -76,7 +76,9 @@ class Strict(BaseModel):
 class StreamOptions(Strict):
     """OpenAI's stream_options."""
 
-    include_usage: bool | None = None
+    include_usage: bool | None = None  # in a chunk of its own at the end
+    continuous_usage_stats: bool | None = None  # so far, in every chunk
+    include_obfuscation: bool | None = None  # without effect
 
 
 class Thinking(Strict):
@@ -186,11 +188,6 @@ class Sampling(Strict):
     def reasoning_budget(self) -> int | None:
         """Tokens after which the reasoning is ended."""
         return None
-
-    @property
-    def wants_usage_chunk(self) -> bool:
-        """Whether a stream ends with a usage chunk."""
-        return bool(self.stream_options and self.stream_options.include_usage)
 
     @model_validator(mode="after")
     def _check(self) -> Sampling:
