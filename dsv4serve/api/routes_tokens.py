@@ -24,7 +24,8 @@ async def tokenize(http: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give either prompt or messages", "prompt")
     if body.messages is not None:
-        _, ids = await chat_ids(frontend, body.messages, body, None)
+        messages = body.messages
+        _, ids = await frontend.in_thread(lambda: chat_ids(frontend, messages, body, None))
     else:
         prompt = body.prompt or ""
         ids = await frontend.in_thread(lambda: frontend.tokenizer.encode(prompt))

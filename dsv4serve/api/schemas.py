@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dsv4serve.types import InvalidRequest
 
 MAX_TOKENS = 2**31 - 1
+MAX_IDS = 2**20  # as many as the longest context of the family has
 MAX_N = 128
 MAX_PROMPTS = 1024
 MAX_STOPS, MAX_STOP_CHARS = 16, 1024
@@ -280,7 +281,7 @@ class DetokenizeBody(Strict):
     """POST /detokenize."""
 
     model: Annotated[str, Field(max_length=1024)] | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_IDS)]
     skip_special_tokens: bool | None = None
 
 

@@ -22,6 +22,7 @@ from dsv4serve.api.generation import Call, Choice, Event, end_after, run
 from dsv4serve.api.schemas import StreamOptions
 from dsv4serve.chat.reply import Reply
 
+LARGE_TOKENS = 500  # what is said about more tokens than that is put together off the event loop
 DONE = b"data: [DONE]\n\n"
 
 
@@ -87,7 +88,13 @@ class Answer(Response):
         async with aclosing(run(self._frontend, call)) as events:
             async for event in events:
                 replies[event.choice.index].add(event.delta)
-        await json_response(self.message(replies), headers=id_headers(call.request_id))(scope, receive, send)
+
+        def answer() -> Response:
+            return json_response(self.message(replies), headers=id_headers(call.request_id))
+
+        is_large = sum(len(choice.tokens) for choice in call.choices) > LARGE_TOKENS
+        response = await self._frontend.in_thread(answer) if is_large else answer()
+        await response(scope, receive, send)
 
     async def _streamed(self, send: Send) -> None:
         async with aclosing(run(self._frontend, self._call)) as events:

@@ -53,6 +53,7 @@ def test_every_frontend_has_the_metrics_of_all(server: Server) -> None:
     (count,) = counts
     assert float(count) >= 6
     assert all("dsv4serve:engine_up 1.0" in page for page in pages)
+    assert httpx.get(server.url + "/stats").json()["event_loop_lag_s"]["max"] > 0
 
 
 def test_chat_whole_and_streamed_are_the_same_text(client: openai.OpenAI) -> None:
