@@ -61,21 +61,3 @@ def test_schemas_are_checked_in_threads(server, threads, monkeypatch):
     monkeypatch.setattr(server.app.state.frontend.grammar_check, "check", accepts)
     assert server.chat(response_format=FORMAT).status_code == 200
     assert threads["chat_constraint"] == threads["has_client_grammar"] == {"tokenize"}
-
-
-def test_the_loop_runs_while_a_long_text_is_encoded(server):
-    """The tokenizer lets go of the interpreter: other requests are answered in the meantime."""
-    done = threading.Event()
-
-    def encode():
-        server.tokenizer.encode("one two three " * 200_000)
-        done.set()
-
-    worker = threading.Thread(target=encode)
-    worker.start()
-    answers = 0
-    while not done.is_set():
-        assert server.client.get("/version").status_code == 200
-        answers += 1
-    worker.join()
-    assert answers > 3
