@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jsonschema import Draft202012Validator
@@ -51,21 +52,39 @@ FORMATS = {
 NOT_JSON = frozenset(("json-pointer", "relative-json-pointer"))  # xgrammar lets quotes into these
 
 
-def with_exact_formats(schema: Any, depth: int = 0) -> Any:
-    """`schema`, a valid one, with the FORMATS in it said as patterns where nothing else is said of the characters."""
+def with_exact_strings(schema: Any, depth: int = 0) -> Any:
+    """`schema`, a valid one, with its patterns, and the FORMATS in it, said so that xgrammar reads them right."""
     if not isinstance(schema, dict) or depth > MAX_DEPTH:
         return schema
     exact = dict(schema)
     if _format(schema) in FORMATS and not schema.keys() & {"pattern", "minLength", "maxLength"}:
         exact["pattern"] = FORMATS[exact.pop("format")]
+    if isinstance(exact.get("pattern"), str):
+        exact["pattern"] = exact_pattern(exact["pattern"])
     for key, part in schema.items():
         if key in MAPS_OF_SCHEMAS and isinstance(part, dict):
-            exact[key] = {name: with_exact_formats(value, depth + 1) for name, value in part.items()}
+            named = exact_pattern if key == "patternProperties" else str
+            exact[key] = {named(name): with_exact_strings(value, depth + 1) for name, value in part.items()}
         elif key in LISTS_OF_SCHEMAS and isinstance(part, list):
-            exact[key] = [with_exact_formats(value, depth + 1) for value in part]
+            exact[key] = [with_exact_strings(value, depth + 1) for value in part]
         elif key in SCHEMAS:
-            exact[key] = with_exact_formats(part, depth + 1)
+            exact[key] = with_exact_strings(part, depth + 1)
     return exact
+
+
+def exact_pattern(pattern: str) -> str:
+    """The same language without optional groups: in patterns xgrammar 0.2.8 reads (ab+)? as a?b*, and (ab+|) right."""
+    tokens, in_class = [], False
+    for match in re.finditer(r"\\.|\)\?\??|.", pattern, re.DOTALL):
+        token = match[0]
+        if in_class:
+            in_class = token != "]"
+        elif token == "[":
+            in_class = True
+        elif token.startswith(")?"):
+            token = "|)"
+        tokens.append(token)
+    return "".join(tokens)
 
 
 def check_enforceable(schema: Any, where: str, depth: int = 0) -> None:

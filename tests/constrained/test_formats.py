@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv4serve.constrained.schemas import FORMATS, check_enforceable, with_exact_formats
+from dsv4serve.constrained.schemas import FORMATS, check_enforceable, exact_pattern, with_exact_strings
 from dsv4serve.types import InvalidRequest
 
 
@@ -62,10 +62,10 @@ def test_formats_become_patterns_wherever_a_schema_stands_and_nowhere_else():
         }
 
     leaf = {"type": "string", "format": "date"}
-    said = {"type": "string", "pattern": FORMATS["date"]}
-    assert with_exact_formats(schema(leaf)) == schema(said)
+    said = {"type": "string", "pattern": exact_pattern(FORMATS["date"])}
+    assert with_exact_strings(schema(leaf)) == schema(said)
     for other in ({"type": "string", "format": "email"}, {**leaf, "minLength": 3}, {**leaf, "pattern": "x"}, True):
-        assert with_exact_formats(other) == other
+        assert with_exact_strings(other) == other
 
 
 @pytest.mark.parametrize("name", ["json-pointer", "relative-json-pointer"])
