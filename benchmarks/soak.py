@@ -4,11 +4,13 @@
 
 A closed loop of --streams clients; each request asks for a random number of tokens, and some clients hang up in the
 middle. Before and after, idle: used slots and requests, pages (the prefix cache keeps some), file descriptors and
-memory of every process. Exits 1 when a slot, a request or a descriptor is left, or a request ended wrong.
+memory of every process. During the load: how late the frontend's event loop was. Exits 1 when a slot, a request or a
+descriptor is left, or a request ended wrong.
 """
 
 import argparse
 import asyncio
+import os
 import random
 import sys
 import time
@@ -19,9 +21,11 @@ from typing import Any
 import httpx
 import psutil
 
+from dsv4serve.api.live import quantile
 from dsv4serve.cli.record import append_record, make_record
 from dsv4serve.config import EngineConfig, default_model
 from dsv4serve.engine.private import private_server
+from dsv4serve.obs.metrics import LOOP_LAG
 
 OUT = Path(__file__).parent / "results/soak.jsonl"
 SPARE_DESCRIPTORS = 2  # of a process: log files and timers come and go
@@ -92,6 +96,21 @@ def idle_state(url: str, key: str, launcher: psutil.Process) -> dict[str, Any]:
             return {"stats": stats, "processes": processes(launcher)}
 
 
+def lag_counts(url: str) -> dict[float, float]:
+    """Probes of the frontends' event loops so far, by how late they were at most (seconds)."""
+    lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
+    found = [line for line in lines if line.startswith(f"{LOOP_LAG}_bucket")]
+    return {float(line.split('le="')[1].split('"')[0]): float(line.split()[-1]) for line in found}
+
+
+def lag_between(before: dict[float, float], after: dict[float, float]) -> dict[str, float]:
+    """Quantiles in seconds, within the width of a bucket, and how many probes were late by more than 50 ms."""
+    counts = {bound: count - before.get(bound, 0.0) for bound, count in after.items()}
+    quantiles = {f"p{share}": round(quantile(counts, share / 100), 5) for share in (50, 99, 100)}
+    total = counts[float("inf")]
+    return {**quantiles, "num_probes": total, "num_above_50_ms": total - counts[0.05]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, help="length of the load (default %(default)s)")
@@ -106,9 +125,12 @@ def main() -> int:
         warm_up = argparse.Namespace(**vars(args) | {"seconds": 5.0, "streams": 32})
         asyncio.run(load(server.url, server.api_key, warm_up))
         before = idle_state(server.url, server.api_key, launcher)
+        lag = lag_counts(server.url)
         ends = asyncio.run(load(server.url, server.api_key, args))
+        lag_s = lag_between(lag, lag_counts(server.url))
         after = idle_state(server.url, server.api_key, launcher)
-    results = {"ends": dict(ends), "before": before, "after": after}
+    results = {"ends": dict(ends), "event_loop_lag_s": lag_s, "load_average": os.getloadavg()[0]}
+    results |= {"before": before, "after": after}
     settings = {"seconds": args.seconds, "streams": args.streams, "disconnect": args.disconnect, "seed": args.seed}
     append_record(args.out, make_record(["benchmarks/soak.py"], "", settings, results))
     grown = [
@@ -120,6 +142,7 @@ def main() -> int:
     wrong = {end: count for end, count in ends.items() if end not in ("length", "stop", "disconnected")}
     for name, found in after["processes"].items():
         print(name, before["processes"].get(name), "->", found)
+    print("event loop lag", lag_s)
     print("ends", dict(ends), "requests left", left, "descriptors grew in", grown, "wrong ends", wrong)
     return 1 if grown or left or wrong else 0
 

@@ -40,7 +40,10 @@ def build_prompt(
         None if switches.thinking is None else switches.thinking.type, kwargs.thinking, kwargs.enable_thinking, effort
     )
     messages = parse_messages(
-        raw_messages, developer_role=developer_role, continue_final=bool(switches.continue_final_message)
+        raw_messages,
+        developer_role=developer_role,
+        continue_final=bool(switches.continue_final_message),
+        task=switches.task,
     )
     tools = parse_tools(switches.tools)
     known = {tool["name"]: tool for message in messages for tool in message.tools} | {t["name"]: t for t in tools}

@@ -12,7 +12,7 @@ from dsv4serve.api.schemas import ChatBody, Sampling
 from dsv4serve.chat.render import OutputStart
 from dsv4serve.chat.tokenizer import ChatTokenizer, ControlToken
 from dsv4serve.chat.tools import Tool, check_schema
-from dsv4serve.constrained.schemas import check_enforceable
+from dsv4serve.constrained.schemas import check_enforceable, with_exact_strings
 from dsv4serve.types import Constraint, InvalidRequest
 
 Format = dict[str, Any]
@@ -94,7 +94,7 @@ def _json(schema: Any, where: str) -> Format:
     check_schema(schema, where)
     check_enforceable(schema, where)
     _check_size(_dumps(schema, where), where)
-    return {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": MAX_WHITESPACE}
+    return {"type": "json_schema", "json_schema": with_exact_strings(schema), "max_whitespace_cnt": MAX_WHITESPACE}
 
 
 def _json_object(value: Any, where: str) -> Format:
@@ -196,7 +196,7 @@ def _calls(tools: Sequence[Tool], with_schema: set[str], strict: set[str], paral
             check_enforceable(schema or True, f"tools.{tool['name']}.parameters")
         arguments = {
             "type": "json_schema",
-            "json_schema": schema or True,
+            "json_schema": with_exact_strings(schema or True),
             "style": "deepseek_xml",
             "max_whitespace_cnt": MAX_WHITESPACE,
         }

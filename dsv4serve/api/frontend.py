@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Protocol, TypeVar
 
 from dsv4serve.api.auth import ApiKeys
@@ -68,11 +69,13 @@ class Frontend:
         return self.engine.info
 
     def check_model(self, name: str | None) -> str:
-        """The served model's name. Raises ModelNotFound when the request names another."""
+        """The name to answer with: the one asked for. Raises ModelNotFound when it does not mean the served model."""
         served = self.config.model_name
-        if name not in (None, served):
+        if name is None or name == served:
+            return served
+        if not any(fnmatchcase(name, pattern) for pattern in self.config.model_alias):
             raise ModelNotFound(f"the model {name!r} does not exist; this server serves {served!r}", "model")
-        return served
+        return name
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run rendering or tokenising off the event loop: a long prompt takes seconds."""

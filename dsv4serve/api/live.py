@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from dsv4serve.engine.messages import EngineInfo, EngineStats
-from dsv4serve.obs.metrics import ITL, TTFT, FrontendMetrics
+from dsv4serve.obs.metrics import ITL, LOOP_LAG, TTFT, FrontendMetrics
 from dsv4serve.types import EngineUnavailable
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ RATE_WINDOW_S = 10.0
 SAMPLE_S = 1.0
 LATENCY_SAMPLE_S = 5.0  # reading all frontends' histograms takes milliseconds
 WAIT_S = 1.0  # for the engine's answer, when somebody asks and the last sample is old
+LAG_SLEEP_S = 0.01
 STALE_S = 30.0  # a sample of an engine that does not answer says nothing after that time
 
 Buckets = dict[float, float]  # upper bound -> observations up to it
@@ -77,6 +78,13 @@ class Live:
             except Exception:  # another frontend's file, half written: the next sample is a second away
                 logger.warning("a sample of the metrics failed", exc_info=True)
             await asyncio.sleep(SAMPLE_S)
+
+    async def watch_loop(self) -> None:
+        """Measure until cancelled how late the event loop is: whatever holds it up is in the way of all streams."""
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(LAG_SLEEP_S)
+            self._metrics.loop_lag.observe(max(0.0, time.perf_counter() - before - LAG_SLEEP_S))
 
     async def refresh(self) -> None:
         """Take samples unless there are fresh ones. Waits at most WAIT_S for the engine."""
@@ -135,14 +143,14 @@ class Live:
         )
 
     def latency(self, name: str) -> dict[str, float] | None:
-        """p50 and p95, in seconds, of the histogram `name` over the last minute; None without observations."""
+        """p50, p95 and max, in seconds, of the histogram `name` over the last minute; None without observations."""
         if not self._latencies:
             return None
         now, first = self._buckets()[name], self._latencies[0][1][name]
         counts = {bound: count - first.get(bound, 0.0) for bound, count in now.items()}
         if not counts or counts[max(counts)] <= 0:
             return None
-        return {"p50": quantile(counts, 0.5), "p95": quantile(counts, 0.95)}
+        return {"p50": quantile(counts, 0.5), "p95": quantile(counts, 0.95), "max": quantile(counts, 1.0)}
 
     def report(self) -> dict[str, Any]:
         """The body of GET /stats, see there."""
@@ -155,6 +163,7 @@ class Live:
             "generated_tokens_per_s": None,
             "ttft_s": self.latency(TTFT),
             "itl_s": self.latency(ITL),
+            "event_loop_lag_s": self.latency(LOOP_LAG),
             "slots": None,
             "pages": None,
             "tails": None,
@@ -184,7 +193,7 @@ class Live:
         return next((sample for sample in self._samples if now - sample.time <= seconds), None)
 
     def _buckets(self) -> dict[str, Buckets]:
-        found: dict[str, Buckets] = {TTFT: {}, ITL: {}}
+        found: dict[str, Buckets] = {TTFT: {}, ITL: {}, LOOP_LAG: {}}
         for metric in self._metrics.collect():
             if metric.name in found:
                 buckets = [item for item in metric.samples if item.name.endswith("_bucket")]

@@ -59,6 +59,7 @@ ROUTES = (
     Route("post", "/v1/messages/count_tokens", "Tokens of a prompt", ("input_tokens",), BODY, CountBody),
     Route("post", "/tokenize", "Text or messages to ids", ("tokens", "count", "max_model_len"), BODY, TokenizeBody),
     Route("post", "/detokenize", "Ids to text", ("text", "prompt"), BODY, DetokenizeBody),
+    Route("get", "/tokenizer_info", "Special tokens", ("bos_token", "eos_token", "pad_token", "model_max_length")),
     Route("post", "/abort_request", "End a request, or all", ("num_aborted",), (*BODY, 403), AbortBody),
     Route("post", "/flush_cache", "Forget all prefixes", ("num_freed_pages",), (*ALWAYS, 403)),
     Route("get", "/v1/models", "The served model, as a list", ("object", "data")),

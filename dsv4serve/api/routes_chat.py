@@ -17,6 +17,7 @@ from dsv4serve.api.schemas import ChatBody, ChatSwitches
 from dsv4serve.api.streaming import Generated
 from dsv4serve.chat.reply import CallDelta, Reply
 from dsv4serve.chat.tokenizer import ChatTokenizer
+from dsv4serve.types import Constraint
 
 router = APIRouter()
 
@@ -87,16 +88,21 @@ async def chat_completions(http: Request) -> Response:
     frontend: Frontend = http.app.state.frontend
     body = await read_body(http, ChatBody, frontend.config.max_body_bytes)
     call = await chat_call(frontend, body, "chatcmpl-", http.headers)
-    return Generated(frontend, call, ChatShape(frontend.tokenizer, body), bool(body.stream), body.wants_usage_chunk)
+    return Generated(frontend, call, ChatShape(frontend.tokenizer, body), bool(body.stream), body.stream_options)
 
 
 async def chat_call(frontend: Frontend, body: ChatBody, prefix: str, headers: Mapping[str, str]) -> Call:
     """The call that answers `body`, whose response id starts with `prefix`. Raises InvalidRequest."""
     frontend.check_model(body.model)
     info = frontend.ready_info()
-    prompt, ids = await chat_ids(frontend, body.messages, body, info.max_model_len)
-    constraint = chat_constraint(body, prompt, frontend.tokenizer)
-    if constraint is not None and has_client_grammar(body):
+
+    def work() -> tuple[ChatPrompt, list[int], Constraint | None, bool]:
+        prompt, ids = chat_ids(frontend, body.messages, body, info.max_model_len)
+        constraint = chat_constraint(body, prompt, frontend.tokenizer)
+        return prompt, ids, constraint, constraint is not None and has_client_grammar(body)
+
+    prompt, ids, constraint, has_grammar = await frontend.in_thread(work)
+    if constraint is not None and has_grammar:
         await frontend.grammar_check.check(constraint, info.vocab_size)
     limit = body.max_completion_tokens or body.max_tokens
     start, tools = prompt.start, prompt.tools
@@ -110,21 +116,17 @@ async def chat_call(frontend: Frontend, body: ChatBody, prefix: str, headers: Ma
     )
 
 
-async def chat_ids(
+def chat_ids(
     frontend: Frontend, messages: Sequence[Any], switches: ChatSwitches, limit: int | None
 ) -> tuple[ChatPrompt, list[int]]:
-    """The prompt of `messages` and its ids.
+    """The prompt of `messages` and its ids. To be called off the event loop.
 
     Raises InvalidRequest for wrong messages, and without tokenising for texts that cannot fit `limit` tokens.
     """
-
-    def work() -> tuple[ChatPrompt, list[int]]:
-        prompt = build_prompt(messages, switches, frontend.effort_contract, frontend.config.developer_role)
-        if limit is not None:
-            frontend.check_length(frontend.tokenizer.min_tokens(prompt.text), limit, at_least=True)
-        return prompt, frontend.tokenizer.encode_segments(prompt.segments)
-
-    return await frontend.in_thread(work)
+    prompt = build_prompt(messages, switches, frontend.effort_contract, frontend.config.developer_role)
+    if limit is not None:
+        frontend.check_length(frontend.tokenizer.min_tokens(prompt.text), limit, at_least=True)
+    return prompt, frontend.tokenizer.encode_segments(prompt.segments)
 
 
 def _call_deltas(calls: Sequence[CallDelta]) -> list[dict[str, Any]]:

@@ -74,18 +74,17 @@ async def completions(http: Request) -> Response:
     body = await read_body(http, CompletionBody, frontend.config.max_body_bytes)
     frontend.check_model(body.model)
     info = frontend.ready_info()
-    prompts = await frontend.in_thread(lambda: _prompts(frontend, info, body))
+    prompts, constraint = await frontend.in_thread(lambda: (_prompts(frontend, info, body), body_constraint(body)))
     if len(prompts) * (body.n or 1) > MAX_PROMPTS:
         raise InvalidRequest(f"{len(prompts)} prompts x n {body.n} is above {MAX_PROMPTS} choices", "n")
     limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    constraint = body_constraint(body)
     if constraint is not None:
         await frontend.grammar_check.check(constraint, info.vocab_size)
     call = build_call(
         *(frontend, info, body, prompts, limit), prefix="cmpl-", start=None, headers=http.headers, constraint=constraint
     )
     shape = CompletionShape(frontend.tokenizer, body)
-    return Generated(frontend, call, shape, bool(body.stream), body.wants_usage_chunk)
+    return Generated(frontend, call, shape, bool(body.stream), body.stream_options)
 
 
 def _prompts(frontend: Frontend, info: EngineInfo, body: CompletionBody) -> list[list[int]]:

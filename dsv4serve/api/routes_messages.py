@@ -114,7 +114,8 @@ async def messages(http: Request) -> Response:
     """Messages in, the assistant's next one out, whole or as events."""
     frontend: Frontend = http.app.state.frontend
     body = await read_body(http, MessagesBody, frontend.config.max_body_bytes)
-    call = await chat_call(frontend, chat_body(body), "msg_", http.headers)
+    chat = await frontend.in_thread(lambda: chat_body(body))
+    call = await chat_call(frontend, chat, "msg_", http.headers)
     return MessagesAnswer(frontend, call, bool(body.stream))
 
 
@@ -122,10 +123,14 @@ async def messages(http: Request) -> Response:
 async def count_tokens(http: Request) -> Response:
     """How many tokens the prompt of these messages has."""
     frontend: Frontend = http.app.state.frontend
-    chat = chat_body(await read_body(http, CountBody, frontend.config.max_body_bytes))
-    frontend.check_model(chat.model)
-    _, ids = await chat_ids(frontend, chat.messages, chat, None)
-    return json_response({"input_tokens": len(ids)})
+    body = await read_body(http, CountBody, frontend.config.max_body_bytes)
+    frontend.check_model(body.model)
+
+    def work() -> int:
+        chat = chat_body(body)
+        return len(chat_ids(frontend, chat.messages, chat, None)[1])
+
+    return json_response({"input_tokens": await frontend.in_thread(work)})
 
 
 def _event(name: str, **fields: Any) -> bytes:

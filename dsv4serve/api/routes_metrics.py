@@ -44,8 +44,10 @@ async def stats(http: Request) -> Response:
          "running": 3, "queued": 0,                       requests in slots, requests that wait
          "prompt_tokens_per_s": 812.5,                    computed, cached ones not counted; last 10 s
          "generated_tokens_per_s": 93.1,                  last 10 s
-         "ttft_s": {"p50": 0.12, "p95": 0.31},            time to first token, last minute; null without any
-         "itl_s": {"p50": 0.021, "p95": 0.034},           between two tokens of a request; same
+         "ttft_s": {"p50": 0.12, "p95": 0.31, "max": 0.5},   time to first token, last minute; null without any; from a
+                                                          histogram, so max is the bound of its bucket
+         "itl_s": {"p50": 0.021, "p95": 0.034, "max": 0.05},   between two tokens of a request; same
+         "event_loop_lag_s": {"p50": ...},                how late the event loops of the frontends wake; same
          "slots": {"used": 3, "total": 16},
          "pages": {"used": 12, "cached": 40, "total": 512},   used = held by requests, cached = by the prefix cache
          "tails": {"used": 1, "cached": 9, "total": 32},      alone, the rest is free

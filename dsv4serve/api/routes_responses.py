@@ -156,7 +156,8 @@ async def responses(http: Request) -> Response:
     """Input in, a response's items out, whole or as events."""
     frontend: Frontend = http.app.state.frontend
     body = await read_body(http, ResponsesBody, frontend.config.max_body_bytes)
-    call = await chat_call(frontend, chat_body(body), "resp_", http.headers)
+    chat = await frontend.in_thread(lambda: chat_body(body))
+    call = await chat_call(frontend, chat, "resp_", http.headers)
     return ResponsesAnswer(frontend, call, body)
 
 

@@ -19,15 +19,15 @@ STARTED = int(time.time())
 @router.get("/v1/models")
 async def models(http: Request) -> Response:
     """The one model served here."""
-    return json_response({"object": "list", "data": [_card(http.app.state.frontend)]})
+    frontend: Frontend = http.app.state.frontend
+    return json_response({"object": "list", "data": [_card(frontend, frontend.check_model(None))]})
 
 
 @router.get("/v1/models/{name:path}")
 async def model(http: Request, name: str) -> Response:
-    """The model called `name`; 404 for any other."""
+    """The model called `name`, by its own name or an alias; 404 for any other."""
     frontend: Frontend = http.app.state.frontend
-    frontend.check_model(name)
-    return json_response(_card(frontend))
+    return json_response(_card(frontend, frontend.check_model(name)))
 
 
 @router.get("/version")
@@ -55,10 +55,10 @@ async def ready(http: Request) -> Response:
     return json_response({"status": "ready"})
 
 
-def _card(frontend: Frontend) -> dict[str, Any]:
+def _card(frontend: Frontend, name: str) -> dict[str, Any]:
     info = frontend.engine.info
     return {
-        "id": frontend.config.model_name,
+        "id": name,
         "object": "model",
         "created": STARTED,
         "owned_by": "dsv4serve",

@@ -24,7 +24,8 @@ async def tokenize(http: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give either prompt or messages", "prompt")
     if body.messages is not None:
-        _, ids = await chat_ids(frontend, body.messages, body, None)
+        messages = body.messages
+        _, ids = await frontend.in_thread(lambda: chat_ids(frontend, messages, body, None))
     else:
         prompt = body.prompt or ""
         ids = await frontend.in_thread(lambda: frontend.tokenizer.encode(prompt))
@@ -32,6 +33,15 @@ async def tokenize(http: Request) -> Response:
             ids = [frontend.tokenizer.control_ids[ControlToken.BOS], *ids]
     info = frontend.engine.info
     return json_response({"tokens": ids, "count": len(ids), "max_model_len": info and info.max_model_len})
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(http: Request) -> Response:
+    """What a client must know to use /tokenize and /detokenize as its tokenizer, named as in tokenizer_config.json."""
+    info = http.app.state.frontend.engine.info
+    tokens = {"bos_token": ControlToken.BOS, "eos_token": ControlToken.EOS, "pad_token": ControlToken.EOS}
+    facts = {"add_bos_token": False, "model_max_length": info and info.max_model_len}
+    return json_response(tokens | facts)
 
 
 @router.post("/detokenize")

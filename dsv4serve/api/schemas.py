@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dsv4serve.types import InvalidRequest
 
 MAX_TOKENS = 2**31 - 1
+MAX_IDS = 2**20  # as many as the longest context of the family has
 MAX_N = 128
 MAX_PROMPTS = 1024
 MAX_STOPS, MAX_STOP_CHARS = 16, 1024
@@ -21,6 +22,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 RequestId = Annotated[str, Field(pattern=REQUEST_ID)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
+Task = Literal["action", "query", "authority", "domain", "read_url", "title"]
 
 # Fields of known APIs that a route, or this server, does not have, with the values that ask for nothing.
 NOT_YET: dict[str, tuple[Any, ...]] = {
@@ -28,10 +30,13 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "echo": (None, False),
     "function_call": (None, "none", "auto"),
     "functions": (None, []),
+    "include_reasoning": (None, True),
     "modalities": (None, ["text"]),
     "parallel_tool_calls": (None, False, True),
     "prompt_logprobs": (None,),
     "response_format": (None, {"type": "text"}),
+    "separate_reasoning": (None, True),
+    "stream_reasoning": (None, True),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
@@ -75,7 +80,9 @@ class Strict(BaseModel):
 class StreamOptions(Strict):
     """OpenAI's stream_options."""
 
-    include_usage: bool | None = None
+    include_usage: bool | None = None  # in a chunk of its own at the end
+    continuous_usage_stats: bool | None = None  # so far, in every chunk
+    include_obfuscation: bool | None = None  # without effect
 
 
 class Thinking(Strict):
@@ -103,6 +110,7 @@ class ChatSwitches(Strict):
     tool_choice: Any = None
     response_format: Any = None
     continue_final_message: bool | None = None
+    task: Task | None = None  # of the last message, as that message's own field `task`
     add_generation_prompt: bool | None = None
 
     @model_validator(mode="after")
@@ -184,11 +192,6 @@ class Sampling(Strict):
     def reasoning_budget(self) -> int | None:
         """Tokens after which the reasoning is ended."""
         return None
-
-    @property
-    def wants_usage_chunk(self) -> bool:
-        """Whether a stream ends with a usage chunk."""
-        return bool(self.stream_options and self.stream_options.include_usage)
 
     @model_validator(mode="after")
     def _check(self) -> Sampling:
@@ -281,7 +284,7 @@ class DetokenizeBody(Strict):
     """POST /detokenize."""
 
     model: Annotated[str, Field(max_length=1024)] | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_IDS)]
     skip_special_tokens: bool | None = None
 
 

@@ -19,8 +19,10 @@ from starlette.types import Message, Receive, Scope, Send
 from dsv4serve.api.errors import error_body, json_response
 from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.generation import Call, Choice, Event, end_after, run
+from dsv4serve.api.schemas import StreamOptions
 from dsv4serve.chat.reply import Reply
 
+LARGE_TOKENS = 500  # what is said about more tokens than that is put together off the event loop
 DONE = b"data: [DONE]\n\n"
 
 
@@ -86,7 +88,13 @@ class Answer(Response):
         async with aclosing(run(self._frontend, call)) as events:
             async for event in events:
                 replies[event.choice.index].add(event.delta)
-        await json_response(self.message(replies), headers=id_headers(call.request_id))(scope, receive, send)
+
+        def answer() -> Response:
+            return json_response(self.message(replies), headers=id_headers(call.request_id))
+
+        is_large = sum(len(choice.tokens) for choice in call.choices) > LARGE_TOKENS
+        response = await self._frontend.in_thread(answer) if is_large else answer()
+        await response(scope, receive, send)
 
     async def _streamed(self, send: Send) -> None:
         async with aclosing(run(self._frontend, self._call)) as events:
@@ -103,9 +111,13 @@ class Generated(Answer):
 
     end = DONE
 
-    def __init__(self, frontend: Frontend, call: Call, shape: Shape, stream: bool, usage_chunk: bool) -> None:
+    def __init__(
+        self, frontend: Frontend, call: Call, shape: Shape, stream: bool, options: StreamOptions | None
+    ) -> None:
         super().__init__(frontend, call, stream)
-        self._shape, self._usage_chunk = shape, usage_chunk
+        self._shape = shape
+        self._usage_at_end = bool(options and options.include_usage)
+        self._usage_in_chunks = bool(options and options.continuous_usage_stats)
 
     def message(self, replies: list[Reply]) -> dict[str, Any]:
         """See Answer."""
@@ -117,10 +129,11 @@ class Generated(Answer):
         call, shape = self._call, self._shape
         head = orjson.dumps(_head(call, shape.chunk_name))[:-1]
         # With include_usage OpenAI puts "usage": null on every other chunk.
-        tail = b'],"usage":null}\n\n' if self._usage_chunk else b"]}\n\n"
+        tail = b'],"usage":null}\n\n' if self._usage_at_end else b"]}\n\n"
 
         def chunk(part: Mapping[str, Any]) -> bytes:
-            return b"data: " + head + b',"choices":[' + orjson.dumps(part) + tail
+            end = b'],"usage":' + orjson.dumps(call.usage()) + b"}\n\n" if self._usage_in_chunks else tail
+            return b"data: " + head + b',"choices":[' + orjson.dumps(part) + end
 
         try:
             opening = b"".join(chunk(part) for choice in call.choices if (part := shape.opening(choice)) is not None)
@@ -128,7 +141,7 @@ class Generated(Answer):
             async for event in events:
                 if data := b"".join(map(chunk, self._parts(event))):
                     yield data
-            if self._usage_chunk:
+            if self._usage_at_end:
                 usage = orjson.dumps(call.usage())
                 yield b"data: " + head + b',"choices":[],"usage":' + usage + b"}\n\n"
         except Exception as error:  # the status is sent already: the stream itself has to say it

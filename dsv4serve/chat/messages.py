@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsv4serve.chat.tools import Tool, ToolCall, kind_of, parse_calls, parse_tools
@@ -45,12 +45,17 @@ class Message:
 
 
 def parse_messages(
-    raw: Sequence[Any], param: str = "messages", *, developer_role: str = "system", continue_final: bool = False
+    raw: Sequence[Any],
+    param: str = "messages",
+    *,
+    developer_role: str = "system",
+    continue_final: bool = False,
+    task: str | None = None,
 ) -> list[Message]:
     """Check a request's messages. Raises InvalidRequest whose `param` is the dotted path of the first bad field.
 
     `developer_role` "system" reads developer messages as OpenAI's clients mean them, "user" as DeepSeek's encoder does.
-    `continue_final` asks for what `prefix: true` on the last message asks for.
+    `continue_final` asks for what `prefix: true` on the last message asks for, and `task` for that task of it.
     """
     if not raw:
         raise InvalidRequest("at least one message is needed", param)
@@ -69,7 +74,20 @@ def parse_messages(
         if messages and messages[-1].task and message.role != "assistant":
             raise InvalidRequest("only the assistant's answer can follow a task", f"{param}.{index - 1}.task")
         messages.append(message)
+    if task:
+        messages[last] = _with_task(messages[last], task)
     return messages
+
+
+def _with_task(message: Message, task: str) -> Message:
+    """`message` with a task that stands in the request instead of in it. It is the last one."""
+    allowed = {"user": USER_TASKS, "developer": USER_TASKS, "assistant": ASSISTANT_TASKS}.get(message.role, ())
+    if task not in allowed:
+        tasks = f"tasks of it are {', '.join(allowed)}" if allowed else "it can have none"
+        raise InvalidRequest(f"task is {task!r}, but the last message is of role {message.role}: {tasks}", "task")
+    if message.prefix or message.task not in ("", task):
+        raise InvalidRequest("the last message is a prefix or has another task already", "task")
+    return replace(message, task=task)
 
 
 def _message(raw: Any, where: str, developer_role: str) -> Message:

@@ -61,6 +61,10 @@ class EngineConfig(BaseSettings):
 
     model: Annotated[Path, Field(description="checkpoint folder", default_factory=default_model)]
     served_model_name: Annotated[str, Field(description="model name in the API; empty = the folder's name")] = ""
+    model_alias: Annotated[
+        tuple[str, ...],
+        Field(description="other names that mean the served model, such as claude-* (shell patterns); repeatable"),
+    ] = ()
     load_format: Annotated[LoadFormat, Field(description="where weights come from")] = LoadFormat.SAFETENSORS
     numerics: Annotated[Numerics, Field(description="exact = float32, official = the released quantisation")] = (
         Numerics.OFFICIAL

@@ -16,6 +16,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 PREFIX = "dsv4serve:"
 MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client reads it when it is imported
 TTFT, ITL = PREFIX + "time_to_first_token_seconds", PREFIX + "inter_token_latency_seconds"
+LOOP_LAG = PREFIX + "event_loop_lag_seconds"
 
 # Seconds, a factor of about 1.5 apart, because quantiles are read off them.
 TOKEN_BUCKETS = (
@@ -26,6 +27,7 @@ REQUEST_BUCKETS = (
     *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5),
     *(10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0),
 )
+LAG_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1.0, 5.0)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -50,6 +52,11 @@ class FrontendMetrics:
             "e2e_request_latency_seconds", "from the HTTP request's arrival to the request's end", REQUEST_BUCKETS
         )
         self.queue = histogram("queue_time_seconds", "from a request's submission to its first slot", REQUEST_BUCKETS)
+        self.loop_lag = histogram(
+            "event_loop_lag_seconds",
+            "how much too late a frontend's event loop wakes from a sleep of 10 ms",
+            LAG_BUCKETS,
+        )
         self.requests = counter("requests", "requests that ended, by finish_reason", "finish_reason")
         self.aborted = counter("num_aborted_requests", "requests that ended because their client left or asked for it")
         self.responses = counter("http_responses", "HTTP answers, by route and status", "route", "status")

@@ -11,11 +11,15 @@ order is retracted: so the first one always gets its next token or chunk, whatev
 cannot be admitted now blocks all behind it, so nothing overtakes it for ever. Together: every request becomes the
 first of the open ones after finitely many others, and then it ends; retractions cannot go round in a circle.
 
+Sharing. A request whose prefix a running one is about to compute waits for it, as for a slot; a running prefill ends
+after finitely many steps, by its end or by a retraction, so the wait does too.
+
 Tails. A tail costs as much memory as several pages, so prefill evicts others' tails for at most two of its own:
 at the last page boundary of the known tokens (the next turn, or the same prompt again, continues there), and where the
 prompt leaves what the tree already knows (a system prompt shared by different users gets its tail from the second
-user on at the latest). Prefill stops there for it. Other chunk ends get a tail only while some are free. Decode takes
-one at each page boundary and overwrites its own previous one.
+user on at the latest). One more where the tokens fill their last page, because the same prompt again has to compute one
+of them. Prefill stops there for it. Other chunk ends get a tail only while some are free. Decode takes one at each page
+boundary and overwrites its own previous one.
 
 Drafts. A decode with drafts advances by a number of tokens that nobody knows before its result is there, so until then
 the request is in no other step. Drafts take what the budget leaves after one row for each decode, and end before the
@@ -311,7 +315,10 @@ class Scheduler:
         num_known = len(state.tokens)
         keys = extend_keys(state.keys, state.tokens) if self._prefix_cache else []
         # At least one token must be computed; its logits choose the next one.
-        match = self._tree.match([] if state.wants_prompt_rows else keys[: (num_known - 1) // PAGE_TOKENS])
+        usable = [] if state.wants_prompt_rows else keys[: (num_known - 1) // PAGE_TOKENS]
+        match = self._tree.match(usable)
+        if self._is_being_computed(usable, len(match.pages)):
+            return False
         for page in match.pages:
             self._pages.retain(page)
         num_new = state.num_pages_to_start - len(match.pages)
@@ -329,7 +336,8 @@ class Scheduler:
         num_cached = state.num_computed = len(match.pages) * PAGE_TOKENS
         state.num_known = num_known
         if self._prefix_cache:
-            boundaries = {match.num_known_pages * PAGE_TOKENS, num_known - num_known % PAGE_TOKENS}
+            ends = {num_known // PAGE_TOKENS, (num_known - 1) // PAGE_TOKENS}  # for the next turn, for the same prompt
+            boundaries = {num_pages * PAGE_TOKENS for num_pages in ends | {match.num_known_pages}}
             state.stops = sorted(boundary for boundary in boundaries if boundary > num_cached)
         if state.num_cached is None and not state.num_outputs:
             state.num_cached = num_cached
@@ -353,6 +361,20 @@ class Scheduler:
         )
         step.page_appends.append(PageAppend(state.slot, list(state.pages)))
         return True
+
+    def _is_being_computed(self, keys: list[bytes], num_cached: int) -> bool:
+        """Whether a prefill that runs will leave a tail behind more of `keys` than the `num_cached` pages in the tree.
+
+        Then it pays to wait for it: choices 2 to n of one prompt arrive with the first, before it computed anything.
+        """
+        tails = [(state, tokens) for planned in self._promised.values() for state, tokens, _ in planned]
+        tails += [(state, stop) for state in self._prefilling.values() for stop in state.stops]
+        return any(
+            num_cached < tokens // PAGE_TOKENS <= len(keys)
+            and state.slot >= 0
+            and state.keys[: tokens // PAGE_TOKENS] == keys[: tokens // PAGE_TOKENS]
+            for state, tokens in tails
+        )
 
     # Results
 

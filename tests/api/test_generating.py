@@ -5,9 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from support.api import events, ids_answer, wait_for
+from support.api import MAX_MODEL_LEN, events, ids_answer, wait_for
 
 from dsv4serve.api.generation import derive_seed
+from dsv4serve.chat.tokenizer import ControlToken
 from dsv4serve.types import FinishReason, RequestOutput
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -53,6 +54,20 @@ def test_chat_stream_with_the_openai_client(server, client):
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 2
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
     assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_usage_so_far_in_every_chunk(server, at_end):
+    server.say("Why?</think>Hello you", cached=2)
+    options = {"continuous_usage_stats": True, "include_usage": at_end, "include_obfuscation": False}
+    chunks = events(server.chat(stream=True, stream_options=options))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    num_tokens = len(server.tokenizer.encode("Why?</think>Hello you")) + 1
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (1, num_tokens)
+    assert len(set(counts)) > 3
+    assert {chunk["usage"]["prompt_tokens_details"]["cached_tokens"] for chunk in chunks} == {2}
+    assert (chunks[-1]["choices"] == []) == at_end
 
 
 def test_completion_with_the_openai_client(server, client):
@@ -283,3 +298,11 @@ def test_a_request_whose_time_is_over_ends_with_what_it_has(serve, stream):
         assert response.headers["x-request-id"] == "slow"
     for header in ("X-Request-Timeout", "X-Request-Id"):
         assert server.client.post("/v1/completions", json={"prompt": "x"}, headers={header: "a b"}).status_code == 400
+
+
+def test_tokenizer_info_names_the_tokens_that_tokenize_knows(server):
+    info = server.client.get("/tokenizer_info").json()
+    for name, token in (("bos_token", "BOS"), ("eos_token", "EOS"), ("pad_token", "EOS")):
+        tokens = server.client.post("/tokenize", json={"prompt": info[name]}).json()["tokens"]
+        assert tokens == [server.tokenizer.control_ids[ControlToken[token]]]
+    assert info["model_max_length"] == MAX_MODEL_LEN

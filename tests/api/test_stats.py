@@ -1,6 +1,7 @@
 """GET /stats and the samples behind it."""
 
 import asyncio
+import time
 from dataclasses import dataclass
 
 import msgspec
@@ -9,7 +10,7 @@ from support.api import INFO, STATS
 
 from dsv4serve.api.live import STALE_S, Live, quantile
 from dsv4serve.engine.messages import EngineStats
-from dsv4serve.obs.metrics import ITL, TTFT, FrontendMetrics
+from dsv4serve.obs.metrics import ITL, LOOP_LAG, TTFT, FrontendMetrics
 from dsv4serve.types import EngineUnavailable
 
 
@@ -70,11 +71,13 @@ def test_the_route_has_what_its_docstring_says(serve):
     }
     assert 0 < body["ttft_s"]["p50"] <= body["ttft_s"]["p95"]
     assert 0 < body["itl_s"]["p50"] <= body["itl_s"]["p95"]
+    assert body["itl_s"]["p95"] <= body["itl_s"]["max"]
     del body["ttft_s"], body["itl_s"]
     assert body == {
         "engine_ready": True,
         "prompt_tokens_per_s": 0.0,
         "generated_tokens_per_s": 0.0,
+        "event_loop_lag_s": None,  # nobody watches the loop of the tests' server
         "prefix_hit_rate": None,
         "acceptance": None,  # no draft between the two samples
     }
@@ -152,6 +155,20 @@ def test_latencies_are_of_the_last_minute(live, source, clock):
     for _ in range(15):
         step(live, source, clock, 6)
     assert live.latency(TTFT) is None
+
+
+def test_what_blocks_the_event_loop_is_seen(live, source, clock):
+    step(live, source, clock, 0)
+
+    async def run() -> None:
+        watcher = asyncio.create_task(live.watch_loop())
+        await asyncio.sleep(0)
+        time.sleep(0.2)
+        await asyncio.sleep(0.05)
+        watcher.cancel()
+
+    asyncio.run(run())
+    assert live.latency(LOOP_LAG)["max"] >= 0.19
 
 
 def test_one_sample_that_fails_does_not_end_the_sampling(live, source, monkeypatch):

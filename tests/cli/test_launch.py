@@ -16,6 +16,7 @@ from dsv4serve.types import ConfigError
 OTHER_VALUES = {
     "model": (["/models/x"], Path("/models/x")),
     "served_model_name": (["x"], "x"),
+    "model_alias": (["claude-*", "--model-alias", "x"], ("claude-*", "x")),
     "load_format": (["dummy"], LoadFormat.DUMMY),
     "numerics": (["exact"], "exact"),
     "effort_contract": (["0731"], "0731"),

@@ -81,11 +81,20 @@ def test_a_retraction_inside_a_grammar_changes_nothing() -> None:
     assert all(re.fullmatch("([a-c][0-3]){9}x", text_of(output)) for output in outputs.values())
 
 
-def test_a_greedy_output_that_matches_anyway_stays_the_same() -> None:
+@pytest.mark.parametrize(
+    "format_of",
+    [
+        lambda text: {"type": "any_text"},
+        lambda text: {"type": "const_string", "value": text + "and so on"},
+        lambda text: {"type": "regex", "pattern": re.escape(text[:5]) + r"[^\u0000]*"},
+    ],
+)
+def test_a_greedy_output_that_matches_anyway_stays_the_same(format_of) -> None:
     never = tuple(i for i, text in enumerate(VOCABULARY.token_bytes) if not text or i == MARKER_ID)
     sampling = {"temperature": 0.0, "max_tokens": 12, "banned_token_ids": never}
     free = engine().run([request("r", None, **sampling)])["r"].token_ids
-    assert engine().run([request("r", tag({"type": "any_text"}), **sampling)])["r"].token_ids == free
+    constraint = tag(format_of(decode(free)))
+    assert engine().run([request("r", constraint, **sampling)])["r"].token_ids == free
 
 
 def test_the_grammar_begins_behind_the_reasoning() -> None:

@@ -23,7 +23,7 @@ from dsv4serve.chat.tokenizer import ChatTokenizer, ControlToken
 from dsv4serve.chat.tools import parse_tools
 from dsv4serve.constrained.compiler import Compiler
 from dsv4serve.constrained.masks import TokenMasks
-from dsv4serve.constrained.schemas import check_enforceable
+from dsv4serve.constrained.schemas import check_enforceable, with_exact_strings
 from dsv4serve.constrained.vocabulary import read_vocabulary
 from dsv4serve.types import Constraint
 
@@ -56,9 +56,28 @@ def test_random_schemas_hold(seed: int) -> None:
     schema = random_schema(random.Random(seed))
     jsonschema.Draft202012Validator.check_schema(schema)
     check_enforceable(schema, "schema")
-    form = {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": 4}
+    form = {"type": "json_schema", "json_schema": with_exact_strings(schema), "max_whitespace_cnt": 4}
     text = TOKENIZER.decode(generate(Constraint(json.dumps({"type": "structural_tag", "format": form})), seed))
     jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.FormatChecker())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_answer_that_is_valid_anyway_is_left_alone(seed: int) -> None:
+    """A model that would write valid JSON, in the usual spelling and tokens, writes the same under the schema."""
+    schema = random_schema(random.Random(seed))
+    form = {"type": "json_schema", "json_schema": with_exact_strings(schema), "max_whitespace_cnt": 4}
+    constraint = Constraint(json.dumps({"type": "structural_tag", "format": form}))
+    value = json.loads(TOKENIZER.decode(generate(constraint, seed)))
+    text = json.dumps(value, ensure_ascii=False).replace('{"k": 1}', '{"k":1}')  # of an enum: the one spelling it has
+    free = [*TOKENIZER.encode(text), EOS]
+    masks = TokenMasks(COMPILER)
+    masks.start(0, constraint, [])
+    for wanted in free:
+        logits = NOISE[:1].clone()
+        logits[0, wanted] = 100.0  # what the model wants most
+        masks.apply(logits, [0])
+        assert int(logits.argmax()) == wanted, TOKENIZER.decode([wanted])
+        masks.accept(0, wanted)
 
 
 TOOLS = [

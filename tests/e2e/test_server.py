@@ -53,6 +53,7 @@ def test_every_frontend_has_the_metrics_of_all(server: Server) -> None:
     (count,) = counts
     assert float(count) >= 6
     assert all("dsv4serve:engine_up 1.0" in page for page in pages)
+    assert httpx.get(server.url + "/stats").json()["event_loop_lag_s"]["max"] > 0
 
 
 def test_chat_whole_and_streamed_are_the_same_text(client: openai.OpenAI) -> None:
@@ -69,6 +70,20 @@ def test_chat_whole_and_streamed_are_the_same_text(client: openai.OpenAI) -> Non
     assert chunks[-1].usage == whole.usage
     assert whole.usage is not None
     assert whole.usage.completion_tokens == 40
+
+
+def test_the_choices_of_one_prompt_share_its_prefill(server: Server) -> None:
+    def num_computed() -> int:
+        with httpx.Client(base_url=server.url, timeout=60) as http:
+            stats = http.get("/server_info").json()["stats"]
+        return int(stats["num_prompt_tokens"])  # cached ones not counted
+
+    before = num_computed()
+    prompt = [1000 + index for index in range(700)]
+    body = {"model": "demo", "prompt": prompt, "n": 8, "max_tokens": 2, "ignore_eos": True, "temperature": 1}
+    answer = post(server, "/v1/completions", json=body)
+    assert len(answer.json()["choices"]) == 8
+    assert num_computed() - before == 700 + 7 * (700 - 512)  # two pages once, the rest of the third by each
 
 
 def test_the_second_turn_reuses_the_first(client: openai.OpenAI) -> None:

@@ -18,7 +18,10 @@ def _string(draw: random.Random, depth: int) -> dict[str, Any]:
         [
             {"type": "string"},
             {"type": "string", "minLength": low, "maxLength": low + draw.randint(0, 5)},
-            {"type": "string", "pattern": draw.choice(["^[a-z]{1,5}$", "^(x|yz)+[0-9]$", "^[A-Z][a-z ]*$"])},
+            {
+                "type": "string",
+                "pattern": draw.choice(["^[a-z]{1,5}$", "^(x|yz)+[0-9]$", "^[A-Z][a-z ]*$", "^a(b+c)?$"]),
+            },
             {"type": "string", "format": draw.choice(["date", "date-time", "email", "uuid", "ipv4"])},
         ]
     )
