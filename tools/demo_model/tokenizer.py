@@ -53,7 +53,8 @@ PLAIN = [
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of exactly `vocab_size` tokens with the parts of the official tokenizer.json. RuntimeError when `texts` hold too little for so many tokens."""
+    """Byte-level BPE of exactly `vocab_size` tokens with the parts of the official tokenizer.json. RuntimeError when
+    `texts` hold too little for so many tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
