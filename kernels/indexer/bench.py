@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dsv4_kernels.benching import Measured, measure, num_copies, relative_error, write_lines
-from dsv4_kernels.cases import MODELS
+from dsv4_kernels.cases import MODELS, released
 from dsv4_kernels.indexer.cases import FLASH_TOP_K, HEADS, KEYS, PRO_TOP_K, ROPE_DIM, Case, row_scores
 from dsv4_kernels.indexer.triton import prepare_index_q, select
 from dsv4_kernels.quant import fake_quantize_fp4, hadamard
@@ -40,7 +40,7 @@ def disputed(case: Case, arguments: dict[str, Any]) -> float:
 
 def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
     """One line for each step and model; the models differ in top_k."""
-    for name in (name for name in TOP_K if name in models):
+    for name, _ in released(models):
         top_k = TOP_K[name]
         for case in STEPS:
             moved = case.moved_bytes(HEADS, top_k)
