@@ -2,12 +2,16 @@
 
 A floor is the larger of bytes / (rate of a large copy) and FLOPs / (rate of a large matrix product of the library);
 both rates are measured once per process.
+
+Every bench.py has `lines(models, measure)`, which yields the lines of its operation. `benchmarks/kernels.py` runs them
+all, first with `compile_only`.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -53,6 +57,11 @@ class Measured:
         """Time over the least that the bytes or the operations take; 1 is perfect."""
         return self.us * 1e-6 / max(self.moved_bytes / self.copy_rate, self.flops / self.matmul_rate)
 
+    @property
+    def bound(self) -> str:
+        """Which of the two floors is the higher: "bytes" or "flops"."""
+        return "bytes" if self.moved_bytes / self.copy_rate >= self.flops / self.matmul_rate else "flops"
+
     def as_line(self, *, op: str, implementation: str, shapes: str, num_tokens: int, **more: Any) -> dict[str, Any]:
         """A line of the results file; `more` is whatever else the operation has to say."""
         return {
@@ -65,6 +74,7 @@ class Measured:
             "gb_per_s": round(self.gb_per_s, 1),
             "tflop_per_s": round(self.tflop_per_s, 2),
             "times_floor": round(self.times_floor, 2),
+            "bound": self.bound,
             "copy_gb_per_s": round(self.copy_rate * 1e-9, 1),
             **more,
             "device": torch.cuda.get_device_name(),
@@ -91,6 +101,12 @@ def measure(calls: Sequence[Callable[[], object]], moved_bytes: int, flops: int,
         peak: "bf16", "fp8" or "tf32", the format whose matmul rate is the floor.
     """
     return Measured(_median_s(calls) * 1e6, moved_bytes, flops, copy_rate(), matmul_rate(peak))
+
+
+def compile_only(calls: Sequence[Callable[[], object]], moved_bytes: int, flops: int, peak: str = "bf16") -> Measured:
+    """In the place of `measure`: one call, which compiles what it needs; the numbers mean nothing."""
+    calls[0]()
+    return Measured(math.nan, moved_bytes, flops, 1.0, 1.0)
 
 
 def write_lines(lines: Iterable[dict[str, Any]]) -> None:

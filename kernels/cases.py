@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,13 @@ FLASH = Shapes(4096, 1024, 64, 512, 64, 8, 1024, 256, 6, 2048, 4, 129280, 1.5, 1
 DEMO = Shapes(256, 128, 8, 128, 64, 2, 64, 12, 2, 128, 4, 3072, 1.5, 10.0)
 EDGE = Shapes(384, 128, 6, 72, 8, 3, 128, 5, 3, 128, 3, 131, 1.25, 0.5)  # odd counts, a clamp that bites
 
+MODELS = ("pro", "flash")  # released; what benchmarks run
+
+
+def released(models: Collection[str]) -> list[tuple[str, Shapes]]:
+    """Names and shapes of those of MODELS that are named."""
+    return [(name, shapes) for name, shapes in zip(MODELS, (PRO, FLASH), strict=True) if name in models]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -41,6 +49,21 @@ class Run:
     name: str
     num_tokens: int
     shapes: Shapes
+
+
+@dataclass(frozen=True)
+class Step:
+    """A ragged step: position of the first row and number of rows of each request; `num_padding` rows follow them."""
+
+    name: str
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    num_padding: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows with the padding."""
+        return sum(self.counts) + self.num_padding
 
 
 # Fields of Run. Small enough for any test are those of SMALL.

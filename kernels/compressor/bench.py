@@ -7,13 +7,14 @@ The compressors of Pro and Flash have the same shapes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
-from dsv4_kernels.benching import measure, num_copies, relative_error, write_lines
+from dsv4_kernels.benching import Measured, measure, num_copies, relative_error, write_lines
+from dsv4_kernels.cases import MODELS
 from dsv4_kernels.compressor.cases import INDEX, MAIN, Case
 from dsv4_kernels.compressor.triton import compress_c4, compress_c128
 from dsv4_kernels.kv_store import decode
@@ -30,8 +31,8 @@ COMPRESSORS = {
 MOST_COPIES = 8  # cases are made on the host
 
 
-def lines() -> Iterator[dict[str, Any]]:
-    """One line for each compressor and step."""
+def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
+    """One line for each compressor and step; the models do not differ."""
     for name, (compress, ratio, row_format) in COMPRESSORS.items():
         for case in CASES:
             moved = case.moved_bytes(ratio, row_format)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_kernels.cases import generator
+from dsv4_kernels.cases import Step, generator
 from dsv4_kernels.compressor.reference import finish, online_update, pool_sequence
 from dsv4_kernels.kv_store import Format, Planes, RowFormat, encode
 from dsv4_kernels.metadata import C4
@@ -27,14 +27,8 @@ MAIN = RowFormat(Format.KV_FP8, 512, 64)  # of both released models
 INDEX = RowFormat(Format.INDEX_FP4, 128)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One step: position of the first row and number of rows of each request; `num_padding` rows follow them."""
-
-    name: str
-    starts: tuple[int, ...]
-    counts: tuple[int, ...]
-    num_padding: int = 0
+class Case(Step):
+    """One step of one compressor."""
 
     def make(
         self, ratio: int, row_format: RowFormat, seed: int, ring_rows: int = 8, device: str = "cpu"
@@ -43,7 +37,7 @@ class Case:
         random = generator(seed)
         dim, rope_dim = row_format.dim, row_format.rope_dim or row_format.dim // 2
         width = dim * (2 if ratio == C4 else 1)  # of the kv and of the gate
-        num_rows, num_slots = sum(self.counts) + self.num_padding, len(self.counts) + 2
+        num_rows, num_slots = self.num_rows, len(self.counts) + 2
         ape, norm = torch.randn(ratio, width, generator=random), torch.rand(dim, generator=random) + 0.5
         slots = torch.randperm(num_slots, generator=random, dtype=torch.int32)[: len(self.counts)]
         starts, counts = (torch.tensor(values, dtype=torch.int32) for values in (self.starts, self.counts))

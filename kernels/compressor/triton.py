@@ -26,9 +26,10 @@ from torch import Tensor
 
 from dsv4_kernels.compressor.reference import LOWEST
 from dsv4_kernels.kv_store import Format, Planes, RowFormat
-from dsv4_kernels.kv_store.tiles import fp4_code, fp4_groups, hadamard, interleave, power, rotate_pairs, scale_byte
 from dsv4_kernels.metadata import C4, C128
 from dsv4_kernels.metadata.rows import Rows
+from dsv4_kernels.quant.device import e2m1_bytes, hadamard, inverse_power_of_two, scale_exponent, scaled_groups
+from dsv4_kernels.rope.device import interleave, rotate_pairs, split_pairs
 
 LEAST: tl.constexpr = tl.constexpr(LOWEST)
 FORMATS = (Format.F32, Format.KV_FP8, Format.INDEX_FP4)
@@ -50,7 +51,7 @@ def _store_entry(
     BLOCK: tl.constexpr,
 ):
     """Pooled values to a page row: round, RMSNorm, RoPE, then the row format. Rounds to bfloat16 but for "f32"."""
-    even, odd = tl.split(tl.reshape(pooled, [BLOCK // 2, 2]))
+    even, odd = split_pairs(pooled)
     pair = tl.arange(0, BLOCK // 2)
     inside = pair < D // 2
     if FORMAT != "f32":
@@ -63,30 +64,29 @@ def _store_entry(
     even, odd = rotate_pairs(even, odd, rotation, True, D // 2, ROPE // 2)
     if FORMAT == "f32":
         dim = tl.arange(0, BLOCK)
-        tl.store(data + page_row * D + dim, interleave(even, odd, [BLOCK]), mask=dim < D)
+        tl.store(data + page_row * D + dim, interleave(even, odd), mask=dim < D)
     elif FORMAT == "kv_fp8":
         nope: tl.constexpr = D - ROPE
-        values = interleave(even, odd, [BLOCK // 64, 64]).to(tl.bfloat16)
+        values = tl.reshape(interleave(even, odd), [BLOCK // 64, 64]).to(tl.bfloat16)
         group, column = tl.arange(0, BLOCK // 64)[:, None], tl.arange(0, 64)[None, :]
         dim = group * 64 + column
         width: tl.constexpr = nope // 2 + ROPE  # bfloat16 units of a row's bytes
         tl.store(rope_data + page_row * width + dim - nope // 2, values, mask=(dim >= nope) & (dim < D))
         values = values.to(tl.float32)
-        byte = scale_byte(tl.max(tl.abs(values), axis=1), 1e-4, 448.0)
-        codes = (values * power(254 - byte)[:, None]).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        exponent = scale_exponent(values, 1, FP4=False)
+        codes = (values * inverse_power_of_two(exponent)[:, None]).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
         tl.store(data + page_row * 2 * width + dim, codes, mask=dim < nope)
         group = tl.arange(0, BLOCK // 64)
         row_scales: tl.constexpr = (nope // 64 + 7) // 8 * 8
-        tl.store(scales + page_row * row_scales + group, byte.to(tl.uint8), mask=group < nope // 64)
+        tl.store(scales + page_row * row_scales + group, exponent.to(tl.uint8), mask=group < nope // 64)
     else:
         first = tl.arange(0, 16)[:, None] == 0  # the least rows of a matrix product; the others are zero
-        values = interleave(even, odd, [1, BLOCK])
+        values = interleave(even, odd)[None, :]
         turned = hadamard(tl.where(first, values, 0.0).to(tl.bfloat16), BLOCK).to(tl.float32)
-        scaled, byte = fp4_groups(tl.sum(turned, axis=0)[None, :], BLOCK // 32)
-        low, high = tl.split(tl.reshape(fp4_code(scaled), [BLOCK // 2, 2]))
-        tl.store(data + page_row * (D // 2) + pair, (low | (high << 4)).to(tl.uint8))
+        scaled, exponent = scaled_groups(tl.sum(turned, axis=0)[None, :], 32, FP4=True)
+        tl.store(data + page_row * (D // 2) + pair, e2m1_bytes(tl.reshape(scaled, [BLOCK])))
         group = tl.arange(0, BLOCK // 32)
-        tl.store(scales + page_row * (D // 32) + group, tl.reshape(byte, [BLOCK // 32]).to(tl.uint8))
+        tl.store(scales + page_row * (D // 32) + group, tl.reshape(exponent, [BLOCK // 32]).to(tl.uint8))
 
 
 @triton.jit

@@ -10,14 +10,14 @@ is a line of its own, because several products share it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv4_kernels.benching import measure, num_copies, relative_error, write_lines
-from dsv4_kernels.cases import FLASH, PRO
+from dsv4_kernels.benching import Measured, measure, num_copies, relative_error, write_lines
+from dsv4_kernels.cases import MODELS, released
 from dsv4_kernels.gemm.cases import Product, products
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
@@ -98,7 +98,7 @@ def bf16_lines(product: Product, num_tokens: int) -> Iterator[tuple[str, list[Ca
     yield "mm bf16", [lambda pair=pair: pair[0] @ pair[1].t() for pair in made], {}
 
 
-def quantise_line(name: str, hidden: int, num_tokens: int) -> dict[str, Any]:
+def quantise_line(name: str, hidden: int, num_tokens: int, measure: Callable[..., Measured]) -> dict[str, Any]:
     """What one quantisation of the layer input costs: bfloat16 read, codes and scales written."""
     moved = num_tokens * (3 * hidden + hidden // GROUP)
     inputs = [torch.randn(num_tokens, hidden, device="cuda").bfloat16() for _ in range(num_copies(moved))]
@@ -106,11 +106,11 @@ def quantise_line(name: str, hidden: int, num_tokens: int) -> dict[str, Any]:
     return measured.as_line(op="quantize_rows", implementation="triton", shapes=name, num_tokens=num_tokens)
 
 
-def lines() -> Iterator[dict[str, Any]]:
+def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
     """One line for each implementation, product, model and number of tokens."""
-    for name, shapes in (("pro", PRO), ("flash", FLASH)):
+    for name, shapes in released(models):
         for num_tokens in TOKENS:
-            yield quantise_line(name, shapes.hidden_size, num_tokens)
+            yield quantise_line(name, shapes.hidden_size, num_tokens, measure)
             for product in products(shapes):
                 if product.name == "head" and num_tokens > HEAD_TOKENS:
                     continue

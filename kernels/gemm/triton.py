@@ -24,7 +24,8 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
-from dsv4_kernels.gemm.quantize import empty_rows, power_of_two, scale_exponent
+from dsv4_kernels.gemm.quantize import empty_rows
+from dsv4_kernels.quant.device import inverse_power_of_two, power_of_two, scale_exponent
 
 TILE_ROWS = (
     128  # weight rows of a tile: the rows of one scale block, and of one group of the result when it is quantised
@@ -55,8 +56,7 @@ def tiles_for(num_tokens: int, num_weight_rows: int, depth: int, fp8: bool) -> T
 @triton.jit
 def _scales(scales_at, exponents_at, block, block_step):
     """Scale of a block of the weight times those of the tokens, float32 [TOKENS]."""
-    exponent = tl.load(exponents_at + block * block_step).to(tl.int32)
-    return power_of_two(tl.load(scales_at + block).to(tl.int32)) * power_of_two(exponent)
+    return power_of_two(tl.load(scales_at + block)) * power_of_two(tl.load(exponents_at + block * block_step))
 
 
 # Not compiled anew for other numbers of tokens.
@@ -113,7 +113,7 @@ def _product(
         if FORMAT == "bf16":
             total = tl.dot(weights, tl.trans(values), total)
         elif FORMAT == "wide":
-            scale = power_of_two(tl.load(scales_at + block * DEPTH // 128).to(tl.int32))
+            scale = power_of_two(tl.load(scales_at + block * DEPTH // 128))
             total = tl.dot((weights.to(tl.float32) * scale).to(tl.bfloat16), tl.trans(values), total)
         elif cuda_capability_geq(10):
             weight_scale = tl.load(scales_at + block + tl.zeros([ROWS, DEPTH // 32], tl.int32))
@@ -130,8 +130,8 @@ def _product(
     inside = (token < num_tokens)[None, :] & (row < num_rows)[:, None]
     if QUANTIZE:
         total = total.to(tl.bfloat16).to(tl.float32)
-        exponent = scale_exponent(tl.max(tl.abs(total), axis=0))
-        total = total * power_of_two(254 - exponent)[None, :]
+        exponent = scale_exponent(total, 0, FP4=False)
+        total = total * inverse_power_of_two(exponent)[None, :]
         exponent_at = out_exponents + token * out_token_step + row_tile * out_block_step
         tl.store(exponent_at, exponent.to(tl.uint8), mask=token < num_tokens)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
@@ -159,8 +159,8 @@ def _add_splits(
         total += tl.load(partials + (split * num_tokens + token) * num_rows + row, mask=inside, other=0.0)
     if QUANTIZE:
         total = total.to(tl.bfloat16).to(tl.float32)
-        exponent = scale_exponent(tl.max(tl.abs(total), axis=1))
-        total = total * power_of_two(254 - exponent)[:, None]
+        exponent = scale_exponent(total, 1, FP4=False)
+        total = total * inverse_power_of_two(exponent)[:, None]
         exponent_at = out_exponents + token * out_token_step + group * out_block_step
         tl.store(exponent_at, exponent.to(tl.uint8), mask=group * 128 < num_rows)
     tl.store(out + token * num_rows + row, total.to(out.dtype.element_ty), mask=inside)

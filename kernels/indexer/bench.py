@@ -6,18 +6,20 @@ decode step is bound by arithmetic about as much as by memory. Queries: read, tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
-from dsv4_kernels.benching import measure, num_copies, relative_error, write_lines
+from dsv4_kernels.benching import Measured, measure, num_copies, relative_error, write_lines
+from dsv4_kernels.cases import MODELS, released
 from dsv4_kernels.indexer.cases import FLASH_TOP_K, HEADS, KEYS, PRO_TOP_K, ROPE_DIM, Case, row_scores
 from dsv4_kernels.indexer.triton import prepare_index_q, select
 from dsv4_kernels.quant import fake_quantize_fp4, hadamard
 from dsv4_kernels.rope import apply_rope, rope_frequencies, rope_table
 
+TOP_K = {"pro": PRO_TOP_K, "flash": FLASH_TOP_K}
 DECODE = [(size, context) for context in (8 << 10, 64 << 10, 256 << 10, 1 << 20) for size in (1, 16, 64)]
 STEPS = [
     *(Case(f"decode {context >> 10}K", (context - 1,) * size, (1,) * size) for size, context in DECODE),
@@ -36,9 +38,10 @@ def disputed(case: Case, arguments: dict[str, Any]) -> float:
     return float((wrong & ((scores - threshold).abs() > 2.0**-7 * threshold.abs())).sum()) / len(chosen)
 
 
-def lines() -> Iterator[dict[str, Any]]:
+def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
     """One line for each step and model; the models differ in top_k."""
-    for name, top_k in (("pro", PRO_TOP_K), ("flash", FLASH_TOP_K)):
+    for name, _ in released(models):
+        top_k = TOP_K[name]
         for case in STEPS:
             moved = case.moved_bytes(HEADS, top_k)
             made = [case.make(HEADS, top_k, seed, device="cuda") for seed in range(num_copies(moved))]
@@ -52,10 +55,10 @@ def lines() -> Iterator[dict[str, Any]]:
                 relative_error=error,
             )
     for num_tokens in (1, 64, 2048):
-        yield queries(num_tokens)
+        yield queries(num_tokens, measure)
 
 
-def queries(num_tokens: int) -> dict[str, Any]:
+def queries(num_tokens: int, measure: Callable[..., Measured]) -> dict[str, Any]:
     """The line of `prepare_index_q`."""
     rows = Case("queries", (0,), (num_tokens,)).make(HEADS, PRO_TOP_K, 0, device="cuda")["rows"]
     frequencies = rope_frequencies(ROPE_DIM, 160000.0, (16, 65536, 32, 1))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv4_kernels.cases import generator
+from dsv4_kernels.cases import Step, generator
 from dsv4_kernels.indexer import reference
 from dsv4_kernels.kv_store import Format, RowFormat, load
 from dsv4_kernels.metadata import C4
@@ -21,19 +20,8 @@ HEADS, ROPE_DIM = 64, 64  # of both released models
 PRO_TOP_K, FLASH_TOP_K, DEMO_TOP_K, DEMO_HEADS = 1024, 512, 64, 4
 
 
-@dataclass(frozen=True)
-class Case:
-    """One step: position of the first row and number of rows of each request; `num_padding` rows follow them."""
-
-    name: str
-    starts: tuple[int, ...]
-    counts: tuple[int, ...]
-    num_padding: int = 0
-
-    @property
-    def num_rows(self) -> int:
-        """Rows with the padding."""
-        return sum(self.counts) + self.num_padding
+class Case(Step):
+    """One step of the indexer."""
 
     def rows(self) -> Rows:
         """On the CPU; the first request has the last slot, and slot 0 is nobody's."""

@@ -22,9 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.kv_store import Format, Planes, RowFormat
-from dsv4_kernels.kv_store.tiles import fp4_code, fp4_groups, fp4_value, hadamard, interleave, power, rotate_pairs
 from dsv4_kernels.metadata import C4
 from dsv4_kernels.metadata.rows import Rows
+from dsv4_kernels.quant.device import e2m1_codes, e2m1_values, hadamard, power_of_two, scaled_groups
+from dsv4_kernels.rope.device import interleave, rotate_pairs, split_pairs
 
 MAX_SCORE_BYTES = 256 << 20
 CHUNK = 8192  # keys that one program of the top-k holds
@@ -56,12 +57,12 @@ def _prepare(
     keep = inside & (tl.load(positions + token, mask=inside, other=-1) >= 0)
     dim = tl.arange(0, DIM)[None, :]
     x = tl.load(q + (token * q_stride + head * DIM)[:, None] + dim, mask=keep[:, None], other=0.0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(x, [BLOCK, DIM // 2, 2]))
+    even, odd = split_pairs(x)
     even, odd = rotate_pairs(even, odd, (rotations + token * ROPE)[:, None], keep[:, None], DIM // 2, ROPE // 2)
     # Rounded after the reshape: Triton 3.6 cannot feed a reshaped tensor to GB300's tensor cores as it is.
-    turned = hadamard(interleave(even, odd, [BLOCK, DIM]).to(tl.bfloat16), DIM)
-    scaled, byte = fp4_groups(turned.to(tl.float32), DIM // 32)
-    rounded = fp4_value(fp4_code(scaled)) * power(byte)[:, :, None]
+    turned = hadamard(interleave(even, odd).to(tl.bfloat16), DIM)
+    scaled, exponents = scaled_groups(turned.to(tl.float32), 32, FP4=True)
+    rounded = e2m1_values(e2m1_codes(scaled)) * power_of_two(exponents)[:, :, None]
     rounded = tl.reshape(rounded.to(tl.bfloat16), [BLOCK, DIM])
     tl.store(new_q + (vector * DIM)[:, None] + dim, rounded, mask=keep[:, None])
     weight = tl.load(weights + token * weights_stride + head, mask=keep, other=0.0).to(tl.bfloat16).to(tl.float32)
@@ -116,13 +117,13 @@ def _scores(
         at = (page_row * (DIM // 2))[:, None, None] + column[None, :, :]
         codes = tl.load(data + at, mask=exists[:, None, None], other=0).to(tl.int32)
         byte = tl.load(scales + (page_row * (DIM // 32))[:, None] + group[None, :], mask=exists[:, None], other=1)
-        scale = power(byte)[:, :, None]
-        even = tl.reshape(fp4_value(codes) * scale, [BLOCK, DIM // 2]).to(tl.bfloat16)
-        odd = tl.reshape(fp4_value(codes >> 4) * scale, [BLOCK, DIM // 2]).to(tl.bfloat16)
+        scale = power_of_two(byte)[:, :, None]
+        even = tl.reshape(e2m1_values(codes) * scale, [BLOCK, DIM // 2]).to(tl.bfloat16)
+        odd = tl.reshape(e2m1_values(codes >> 4) * scale, [BLOCK, DIM // 2]).to(tl.bfloat16)
         for step in range(num_rows):
             vector = (row + step).to(tl.int64) * HEADS + head
             values = tl.load(q + (vector * DIM)[:, None] + dim, mask=(head < HEADS)[:, None], other=0.0)
-            q_even, q_odd = tl.split(tl.reshape(values, [LANES, DIM // 2, 2]))
+            q_even, q_odd = split_pairs(values)
             dots = tl.dot(even, tl.trans(q_even))
             dots = tl.dot(odd, tl.trans(q_odd), dots)
             weight = tl.load(weights + vector, mask=head < HEADS, other=0.0)

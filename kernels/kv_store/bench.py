@@ -6,12 +6,12 @@ few operations per byte never decide.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
-from dsv4_kernels.benching import measure, num_copies, write_lines
-from dsv4_kernels.cases import FLASH, PRO, Shapes
+from dsv4_kernels.benching import Measured, measure, num_copies, write_lines
+from dsv4_kernels.cases import MODELS, Shapes, released
 from dsv4_kernels.kv_store.cases import Case, kv_format
 from dsv4_kernels.kv_store.triton import prepare_q, store_kv
 
@@ -28,9 +28,9 @@ def query_bytes(num_tokens: int, shapes: Shapes) -> int:
     return num_tokens * (2 * 2 * shapes.num_attention_heads * shapes.head_dim + 8 * shapes.qk_rope_head_dim // 2)
 
 
-def lines() -> Iterator[dict[str, Any]]:
+def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
     """One line for each operation, model and number of tokens."""
-    for name, shapes in (("pro", PRO), ("flash", FLASH)):
+    for name, shapes in released(models):
         for num_tokens in TOKENS:
             case = Case(name, shapes, ((8192, 1),) * num_tokens)
             dim, heads = shapes.head_dim, shapes.num_attention_heads

@@ -17,19 +17,10 @@ from torch import Tensor
 
 from dsv4_kernels.kv_store.reference import KV_GROUP, SCALE_ALIGN, Planes
 from dsv4_kernels.metadata.rows import Rows
+from dsv4_kernels.quant.device import inverse_power_of_two, scale_exponent
+from dsv4_kernels.rope.device import rotate
 
 HEADS = 4  # heads of one program of `_prepare_q`, a warp for each
-
-
-@triton.jit
-def _rotate(pairs, rotations, row, HALF: tl.constexpr):
-    """bf16 values [.., 2 * HALF] of one row, interleaved pairs, turned by its angles; float32 inside."""
-    pair = tl.arange(0, HALF)
-    cosine = tl.load(rotations + row * 2 * HALF + 2 * pair)
-    sine = tl.load(rotations + row * 2 * HALF + 2 * pair + 1)
-    even, odd = tl.split(tl.reshape(pairs.to(tl.float32), [pairs.shape[0], HALF, 2]))
-    turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
-    return tl.reshape(turned, [pairs.shape[0], 2 * HALF]).to(tl.bfloat16)
 
 
 @triton.jit
@@ -65,15 +56,13 @@ def _store(
     inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x) / DIM + eps))
     normed = x * inverse * tl.load(weight + dim, mask=dim < DIM, other=0.0)
     normed = normed.to(tl.bfloat16).to(tl.float32)
-    amax = tl.maximum(tl.max(tl.abs(normed), axis=1), 1e-4) * (1.0 / 448.0)
-    bits = (amax.to(tl.int32, bitcast=True) + 0x7FFFFF) & -0x800000  # the next power of two, rounded up
-    inverse_scale = ((254 << 23) - bits).to(tl.float32, bitcast=True)
-    codes = (normed * inverse_scale[:, None]).to(tl.float8e4nv)
-    scale = tl.where(group < NOPE // GROUP, bits >> 23, 0).to(tl.uint8)
+    exponent = scale_exponent(normed, 1, FP4=False)
+    codes = (normed * inverse_power_of_two(exponent)[:, None]).to(tl.float8e4nv)
+    scale = tl.where(group < NOPE // GROUP, exponent, 0).to(tl.uint8)
 
     x = tl.load(kv + row * kv_row + NOPE + lane, mask=inside, other=0.0).to(tl.float32)
     tail = (x * inverse * tl.load(weight + NOPE + lane)).to(tl.bfloat16)
-    tail = _rotate(tail[None, :], rotations, row, GROUP // 2)
+    tail = rotate(tail[None, :], rotations + row * GROUP, GROUP)
     tail_at = NOPE // 2 + lane[None, :]
 
     keep = inside & (dim < NOPE)
@@ -142,7 +131,7 @@ def _prepare_q(
     mean = (mean + eps).to(tl.bfloat16).to(tl.float32)
     inverse = tl.div_rn(1.0, tl.sqrt_rn(mean)).to(tl.bfloat16).to(tl.float32)[:, None]
     tl.store(out + row * out_row + head * DIM + dim, (x * inverse).to(tl.bfloat16), mask=keep & (dim < DIM - ROPE))
-    turned = _rotate((x_tail * inverse).to(tl.bfloat16), rotations, row, ROPE // 2)
+    turned = rotate((x_tail * inverse).to(tl.bfloat16), rotations + row * ROPE, ROPE)
     tl.store(out + row * out_row + head * DIM + tail, turned, mask=keep)
 
 

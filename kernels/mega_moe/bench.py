@@ -9,14 +9,14 @@ The floor of the FLOPs is the bf16 rate, which is what Hopper multiplies with; s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv4_kernels.benching import measure, num_copies, relative_error, write_lines
-from dsv4_kernels.cases import FLASH, PRO, Shapes
+from dsv4_kernels.benching import Measured, measure, num_copies, relative_error, write_lines
+from dsv4_kernels.cases import MODELS, Shapes, released
 from dsv4_kernels.mega_moe.cases import packed_weight, routed_tokens
 from dsv4_kernels.mega_moe.reference import Activations, add_routed
 from dsv4_kernels.mega_moe.triton import mega_moe
@@ -52,10 +52,10 @@ def layer(random: torch.Generator, shapes: Shapes) -> tuple[dict[str, Fp4Weight]
     return weights, values
 
 
-def lines() -> Iterator[dict[str, Any]]:
+def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
     """One line for each model, number of tokens and choice of activations."""
     random = torch.Generator("cuda").manual_seed(0)
-    for name, shapes in (("pro", PRO), ("flash", FLASH)):
+    for name, shapes in released(models):
         weights, values = layer(random, shapes)
         options = {"limit": shapes.swiglu_limit}
         tokens = routed_tokens(random, ERROR_TOKENS, shapes)

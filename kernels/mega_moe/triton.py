@@ -191,6 +191,8 @@ def _gate_up(
             keep,
             column,
             width,
+            width // GROUP,
+            1,
             GROUP,
             ROUND == "fp4",
             FORMAT != "bf16",

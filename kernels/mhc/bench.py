@@ -7,13 +7,13 @@ FLOPs: 2 * 24 * 4 D for the mixes, 2 * 16 D for the new streams, 2 * 4 D for the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 
-from dsv4_kernels.benching import measure, num_copies, relative_error, write_lines
-from dsv4_kernels.cases import FLASH, PRO, Shapes
+from dsv4_kernels.benching import Measured, measure, num_copies, relative_error, write_lines
+from dsv4_kernels.cases import MODELS, Shapes, released
 from dsv4_kernels.mhc import reference
 from dsv4_kernels.mhc import triton as fused
 from dsv4_kernels.mhc.cases import Case
@@ -48,10 +48,10 @@ def make(name: str, shapes: Shapes, num_tokens: int, seed: int) -> dict[str, Any
     return {"output": inputs["streams"][:, 0].contiguous(), "post": post, "comb": comb, "norm": norm} | inputs
 
 
-def lines() -> Iterator[dict[str, Any]]:
+def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
     """One line for each implementation, model and number of tokens."""
     implementations: dict[str, Callable[..., Any]] = {"triton": fused.mhc_boundary, "reference": boundary_reference}
-    for name, shapes in (("pro", PRO), ("flash", FLASH)):
+    for name, shapes in released(models):
         for num_tokens in TOKENS:
             moved, work = floor_bytes(num_tokens, shapes.hidden_size), flops(num_tokens, shapes.hidden_size)
             cases = [make(name, shapes, num_tokens, seed) for seed in range(num_copies(moved))]

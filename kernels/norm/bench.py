@@ -6,13 +6,13 @@ FLOPs: 4 a value. Memory decides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 
-from dsv4_kernels.benching import measure, num_copies, relative_error, write_lines
-from dsv4_kernels.cases import FLASH, PRO
+from dsv4_kernels.benching import Measured, measure, num_copies, relative_error, write_lines
+from dsv4_kernels.cases import MODELS, released
 from dsv4_kernels.norm import reference
 from dsv4_kernels.norm.triton import rms_norm, rms_norm_fp8
 
@@ -26,9 +26,9 @@ def floor_bytes(num_tokens: int, dim: int, fp8: bool) -> int:
     return num_tokens * (2 * dim + written) + 4 * dim
 
 
-def lines() -> Iterator[dict[str, Any]]:
+def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
     """The layer input in bfloat16 and the query latent in E4M3, of each model and number of tokens."""
-    for name, shapes in (("pro", PRO), ("flash", FLASH)):
+    for name, shapes in released(models):
         for num_tokens in TOKENS:
             for op, dim, fp8 in (("rms_norm", shapes.hidden_size, False), ("rms_norm_fp8", shapes.q_lora_rank, True)):
                 moved = floor_bytes(num_tokens, dim, fp8)

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows
-from dsv4_kernels.gemm.quantize import empty_rows, power_of_two, scale_exponent
+from dsv4_kernels.gemm.quantize import empty_rows
+from dsv4_kernels.quant.device import inverse_power_of_two, scale_exponent
 
 
 @triton.jit(do_not_specialize=["group_step"])  # the number of rows
@@ -38,8 +39,8 @@ def _rms_norm(
     values = values.to(loaded.dtype)
     if QUANTIZE:
         values = values.to(tl.float32)
-        exponent = scale_exponent(tl.max(tl.abs(values), axis=1))
-        values = values * power_of_two(254 - exponent)[:, None]
+        exponent = scale_exponent(values, 1, FP4=False)
+        values = values * inverse_power_of_two(exponent)[:, None]
         exponent_at = exponents + row * row_step + group * group_step
         tl.store(exponent_at, exponent.to(tl.uint8), mask=group * 128 < dim)
     tl.store(out + row * dim + column, values.to(out.dtype.element_ty), mask=inside)

@@ -7,14 +7,14 @@ FLOPs: 2 T G dg K in bfloat16 and 2 T D G dg in FP8; the floor counts all at the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv4_kernels.benching import measure, num_copies, relative_error, write_lines
-from dsv4_kernels.cases import FLASH, PRO, Shapes
+from dsv4_kernels.benching import Measured, measure, num_copies, relative_error, write_lines
+from dsv4_kernels.cases import MODELS, Shapes, released
 from dsv4_kernels.gemm.cases import Product
 from dsv4_kernels.gemm.fp8 import Fp8Weight
 from dsv4_kernels.gemm.triton import grouped_fp8_out
@@ -63,9 +63,9 @@ def by_reference(o: Tensor, wo_a: Fp8Weight, wo_b: Fp8Weight, groups: int) -> Te
     return reference.grouped_out_proj(o, first.unflatten(0, (groups, -1)), second, quantize=True)
 
 
-def lines() -> Iterator[dict[str, Any]]:
+def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
     """The first product alone and both, for each model and number of tokens; beside them the library in bfloat16."""
-    for name, shapes in (("pro", PRO), ("flash", FLASH)):
+    for name, shapes in released(models):
         groups = shapes.o_groups
         for num_tokens in TOKENS:
             moved, work = floor_bytes(shapes, num_tokens), flops(shapes, num_tokens)

@@ -5,13 +5,13 @@ Bytes: the gate's weight (BF16) and x once; 12 bytes for each choice. FLOPs: 2 E
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 
-from dsv4_kernels.benching import measure, num_copies, relative_error, write_lines
-from dsv4_kernels.cases import FLASH, PRO, Shapes
+from dsv4_kernels.benching import Measured, measure, num_copies, relative_error, write_lines
+from dsv4_kernels.cases import MODELS, Shapes, released
 from dsv4_kernels.router import reference
 from dsv4_kernels.router.triton import route
 
@@ -43,9 +43,9 @@ def make(shapes: Shapes, num_tokens: int) -> dict[str, Any]:
     }
 
 
-def lines() -> Iterator[dict[str, Any]]:
+def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
     """One line for each implementation, model and number of tokens."""
-    for name, shapes in (("pro", PRO), ("flash", FLASH)):
+    for name, shapes in released(models):
         for num_tokens in TOKENS:
             moved, work = floor_bytes(shapes, num_tokens), flops(shapes, num_tokens)
             some = [make(shapes, num_tokens) for _ in range(num_copies(moved))]

@@ -7,14 +7,14 @@ thousands and the search must walk over whole rows. Beside it: the same filters 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv4_kernels.benching import measure, num_copies, write_lines
-from dsv4_kernels.cases import PRO
+from dsv4_kernels.benching import Measured, measure, num_copies, write_lines
+from dsv4_kernels.cases import MODELS, PRO
 from dsv4_kernels.sampling import triton as sampling
 from dsv4_kernels.sampling.logprobs import token_logprobs
 
@@ -68,8 +68,11 @@ def by_sort(
     return ids.gather(1, place.clamp_max(probs.shape[1] - 1)).squeeze(1)
 
 
-def lines() -> Iterator[dict[str, Any]]:
-    """One line for each implementation, setting and number of rows; log probabilities with the 20 best."""
+def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
+    """One line for each implementation, setting and number of rows; log probabilities with the 20 best.
+
+    The models have one vocabulary.
+    """
     vocab = PRO.vocab_size
     for num_rows in ROWS:
         moved, work = floor_bytes(num_rows, vocab), flops(num_rows, vocab)

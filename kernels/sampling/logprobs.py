@@ -2,6 +2,10 @@
 
 The best tokens of every chunk, then the best of these: one pass over the row, whatever `num_top` is. A token is an
 integer that orders by logit and, among equal ones, by lower id, so every maximum is unique.
+
+Accuracy on a GPU, for a row of up to 2^17 tokens: `ex2.approx` is 2^-22 off, its argument and the tree of sums within a
+chunk about 1e-6, and `lg2.approx` 2^-22 of a logarithm that is at most 17. Together below 6e-6, and half a unit in the
+last place for each of the two subtractions.
 """
 
 from __future__ import annotations

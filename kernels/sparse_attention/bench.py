@@ -6,12 +6,12 @@ the request attends to once. Decode on Flash is near the ridge of an H100, on Pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
-from dsv4_kernels.benching import measure, relative_error, write_lines
-from dsv4_kernels.cases import FLASH, PRO
+from dsv4_kernels.benching import Measured, measure, relative_error, write_lines
+from dsv4_kernels.cases import FLASH, MODELS, PRO
 from dsv4_kernels.kv_store.cases import kv_format
 from dsv4_kernels.sparse_attention.cases import Case
 from dsv4_kernels.sparse_attention.triton import sparse_attention
@@ -45,9 +45,9 @@ def moved_bytes(case: Case) -> int:
     return case.num_tokens * of_queries + rows * kv_format(case.shapes).row_bytes
 
 
-def steps() -> Iterator[tuple[str, Case]]:
+def steps(models: Collection[str]) -> Iterator[tuple[str, Case]]:
     """Decode at each context and batch, and one prefill chunk."""
-    for name, shapes, ratio, top_k in LAYERS:
+    for name, shapes, ratio, top_k in (layer for layer in LAYERS if layer[0].split("-")[0] in models):
         for context in CONTEXTS:
             for batch in BATCHES:
                 requests = ((context - 1, 1),) * batch
@@ -55,9 +55,9 @@ def steps() -> Iterator[tuple[str, Case]]:
         yield "prefill at 8k", Case(name, shapes, ((HISTORY, CHUNK),), ratio=ratio, top_k=top_k)
 
 
-def lines() -> Iterator[dict[str, Any]]:
+def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
     """One line for each step; the error is that of the smallest decode step."""
-    for what, case in steps():
+    for what, case in steps(models):
         moved, copies = moved_bytes(case), 1 if case.num_tokens > 64 else COPIES
         inputs = [case.make(seed, "cuda") for seed in range(copies)]
         measured = measure([partial(sparse_attention, **one) for one in inputs], moved, flops(case))

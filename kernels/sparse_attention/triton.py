@@ -22,6 +22,8 @@ from torch import Tensor
 
 from dsv4_kernels.kv_store.reference import KV_GROUP, SCALE_ALIGN, Planes
 from dsv4_kernels.metadata.rows import Rows
+from dsv4_kernels.quant.device import power_of_two
+from dsv4_kernels.rope.device import rotate
 
 KEYS = 64  # keys of a block
 HEADS = 64  # most heads of a program: the rows of a wgmma tile
@@ -51,8 +53,8 @@ def _half(data, scales, visible, FIRST: tl.constexpr, GROUPS: tl.constexpr, LAST
     keep = visible[:, None, None] & (group < LAST)[None, :, None]
     codes = tl.load(data[:, None, None] + (group[:, None] * GROUP + lane[None, :])[None, :, :], mask=keep, other=0)
     exponent = (scales[:, None] >> (8 * group)[None, :]).to(tl.int32) & 255
-    factor = (exponent << 23).to(tl.float32, bitcast=True)
-    values = (codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * factor[:, :, None]).to(tl.bfloat16)
+    factor = power_of_two(exponent)[:, :, None]
+    values = (codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * factor).to(tl.bfloat16)
     if FIRST + GROUPS > LAST:
         tail = (data + LAST * GROUP).to(tl.pointer_type(tl.bfloat16))
         tail = tl.load(tail[:, None] + lane[None, :], mask=visible[:, None], other=0.0)
@@ -93,17 +95,6 @@ def _attend_block(
         low = tl.dot(weights, k_low, low * shrink[:, None])
         high = tl.dot(weights, k_high, high * shrink[:, None])
     return new_top, total, low, high
-
-
-@triton.jit
-def _turn_back(values, rotations, DIM: tl.constexpr, ROPE: tl.constexpr):
-    """bf16 [heads, DIM], the last ROPE of them turned by the negative angles of one row, float32 inside."""
-    even, odd = tl.split(tl.reshape(values.to(tl.float32), [values.shape[0], DIM // 2, 2]))
-    pair = tl.arange(0, DIM // 2) - (DIM - ROPE) // 2
-    cosine = tl.load(rotations + 2 * pair, mask=pair >= 0, other=1.0)
-    sine = tl.load(rotations + 2 * pair + 1, mask=pair >= 0, other=0.0)
-    turned = tl.join(even * cosine + odd * sine, odd * cosine - even * sine)
-    return tl.reshape(turned, [values.shape[0], DIM]).to(tl.bfloat16)
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -199,7 +190,7 @@ def _attend(
         out_at = out + (row * NUM_HEADS + first_head) * DIM + tile
         tl.store(out_at, (low / total[:, None]).to(tl.bfloat16), mask=inside[:, None])
         values = (high / total[:, None]).to(tl.bfloat16)
-        tl.store(out_at + HALF, _turn_back(values, rotations + row * ROPE, HALF, ROPE), mask=inside[:, None])
+        tl.store(out_at + HALF, rotate(values, rotations + row * ROPE, ROPE, INVERSE=True), mask=inside[:, None])
     else:
         part = (row * num_splits + split) * NUM_HEADS + first_head
         tl.store(partial + part * DIM + tile, low, mask=inside[:, None])
@@ -248,7 +239,7 @@ def _combine(
         acc = acc * shrink + tl.sum(values * weights[:, None], axis=0)
         total = total * shrink + tl.sum(weights * tl.load(partial_total + part, mask=used, other=0.0))
         top = new_top
-    values = _turn_back((acc / total).to(tl.bfloat16)[None, :], rotations + row * ROPE, DIM, ROPE)
+    values = rotate((acc / total).to(tl.bfloat16)[None, :], rotations + row * ROPE, ROPE, INVERSE=True)
     tl.store(out + (row * num_heads + head) * DIM + dim[None, :], values, mask=position >= 0)
 
 

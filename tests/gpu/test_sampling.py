@@ -107,5 +107,11 @@ def test_penalties_bias_and_bans_of_the_reference_run_on_the_device():
         change(changed, *arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    captured = logits.cuda()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        change(captured, *arguments)
+    graph.replay()
     change(logits, places, changes, bias, banned)
-    assert torch.allclose(changed.cpu(), logits, rtol=1e-6, atol=1e-6)
+    for found in (changed, captured):
+        assert torch.allclose(found.cpu(), logits, rtol=1e-6, atol=1e-6)

@@ -23,6 +23,15 @@ def test_logprobs_are_the_logarithm_of_softmax_and_the_best_come_first():
         assert torch.allclose(top[row], expected, atol=1e-5)
 
 
+def test_logprobs_of_the_whole_vocabulary_are_right_to_the_last_places():
+    logits = random(2, 129_280, seed=8, scale=4.0)
+    tokens = torch.tensor([7, 129_279])
+    chosen, _, _ = token_logprobs(logits, tokens, 0)
+    for row, values in enumerate(logits.double().tolist()):
+        expected = values[tokens[row]] - math.log(math.fsum(math.exp(value) for value in values))
+        assert math.isclose(chosen[row], expected, rel_tol=2**-23)
+
+
 def test_equal_logits_are_listed_by_id_and_none_may_be_asked_for():
     logits = torch.zeros(1, 50)
     _, top_ids, _ = token_logprobs(logits, torch.tensor([3]), 4)

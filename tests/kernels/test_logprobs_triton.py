@@ -1,5 +1,8 @@
 """The Triton log probabilities against the reference, by the interpreter on the CPU."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
@@ -20,6 +23,17 @@ def test_equal_the_reference(vocab, num_top):
     assert torch.equal(found[1], expected[1])
     for one, other in ((found[0], expected[0]), (found[2], expected[2])):
         assert torch.allclose(one, other, rtol=1e-6, atol=2e-6)
+
+
+def test_the_whole_vocabulary_is_summed_to_a_few_units_in_the_last_place():
+    random = torch.Generator().manual_seed(6)
+    logits = torch.randn(2, 129_280, generator=random) * torch.tensor([[4.0], [0.1]])
+    tokens = torch.tensor([5, 129_279])
+    chosen, top_ids, top = token_logprobs(logits, tokens, 2)
+    for row, values in enumerate(logits.double().numpy()):
+        total = np.log(math.fsum(np.exp(values)))
+        assert math.isclose(chosen[row], values[tokens[row]] - total, abs_tol=3e-6)
+        assert np.allclose(top[row].double(), values[top_ids[row]] - total, rtol=0, atol=3e-6)
 
 
 def test_zero_rows_and_too_many_best_tokens():

@@ -95,6 +95,8 @@ def describe(kernel, run: str) -> dict:
         "stack_bytes": stack + local,
         "shared_bytes": kernel.metadata.shared,
         "tensor_memory_columns": getattr(kernel.metadata, "tmem_size", 0) or 0,
+        "warps": kernel.metadata.num_warps,
+        "stages": kernel.metadata.num_stages,
         "matrix_instructions": {name: count for name, count in matrix.items() if count},
     }
 

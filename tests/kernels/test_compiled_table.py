@@ -1,0 +1,39 @@
+"""benchmarks/compiled_kernels.py: rows of the table from lines of the compile gate."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks/compiled_kernels.py"
+KERNEL = {
+    "kernel": "_product", "run": "pro", "warps": 4, "stages": 3, "registers": 80, "shared_bytes": 2048,
+    "tensor_memory_columns": 0, "matrix_instructions": {"HGMMA": 4},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("compiled_kernels", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_runs_with_equal_numbers_share_a_row_and_the_demo_has_none(script):
+    hopper = [
+        KERNEL,
+        KERNEL | {"run": "flash"},
+        KERNEL | {"run": "pro, split", "registers": 81},
+        KERNEL | {"run": "demo"},
+    ]
+    more = {"tensor_memory_columns": 64, "matrix_instructions": {}}
+    assert list(script.rows("gemm", hopper, [kernel | more for kernel in hopper])) == [
+        "| gemm | `_product` | pro (+1) | 4 | 3 | 80 | 2.0 | 4 HGMMA | 4 | 3 | 80 | 2.0 + 64 | - |",
+        "| gemm | `_product` | pro, split | 4 | 3 | 81 | 2.0 | 4 HGMMA | 4 | 3 | 81 | 2.0 + 64 | - |",
+    ]
+
+
+def test_targets_that_launch_different_kernels_are_no_table(script):
+    with pytest.raises(ValueError, match="gemm: _product of pro meets _add, pro"):
+        list(script.rows("gemm", [KERNEL], [KERNEL | {"kernel": "_add"}]))
