@@ -83,8 +83,6 @@ def add_routed(
     activations: Activations,
 ) -> Tensor:
     """`mega_moe` given the output of the shared expert [T, D]."""
-    if len(x) == 0:
-        return shared
     order = sort_pairs(expert_ids)
     rounded = _round(x, activations)
     outputs = expert_outputs(rounded, order, expert_ids, weights, w13, w2, limit=limit, activations=activations)
@@ -111,12 +109,14 @@ def expert_outputs(
 ) -> Tensor:
     """What each pair's expert says, [pairs, D] in x.dtype, in the order of `sort_pairs`.
 
-    `x` [T, D] is rounded already. An expert that is hit is one product over neighbouring rows; there must be one.
+    `x` [T, D] is rounded already. An expert that is hit is one product over neighbouring rows.
     """
     ids = expert_ids.flatten()[order]
     counts = torch.bincount(ids, minlength=w13.shape[0]).tolist()
     hit = [expert for expert, count in enumerate(counts) if count]
     sizes = [counts[expert] for expert in hit]
+    if not hit:
+        return x.new_empty(0, x.shape[1])
     rows = x.float().index_select(0, order // expert_ids.shape[1])
     gate_up = torch.cat([part @ w13[expert].t().float() for expert, part in zip(hit, rows.split(sizes), strict=True)])
     hidden = _activate(gate_up.to(x.dtype), limit) * weights.flatten()[order].unsqueeze(1)
