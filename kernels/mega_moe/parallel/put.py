@@ -1,8 +1,8 @@
 """Rows that a kernel writes straight into the memory of another rank, in Triton: dispatch and the way back.
 
 A rank's memory is a buffer with planes (symmetric.py); what others write into it they find by the buffer's address and
-the plane's offset, which is the same on all ranks. Rows of 4-byte words; no row is packed or sorted, and nothing is
-read by the host.
+the plane's offset, which is the same on all ranks; both are multiples of 16, so that stores are of 16 bytes. No row is
+packed or sorted, and nothing is read by the host.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def dispatch(
         return
     target = (buffer + WEIGHTS_AT).to(tl.pointer_type(tl.float32)) + row * TOP_K + lane
     tl.store(target, tl.load(weights + token * TOP_K + lane, mask=inside, other=0.0), mask=lane < TOP_K)
-    _copy(values + token * WORDS, (buffer + VALUES_AT).to(tl.pointer_type(tl.int32)) + row * WORDS, WORDS, SIZE)
+    target = tl.multiple_of(buffer.to(tl.pointer_type(tl.int32)), 16) + VALUES_AT // 4
+    _copy(values + token * WORDS, target + row * WORDS, WORDS, SIZE)
     if SCALES > 0:
         target = (buffer + SCALES_AT).to(tl.pointer_type(tl.uint8)) + row * SCALES
         _copy(scales + token * SCALES, target, SCALES, SCALE_SIZE)
@@ -99,8 +100,8 @@ def give_back(
         return
     source = row // capacity
     pair = (first + row % capacity) * TOP_K + place
-    target = (tl.load(buffers + source) + OUTPUTS_AT).to(tl.pointer_type(tl.int32)) + pair * WORDS
-    _copy(outputs + (row * TOP_K + place) * WORDS, target, WORDS, SIZE)
+    target = tl.multiple_of(tl.load(buffers + source).to(tl.pointer_type(tl.int32)), 16) + OUTPUTS_AT // 4
+    _copy(outputs + (row * TOP_K + place) * WORDS, target + pair * WORDS, WORDS, SIZE)
     if source != me:
         tl.atomic_add(counts + 1, 1)
 

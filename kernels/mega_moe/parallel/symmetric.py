@@ -181,6 +181,7 @@ class Step:
         owner._slot_bytes += (planes.num_ranks - 1) * capacity * 4 * planes.form.top_k
         self._owner, self._ids, self._weights = owner, expert_ids, weights
         self._num_tokens, self._capacity = len(x), capacity // num_chunks
+        self._num_rows = planes.num_ranks * self._capacity  # of a chunk
         self._values, self._scales = planes.form.quantize(x)
         self._top = {"TOP_K": planes.form.top_k, "LANES": triton.next_power_of_2(planes.form.top_k)}
 
@@ -191,7 +192,7 @@ class Step:
         put.dispatch[(self._capacity, planes.num_ranks)](
             self._values.view(torch.int32), self._scales, self._ids, self._weights,
             experts.ranks, experts.slots, experts.num_copies, owner.memory.addresses, owner._counts,
-            chunk * self._capacity, self._num_tokens, self._capacity, self._base(chunk), owner.rank,
+            chunk * self._capacity, self._num_tokens, self._capacity, chunk * self._num_rows, owner.rank,
             VALUES_AT=planes.values, SCALES_AT=planes.scales, SLOTS_AT=planes.slots, WEIGHTS_AT=planes.weights,
             WORDS=form.value_bytes // 4, SCALES=form.scale_bytes, COPIES=experts.ranks.shape[1], SIZE=put.BLOCK,
             SCALE_SIZE=triton.next_power_of_2(max(1, form.scale_bytes)), **self._top,
@@ -199,34 +200,36 @@ class Step:
 
     def products(self, chunk: int, w13: Fp4Weight, w2: Fp4Weight, limit: float, tile_tokens: int | None) -> Tensor:
         """What this rank's experts say of the chunk's rows, bfloat16 [rows * K, D]."""
-        planes, form = self._owner.planes, self._owner.planes.form
-        num_rows, first = planes.num_ranks * self._capacity, self._base(chunk)
-        num_slots = sum(map(len, self._owner.experts.experts))  # of all ranks, over which the rows' pairs spread
-        values = self._plane(planes.values, first, num_rows, form.value_bytes)
-        scales = self._plane(planes.scales, first, num_rows, form.scale_bytes)
-        slots = self._plane(planes.slots, first, num_rows, 4 * form.top_k).view(torch.int32)
-        weights = self._plane(planes.weights, first, num_rows, 4 * form.top_k).view(torch.float32)
-        if form.activations == "bf16":
-            values = values.view(torch.bfloat16)
-        elif w13.unpacked:
-            codes, values = values, torch.empty(num_rows, form.hidden_size, dtype=torch.bfloat16, device=values.device)
-            put.widen[(num_rows, triton.cdiv(form.hidden_size, put.BLOCK))](
-                codes, scales, slots, values,
-                FP4=form.activations == "fp4", WIDTH=form.hidden_size, SIZE=put.BLOCK, **self._top,
-            )  # fmt: skip
+        form, experts = self._owner.planes.form, self._owner.experts
+        num_slots = sum(map(len, experts.experts))  # of all ranks, over which the rows' pairs spread
+        tile = tile_tokens or moe.choose_tile(self._num_rows, form.top_k, num_slots, form.activations)
+        weights = self._plane(self._owner.planes.weights, chunk, 4 * form.top_k).view(torch.float32)
         return moe.pair_outputs(
-            values, scales, slots, weights, w13, w2,
-            limit=limit, activations=form.activations,
-            tile_tokens=tile_tokens or moe.choose_tile(num_rows, form.top_k, num_slots, form.activations),
+            *self.inputs(chunk, w13.unpacked), self._slots(chunk), weights, w13, w2,
+            limit=limit, activations=form.activations, tile_tokens=tile,
         )  # fmt: skip
+
+    def inputs(self, chunk: int, unpacked: bool) -> tuple[Tensor, Tensor]:
+        """The chunk's rows and scales as the first product reads them; see `triton.pair_outputs`."""
+        planes, form = self._owner.planes, self._owner.planes.form
+        values = self._plane(planes.values, chunk, form.value_bytes)
+        scales = self._plane(planes.scales, chunk, form.scale_bytes)
+        if form.activations == "bf16":
+            return values.view(torch.bfloat16), scales
+        if not unpacked:
+            return values, scales
+        wide = torch.empty(self._num_rows, form.hidden_size, dtype=torch.bfloat16, device=values.device)
+        put.widen[(self._num_rows, triton.cdiv(form.hidden_size, put.BLOCK))](
+            values, scales, self._slots(chunk), wide,
+            FP4=form.activations == "fp4", WIDTH=form.hidden_size, SIZE=put.BLOCK, **self._top,
+        )  # fmt: skip
+        return wide, scales
 
     def give_back(self, chunk: int, outputs: Tensor) -> None:
         """Write the outputs of the chunk's pairs to the ranks of their tokens."""
         owner, planes = self._owner, self._owner.planes
-        num_rows = planes.num_ranks * self._capacity
-        slots = self._plane(planes.slots, self._base(chunk), num_rows, 4 * planes.form.top_k).view(torch.int32)
-        put.give_back[(num_rows, planes.form.top_k)](
-            outputs.view(torch.int32), slots, owner.memory.addresses, owner._counts,
+        put.give_back[(self._num_rows, planes.form.top_k)](
+            outputs.view(torch.int32), self._slots(chunk), owner.memory.addresses, owner._counts,
             chunk * self._capacity, self._capacity, owner.rank,
             OUTPUTS_AT=planes.outputs, WORDS=planes.form.hidden_size // 2, TOP_K=planes.form.top_k, SIZE=put.BLOCK,
         )  # fmt: skip
@@ -234,17 +237,19 @@ class Step:
     def combine(self, shared: Tensor) -> Tensor:
         """Of the outputs that came back."""
         planes, form = self._owner.planes, self._owner.planes.form
-        outputs = self._plane(planes.outputs, 0, self._num_tokens * form.top_k, 2 * form.hidden_size)
-        return moe.combine(outputs.view(torch.bfloat16), shared, self._ids)
+        end = planes.outputs + self._num_tokens * form.top_k * 2 * form.hidden_size
+        outputs = self._owner.memory.mine[planes.outputs : end].view(torch.bfloat16)
+        return moe.combine(outputs, shared, self._ids)
 
-    def _base(self, chunk: int) -> int:
-        """First row of a chunk."""
-        return chunk * self._capacity * self._owner.planes.num_ranks
+    def _slots(self, chunk: int) -> Tensor:
+        """int32 [rows, K]."""
+        planes = self._owner.planes
+        return self._plane(planes.slots, chunk, 4 * planes.form.top_k).view(torch.int32)
 
-    def _plane(self, offset: int, first: int, num_rows: int, row_bytes: int) -> Tensor:
-        """Rows of a plane of this rank's buffer, uint8."""
-        start = offset + first * row_bytes
-        return self._owner.memory.mine[start : start + num_rows * row_bytes].view(num_rows, row_bytes)
+    def _plane(self, offset: int, chunk: int, row_bytes: int) -> Tensor:
+        """The chunk's rows of a plane of this rank's buffer, uint8 [rows, row_bytes]."""
+        start, size = offset + chunk * self._num_rows * row_bytes, self._num_rows * row_bytes
+        return self._owner.memory.mine[start : start + size].view(self._num_rows, row_bytes)
 
 
 def symmetric_experts(
