@@ -10,11 +10,12 @@ from support.poison import poisoned  # noqa: F401
 from dsv4_kernels.cases import DEMO
 from dsv4_kernels.mega_moe import triton as moe
 from dsv4_kernels.mega_moe.cases import Case
-from dsv4_kernels.mega_moe.parallel.expert_map import ExpertMap
+from dsv4_kernels.mega_moe.parallel import ExpertMap, ExpertParallel
 from dsv4_kernels.mega_moe.parallel.symmetric import Planes, Step, SymmetricExperts
 from dsv4_kernels.mega_moe.parallel.wire import RowFormat
 from dsv4_kernels.mega_moe.weights import relayout
 from dsv4_kernels.quant.reference import quantize_fp4_weight
+from dsv4serve.distributed.groups import Rank, process_group
 
 NUM_EXPERTS, TOP_K, HIDDEN, TILE = DEMO.n_routed_experts, DEMO.num_experts_per_tok, DEMO.hidden_size, 16
 PLACEMENTS = {
@@ -110,6 +111,19 @@ def test_traffic_is_what_exchange_counts_by_hand():
         assert owner.traffic.combine_bytes == pairs * 2 * HIDDEN
         assert owner.traffic.count_bytes == 2 * 4 * 4 * TOP_K
     assert sum(owner.traffic.combine_bytes for owner in ranks) > 0
+
+
+@pytest.mark.parametrize(("activations", "unpacked"), [("fp8", True), ("fp4", False)])
+def test_all_to_all_with_the_gpu_weights(tmp_path, activations, unpacked):
+    """The same kernels behind all_to_all_single, with one rank."""
+    case = Case("random", 5, DEMO).make(12, torch.bfloat16)
+    given = {"x": case["x"], "expert_ids": case["expert_ids"], "weights": case["weights"], "shared": case["x"] * 0.5}
+    given |= {name: stored(case, name, list(range(NUM_EXPERTS)), unpacked) for name in ("w13", "w2")}
+    options = {"limit": case["limit"], "activations": activations, "tile_tokens": TILE}
+    with process_group(Rank(0, 1, 0), tmp_path / "store") as group:
+        parallel = ExpertParallel(group, ExpertMap.build([range(NUM_EXPERTS)], NUM_EXPERTS))
+        assert torch.equal(parallel.add_routed(**given, **options), moe.mega_moe(**given, **options))
+    assert parallel.traffic.total_bytes == 0
 
 
 @pytest.mark.parametrize(("capacity", "num_chunks"), [(2, 1), (5, 1), (4, 3)])

@@ -91,12 +91,14 @@ class ExpertParallel:
         *,
         limit: float,
         activations: Activations,
+        tile_tokens: int | None = None,
     ) -> Tensor:
         """`mega_moe` given the output of the shared expert [T, D].
 
         Args:
             expert_ids: [T, K], numbers of the whole model, -1 for none. On a GPU a row without any is not written.
             w13, w2: of this rank's slots; tensors [slots, 2I, D] and [slots, D, I], or `Fp4Weight` on a GPU.
+            tile_tokens: on a GPU, as in `triton.mega_moe`: with one value the bits do not depend on the other tokens.
         """
         num_slots = len(self.experts.experts[self.group.rank()])
         held = w13.num_experts if isinstance(w13, Fp4Weight) else len(w13)
@@ -116,7 +118,7 @@ class ExpertParallel:
 
         (rows_out, rows_in), (pairs_out, pairs_in) = self._exchange_counts(counts)
         received = self._exchange(rows, rows_out, rows_in)
-        said = self._said(form, received, w13, w2, limit)
+        said = self._said(form, received, w13, w2, limit, tile_tokens)
         said = self._exchange(said, pairs_in, pairs_out)
         self._count(rows_out, form.row_bytes, pairs_in, x.shape[1] * x.element_size())
 
@@ -128,7 +130,13 @@ class ExpertParallel:
         return combine(shared, outputs[order], order // top_k)
 
     def _said(
-        self, form: RowFormat, rows: Tensor, w13: Tensor | Fp4Weight, w2: Tensor | Fp4Weight, limit: float
+        self,
+        form: RowFormat,
+        rows: Tensor,
+        w13: Tensor | Fp4Weight,
+        w2: Tensor | Fp4Weight,
+        limit: float,
+        tile_tokens: int | None,
     ) -> Tensor:
         """What this rank's experts say of the rows that came, one row a pair in the order of the rows."""
         values, scales, slots, weights = form.unpack(rows)
@@ -136,7 +144,7 @@ class ExpertParallel:
         options = {"limit": limit, "activations": form.activations}
         if isinstance(w13, Fp4Weight):
             inputs = (form.dequantize(values, scales), scales) if w13.unpacked else (values, scales)
-            tile = _triton().choose_tile(len(pairs), 1, w13.num_experts, form.activations)
+            tile = tile_tokens or _triton().choose_tile(len(pairs), 1, w13.num_experts, form.activations)
             return _triton().pair_outputs(*inputs, slots, weights, w13, w2, **options, tile_tokens=tile)[pairs]
         order, x = sort_pairs(slots), form.dequantize(values, scales)
         found = reference.expert_outputs(x, order, slots, weights, w13, w2, **options)

@@ -19,6 +19,7 @@ waits for, and outputs before the first barrier of the next call.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -50,9 +51,10 @@ class Memory(Protocol):
 
 
 class SymmetricMemory:
-    """torch's, over peer access; multicast is not used."""
+    """torch's, over peer access. It would also make a multicast object, which nothing here uses: turned off."""
 
     def __init__(self, group: dist.ProcessGroup, num_bytes: int, device: torch.device) -> None:
+        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         from torch.distributed import _symmetric_memory as symmetric  # private and moving: nowhere else
 
         self.mine = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
