@@ -35,24 +35,16 @@ def place_experts(loads: Sequence[float], num_ranks: int, slots_per_rank: int) -
     ranks: list[set[int]] = [set() for _ in range(num_ranks)]
     work = [0.0] * num_ranks
 
-    def move(expert: int, rank: int, sign: int = 1) -> None:
-        (ranks[rank].add if sign > 0 else ranks[rank].remove)(expert)
-        work[rank] += sign * shares[expert]
-
     for expert in sorted(range(len(loads)), key=lambda one: -shares[one]):
         for _ in range(copies[expert]):
-            free = [rank for rank in range(num_ranks) if len(ranks[rank]) < slots_per_rank]
-            others = [rank for rank in free if expert not in ranks[rank]]
-            if others:
-                move(expert, min(others, key=lambda rank: work[rank]))
-                continue
-            # Free slots only beside copies of the same expert. A full rank without one has an expert that such a rank
-            # lacks, because it has more of them: that one makes room.
-            full = min((rank for rank in range(num_ranks) if expert not in ranks[rank]), key=lambda rank: work[rank])
-            other = min(ranks[full] - ranks[free[0]], key=lambda one: (shares[one], one))
-            move(other, full, -1)
-            move(other, free[0])
-            move(expert, full)
+            free = [
+                rank for rank in range(num_ranks) if len(ranks[rank]) < slots_per_rank and expert not in ranks[rank]
+            ]
+            if not free:  # room only beside its other copies: a copy fewer
+                break
+            least = min(free, key=lambda rank: work[rank])
+            ranks[least].add(expert)
+            work[least] += shares[expert]
     return tuple(tuple(sorted(experts)) for experts in ranks)
 
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4serve.distributed.placement import place_experts, rank_loads
+
+
+def test_placing_needs_no_torch() -> None:
+    code = "import sys, dsv4serve.distributed.placement; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def zipf(num_experts: int, seed: int) -> list[float]:
@@ -65,17 +72,6 @@ def test_the_hottest_expert_gets_the_spare_slots() -> None:
 def test_experts_without_load_are_not_copied() -> None:
     placement = place_experts([0.0] * 4, num_ranks=2, slots_per_rank=4)
     assert sorted(expert for experts in placement for expert in experts) == [0, 1, 2, 3]
-
-
-def test_a_full_rank_makes_room_where_free_slots_are_only_beside_copies() -> None:
-    found = set()
-    for seed in range(300):  # small, so that greedy runs into it
-        draw = random.Random(seed)
-        loads = [draw.choice([0.0, 1.0, 2.0, 50.0]) for _ in range(4)]
-        placement = place_experts(loads, 3, 2)
-        assert all(len(set(experts)) == len(experts) <= 2 for experts in placement)
-        found.add(placement)
-    assert len(found) > 5
 
 
 @pytest.mark.parametrize(
