@@ -99,6 +99,8 @@ class ExpertParallel:
             expert_ids: [T, K], numbers of the whole model, -1 for none. On a GPU a row without any is not written.
             w13, w2: of this rank's slots; tensors [slots, 2I, D] and [slots, D, I], or `Fp4Weight` on a GPU.
             tile_tokens: on a GPU, as in `triton.mega_moe`: with one value the bits do not depend on the other tokens.
+
+        Raises ValueError where the weights are not those of the map.
         """
         num_slots = len(self.experts.experts[self.group.rank()])
         held = w13.num_experts if isinstance(w13, Fp4Weight) else len(w13)
@@ -116,7 +118,7 @@ class ExpertParallel:
         values, scales = form.quantize(x)
         rows = form.pack(values[token], scales[token], row_slots, weights[token])
 
-        (rows_out, rows_in), (pairs_out, pairs_in) = self._exchange_counts(counts)
+        (rows_out, pairs_out), (rows_in, pairs_in) = self._exchange_counts(counts)
         received = self._exchange(rows, rows_out, rows_in)
         said = self._said(form, received, w13, w2, limit, tile_tokens)
         said = self._exchange(said, pairs_in, pairs_out)
@@ -152,12 +154,11 @@ class ExpertParallel:
         said[torch.searchsorted(pairs, order)] = found
         return said
 
-    def _exchange_counts(self, counts: Tensor) -> list[tuple[list[int], list[int]]]:
-        """counts int64 [ranks, COUNTED] to each rank -> for each number (sent to each rank, received from each)."""
+    def _exchange_counts(self, counts: Tensor) -> list[list[list[int]]]:
+        """counts int64 [ranks, COUNTED] for each rank -> [sent, received][number][rank]."""
         received = torch.empty_like(counts)
         dist.all_to_all_single(received, counts, group=self.group)
-        both = torch.stack([counts, received]).tolist()
-        return [tuple([numbers[index] for numbers in way] for way in both) for index in range(COUNTED)]  # type: ignore[misc]
+        return torch.stack([counts, received]).transpose(1, 2).tolist()
 
     def _exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Rows [sum(sent), ..] in the order of ranks -> [sum(received), ..]."""
