@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from dsv4serve.types import ConfigError
@@ -25,6 +25,14 @@ class Numerics(StrEnum):
 
     EXACT = "exact"  # float32 everywhere, no quantisation: the mathematics of the paper
     OFFICIAL = "official"  # BF16 activations and every quantisation point of the official code
+
+
+class ExpertActivations(StrEnum):
+    """What the products of the routed experts take, whose weights are FP4. Only in `official` numerics."""
+
+    BF16 = "bf16"  # W4A16: nothing is rounded
+    FP8 = "fp8"  # W4A8: E4M3 per 128, what the official code does and the models were trained with
+    FP4 = "fp4"  # W4A4: E2M1 per 32, for tensor cores that multiply FP4 by FP4
 
 
 class EffortContract(StrEnum):
@@ -69,6 +77,9 @@ class EngineConfig(BaseSettings):
     numerics: Annotated[Numerics, Field(description="exact = float32, official = the released quantisation")] = (
         Numerics.OFFICIAL
     )
+    expert_activations: Annotated[
+        ExpertActivations, Field(description="inputs of the routed experts in official numerics; fp8 = as released")
+    ] = ExpertActivations.FP8
     effort_contract: Annotated[
         EffortContract, Field(description="texts of reasoning_effort; auto = by the checkpoint's encoding folder")
     ] = EffortContract.AUTO
@@ -142,6 +153,13 @@ class EngineConfig(BaseSettings):
     otlp_endpoint: Annotated[
         str, Field(description="URL that takes OpenTelemetry traces, such as http://host:4318/v1/traces; empty = none")
     ] = ""
+
+    @field_validator("expert_activations")
+    @classmethod
+    def _only_where_something_is_rounded(cls, value: ExpertActivations, info: ValidationInfo) -> ExpertActivations:
+        if value is not ExpertActivations.FP8 and info.data.get("numerics") is Numerics.EXACT:
+            raise ValueError("only for --numerics official, because exact numerics round nothing")
+        return value
 
     @property
     def model_name(self) -> str:

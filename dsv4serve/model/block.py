@@ -51,11 +51,17 @@ class Block:
     """Attention and MoE, each wrapped by mHC. `prefix` is "layers.N." or "mtp.0."."""
 
     def __init__(
-        self, config: ModelConfig, params: Mapping[str, Tensor], prefix: str, index: int, quantize: bool
+        self,
+        config: ModelConfig,
+        params: Mapping[str, Tensor],
+        prefix: str,
+        index: int,
+        quantize: bool,
+        expert_activations: str,
     ) -> None:
         self.config, self.prefix, self._output_name = config, prefix, f"{prefix}ffn.output"
         self.attention = Attention(config, params, prefix, index, quantize)
-        self.moe = MoE(config, params, prefix, index, quantize)
+        self.moe = MoE(config, params, prefix, index, quantize, expert_activations)
         self.attn_hc = HyperConnection.load(params, prefix + "hc_attn_", config.hc_mult)
         self.ffn_hc = HyperConnection.load(params, prefix + "hc_ffn_", config.hc_mult)
         self.attn_norm = params[prefix + "attn_norm.weight"]

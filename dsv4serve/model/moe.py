@@ -16,10 +16,16 @@ class MoE:
     """Hash-routed in the first `num_hash_layers` main layers, score-routed elsewhere and in the MTP block."""
 
     def __init__(
-        self, config: ModelConfig, params: Mapping[str, Tensor], prefix: str, index: int, quantize: bool
+        self,
+        config: ModelConfig,
+        params: Mapping[str, Tensor],
+        prefix: str,
+        index: int,
+        quantize: bool,
+        expert_activations: str,
     ) -> None:
-        self.config = config
-        self.activations = "fp8" if quantize else "bf16"
+        self.config, self.quantize = config, quantize
+        self.activations = expert_activations if quantize else "bf16"
         self.name = prefix + "ffn"
         gate, experts, shared = (f"{self.name}.{part}." for part in ("gate", "experts", "shared_experts"))
         self.gate_weight = params[gate + "weight"]
@@ -50,4 +56,5 @@ class MoE:
             self.shared_w2,
             limit=self.config.swiglu_limit,
             activations=self.activations,
+            quantize_shared=self.quantize,
         )

@@ -20,12 +20,18 @@ class MtpBlock:
     """Predicts token i + 2 from the streams of position i and token i + 1. Shares embedding and head with the model."""
 
     def __init__(
-        self, config: ModelConfig, params: Mapping[str, Tensor], embedding: Tensor, head: Tensor, quantize: bool
+        self,
+        config: ModelConfig,
+        params: Mapping[str, Tensor],
+        embedding: Tensor,
+        head: Tensor,
+        quantize: bool,
+        expert_activations: str,
     ) -> None:
         self.config, self.embedding, self.head, self.quantize = config, embedding, head, quantize
         self.e_proj, self.h_proj = params[PREFIX + "e_proj.weight"], params[PREFIX + "h_proj.weight"]
         self.e_norm, self.h_norm = params[PREFIX + "enorm.weight"], params[PREFIX + "hnorm.weight"]
-        self.block = Block(config, params, PREFIX, config.num_hidden_layers, quantize)
+        self.block = Block(config, params, PREFIX, config.num_hidden_layers, quantize, expert_activations)
         self.hc_head = HcHead(config, params, PREFIX)
 
     def __call__(self, streams: Tensor, next_ids: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.gemm import linear
-from dsv4serve.config import ModelConfig, Numerics, require_official_numerics
+from dsv4serve.config import ExpertActivations, ModelConfig, Numerics, require_official_numerics
 from dsv4serve.model.block import Block, HcHead
 from dsv4serve.model.context import StepContext
 from dsv4serve.model.mtp import MtpBlock
@@ -21,9 +21,16 @@ class Transformer:
         params: float32 tensors by official name as `weights.load_weights` returns them.
         numerics: `exact` runs in float32; `official` in BF16 with every quantisation point. Raises ConfigError when
             the model's sizes do not fit the official quantisation groups.
+        expert_activations: of the routed experts in `official` numerics.
     """
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Tensor], numerics: Numerics) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Mapping[str, Tensor],
+        numerics: Numerics,
+        expert_activations: ExpertActivations = ExpertActivations.FP8,
+    ) -> None:
         quantize = numerics is Numerics.OFFICIAL
         if quantize:
             require_official_numerics(config)
@@ -31,12 +38,13 @@ class Transformer:
         self.dtype = torch.bfloat16 if quantize else torch.float32
         self.embedding, self.head = params["embed.weight"], params["head.weight"]
         self.blocks = [
-            Block(config, params, f"layers.{index}.", index, quantize) for index in range(config.num_hidden_layers)
+            Block(config, params, f"layers.{index}.", index, quantize, expert_activations)
+            for index in range(config.num_hidden_layers)
         ]
         self.hc_head = HcHead(config, params, "")
         self.mtp = None
         if config.num_nextn_predict_layers:
-            self.mtp = MtpBlock(config, params, self.embedding, self.head, quantize)
+            self.mtp = MtpBlock(config, params, self.embedding, self.head, quantize, expert_activations)
 
     def __call__(self, token_ids: Tensor, step: StepContext) -> Tensor:
         """token_ids int64 [rows] -> streams [rows, hc_mult, hidden] after the last layer."""

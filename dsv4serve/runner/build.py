@@ -33,7 +33,7 @@ def build_runner(config: EngineConfig, progress: bool = False) -> Runner:
     weights = load_weights(config, model, progress)
     if cpu.library is not None and config.numerics is Numerics.EXACT:  # torch's kernels would convert them in each step
         halve(weights)
-    transformer = Transformer(model, weights, config.numerics)
+    transformer = Transformer(model, weights, config.numerics, config.expert_activations)
     return Runner(
         transformer,
         plan,

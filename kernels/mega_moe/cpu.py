@@ -21,10 +21,13 @@ def mega_moe(
     *,
     limit: float,
     activations: str,
+    quantize_shared: bool | None = None,
 ) -> Tensor | None:
     """See reference.py."""
     dtype = cpu.weight_dtype(w13, w2, shared_w13, shared_w2)
-    if activations != "bf16" or dtype is None or not cpu.fits(x, weights) or expert_ids.dtype is not torch.int64:
+    if activations != "bf16" or quantize_shared or expert_ids.dtype is not torch.int64:
+        return None
+    if dtype is None or not cpu.fits(x, weights):
         return None
     if not (x.is_contiguous() and weights.is_contiguous() and expert_ids.is_contiguous()):
         return None

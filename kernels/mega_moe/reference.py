@@ -27,9 +27,8 @@ def _round(x: Tensor, activations: Activations) -> Tensor:
     return fake_quantize_fp8(x, ACTIVATION_GROUP) if activations == "fp8" else fake_quantize_fp4(x)
 
 
-def shared_expert(x: Tensor, w13: Tensor, w2: Tensor, *, limit: float, activations: Activations) -> Tensor:
-    """w2 swiglu(w13 x) of all rows, [T, D] in x.dtype. Its weights are FP8: "fp4" activations are E4M3 here too."""
-    quantize = activations != "bf16"
+def shared_expert(x: Tensor, w13: Tensor, w2: Tensor, *, limit: float, quantize: bool) -> Tensor:
+    """w2 swiglu(w13 x) of all rows, [T, D] in x.dtype. Its weights are FP8, and so are its inputs with `quantize`."""
     hidden = _activate(linear(x, w13, quantize=quantize), limit).to(x.dtype)
     return linear(hidden, w2, quantize=quantize)
 
@@ -45,6 +44,7 @@ def mega_moe(
     *,
     limit: float,
     activations: Activations,
+    quantize_shared: bool | None = None,
 ) -> Tensor:
     """Sum over a token's experts of w2(weight * swiglu(w13 x)), plus the shared expert: [T, D] in x.dtype.
 
@@ -55,15 +55,20 @@ def mega_moe(
         activations: rounding of the inputs of both products. "fp8" is what the official code does with FP4 experts;
             "fp4" is E2M1 with a power-of-two scale per 32 (W4A4), for tensor cores that multiply FP4 by FP4. Products
             of two such values are exact in float32. "bf16" rounds nothing (x may be float32).
+        quantize_shared: whether the shared expert's inputs are E4M3; by default where the routed experts' are rounded.
 
     The routing weight multiplies before w2. Every product is rounded to x.dtype, their sum is float32.
     """
+    check_activations(activations)
+    quantize = activations != "bf16" if quantize_shared is None else quantize_shared
+    shared = shared_expert(x, shared_w13, shared_w2, limit=limit, quantize=quantize)
+    return add_routed(shared, x, expert_ids, weights, w13, w2, limit=limit, activations=activations)
+
+
+def check_activations(activations: str) -> None:
+    """Raises ValueError for anything that is not one of `Activations`."""
     if activations not in get_args(Activations):
         raise ValueError(f"mega_moe: activations is {activations!r}; allowed: {', '.join(get_args(Activations))}")
-    shared = shared_expert(x, shared_w13, shared_w2, limit=limit, activations=activations)
-    if len(x) == 0:
-        return shared
-    return add_routed(shared, x, expert_ids, weights, w13, w2, limit=limit, activations=activations)
 
 
 def add_routed(
@@ -77,21 +82,57 @@ def add_routed(
     limit: float,
     activations: Activations,
 ) -> Tensor:
-    """`mega_moe` of at least one token, given the output of the shared expert [T, D]."""
-    # Pairs (token, expert) sorted by expert, so that each expert that is hit is one product over neighbouring rows.
-    order = torch.argsort(expert_ids.flatten(), stable=True)
-    counts = torch.bincount(expert_ids.flatten(), minlength=w13.shape[0]).tolist()
+    """`mega_moe` given the output of the shared expert [T, D]."""
+    order = sort_pairs(expert_ids)
+    rounded = _round(x, activations)
+    outputs = expert_outputs(rounded, order, expert_ids, weights, w13, w2, limit=limit, activations=activations)
+    return combine(shared, outputs, order // expert_ids.shape[1])
+
+
+def sort_pairs(expert_ids: Tensor) -> Tensor:
+    """Numbers token * K + k of all pairs with an expert (id >= 0), sorted by expert, then by number: int64 [pairs]."""
+    ids = expert_ids.flatten()
+    order = torch.argsort(ids, stable=True)
+    return order[int((ids < 0).sum()) :]
+
+
+def expert_outputs(
+    x: Tensor,
+    order: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    *,
+    limit: float,
+    activations: Activations,
+) -> Tensor:
+    """What each pair's expert says, [pairs, D] in x.dtype, in the order of `sort_pairs`.
+
+    `x` [T, D] is rounded already. An expert that is hit is one product over neighbouring rows.
+    """
+    ids = expert_ids.flatten()[order]
+    counts = torch.bincount(ids, minlength=w13.shape[0]).tolist()
     hit = [expert for expert, count in enumerate(counts) if count]
     sizes = [counts[expert] for expert in hit]
-    tokens = order // expert_ids.shape[1]
-    rows = _round(x, activations).float().index_select(0, tokens)
+    if not hit:
+        return x.new_empty(0, x.shape[1])
+    rows = x.float().index_select(0, order // expert_ids.shape[1])
     gate_up = torch.cat([part @ w13[expert].t().float() for expert, part in zip(hit, rows.split(sizes), strict=True)])
     hidden = _activate(gate_up.to(x.dtype), limit) * weights.flatten()[order].unsqueeze(1)
     hidden = _round(hidden.to(x.dtype), activations)
     outputs = torch.cat(
         [part @ w2[expert].t().float() for expert, part in zip(hit, hidden.float().split(sizes), strict=True)]
     )
-    # A new accumulator, added to in the order of expert ids: the same sum whatever else is in the batch.
-    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    total.index_add_(0, tokens, outputs.to(x.dtype).float())
-    return (total + shared.float()).to(x.dtype)
+    return outputs.to(x.dtype)
+
+
+def combine(shared: Tensor, outputs: Tensor, tokens: Tensor) -> Tensor:
+    """`shared` [T, D] plus the outputs [pairs, D] of each token, int64 [pairs]: float32, rounded once.
+
+    A new accumulator, added to in the order given, which is that of expert ids: the same sum whatever else is in the
+    batch.
+    """
+    total = torch.zeros(shared.shape, dtype=torch.float32, device=shared.device)
+    total.index_add_(0, tokens, outputs.float())
+    return (total + shared.float()).to(shared.dtype)

@@ -309,22 +309,47 @@ def mega_moe(
 
     Rows without any expert are padding: nothing is read or written for them. Raises ValueError for anything else.
     """
-    (num_tokens, hidden), top_k = x.shape, expert_ids.shape[1]
-    num_experts, width = w13.num_experts, w2.depth
     _check(x, expert_ids, weights, w13, w2, shared, activations, tile_tokens)
-    out = torch.empty_like(x)
+    inputs = _rounded(x, activations, _form(w13, activations))
+    outputs = pair_outputs(
+        *inputs, expert_ids, weights, w13, w2, limit=limit, activations=activations, tile_tokens=tile_tokens
+    )
+    return combine(outputs, shared, expert_ids)
+
+
+def pair_outputs(
+    inputs: Tensor,
+    input_scales: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    w13: Fp4Weight,
+    w2: Fp4Weight,
+    *,
+    limit: float,
+    activations: Activations,
+    tile_tokens: int | None = None,
+) -> Tensor:
+    """What each pair's expert says: bfloat16 [T * K, D] by the number of the pair, unset for pairs without an expert.
+
+    `inputs` and `input_scales` are x as the first product reads it: bfloat16 values, rounded already, with anything as
+    scales, for the unpacked form of the weights; codes and scales of `quantize_fp8` or `quantize_fp4`, also as uint8,
+    for the other. The rest as in `mega_moe`; nothing is checked.
+    """
+    (num_tokens, top_k), hidden = expert_ids.shape, w13.depth
+    num_experts, width = w13.num_experts, w2.depth
+    outputs = torch.empty(num_tokens * top_k, hidden, dtype=torch.bfloat16, device=inputs.device)
     if num_tokens == 0:
-        return out
+        return outputs
+    form = _form(w13, activations)
+    if form == "e4m3":
+        inputs = inputs.view(torch.float8_e4m3fn)
     tile_tokens = tile_tokens or choose_tile(num_tokens, top_k, num_experts, activations)
     tiles = make_tiles(expert_ids, num_experts, tile_tokens)
     num_tiles, num_pairs = len(tiles.experts), num_tokens * top_k
     table = (tiles.pairs, tiles.experts, tiles.firsts, tiles.counts)
-    form = "bf16" if w13.unpacked else {"fp8": "e4m3", "fp4": "e2m1"}[activations]
-    inputs, input_scales = _rounded(x, activations, form)
     rows, scale_rows = {"bf16": (width, 0), "e4m3": (width, width // 128), "e2m1": (width // 2, width // 32)}[form]
-    middle = torch.empty(num_pairs, rows, dtype=inputs.dtype, device=x.device)
-    middle_scales = torch.empty(num_pairs, scale_rows, dtype=torch.uint8, device=x.device)
-    outputs = torch.empty(num_pairs, hidden, dtype=x.dtype, device=x.device)
+    middle = torch.empty(num_pairs, rows, dtype=inputs.dtype, device=inputs.device)
+    middle_scales = torch.empty(num_pairs, scale_rows, dtype=torch.uint8, device=inputs.device)
     # What keeps everything in registers (tests/kernels/test_compile_gate.py). Native FP4 needs 4 or 8 warps.
     large = tile_tokens == 128
     blocks = {"FORMAT": form, "BLOCK_N": tile_tokens, "BLOCK_K": 128, "num_stages": 4 if tile_tokens < 64 else 3}
@@ -336,11 +361,27 @@ def mega_moe(
         w2.values, w2.scales, middle, middle_scales, *table, outputs, width, hidden,
         BLOCK_M=128, num_warps=8 if large else 4, **blocks,
     )  # fmt: skip
+    return outputs
+
+
+def combine(outputs: Tensor, shared: Tensor, expert_ids: Tensor) -> Tensor:
+    """Outputs bfloat16 [T * K, D] of the pairs in the order of expert ids, then `shared` [T, D]: float32, rounded once.
+
+    Rows without any expert are not written.
+    """
+    (num_tokens, top_k), hidden = expert_ids.shape, shared.shape[1]
+    out = torch.empty_like(shared)
     block = min(1024, triton.next_power_of_2(hidden))
-    _combine[(num_tokens, triton.cdiv(hidden, block))](
-        outputs, shared, expert_ids, out, hidden, TOP_K=top_k, LANES=triton.next_power_of_2(top_k), BLOCK=block
-    )
+    if num_tokens:
+        _combine[(num_tokens, triton.cdiv(hidden, block))](
+            outputs, shared, expert_ids, out, hidden, TOP_K=top_k, LANES=triton.next_power_of_2(top_k), BLOCK=block
+        )
     return out
+
+
+def _form(weight: Fp4Weight, activations: str) -> str:
+    """How the first product reads its inputs; see `_multiply`."""
+    return "bf16" if weight.unpacked else {"fp8": "e4m3", "fp4": "e2m1"}[activations]
 
 
 def _rounded(x: Tensor, activations: str, form: str) -> tuple[Tensor, Tensor]:

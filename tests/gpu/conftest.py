@@ -12,6 +12,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuB
 
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     collect_ignore_glob = ["*"]
+elif int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    collect_ignore = ["test_parallel.py"]  # several ranks, under torchrun
 
 
 @pytest.fixture(autouse=True)

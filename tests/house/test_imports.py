@@ -19,8 +19,9 @@ ALLOWED = {
     "memory": BASE | {"dsv4_kernels"},
     "weights": BASE | {"dsv4_kernels"},
     "model": BASE | {"dsv4_kernels"},
+    "distributed": BASE | {"dsv4_kernels"},
     "speculative": BASE | {"dsv4_kernels", "memory", "model"},
-    "runner": BASE | {"dsv4_kernels", "memory", "weights", "model", "speculative", "constrained"},
+    "runner": BASE | {"dsv4_kernels", "memory", "weights", "model", "speculative", "constrained", "distributed"},
     "engine": BASE | {"scheduler", "cache", "runner"},
     "api": BASE | {"engine", "chat", "constrained"},
     "cli": BASE

@@ -278,12 +278,14 @@ def literal_expert(x: Tensor, w13: Tensor, w2: Tensor, weight: float, limit: flo
     return (rounded(hidden) @ w2.double().t()).to(dtype).double()
 
 
-@pytest.mark.parametrize("activations", ["bf16", "fp8", "fp4"])
+@pytest.mark.parametrize(("activations", "shared"), [("bf16", None), ("bf16", "fp8"), ("fp8", None), ("fp4", None)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", small(moe_cases))
-def test_mega_moe(case, dtype, activations):
+def test_mega_moe(case, dtype, activations, shared):
     inputs = case.make(12, dtype)
-    shared = "bf16" if activations == "bf16" else "fp8"  # its weights are FP8
+    if shared is not None:
+        inputs["quantize_shared"] = shared != "bf16"
+    shared = shared or ("bf16" if activations == "bf16" else "fp8")  # its weights are FP8
     limit = inputs["limit"]
     expected = torch.zeros(inputs["x"].shape, dtype=torch.float64)
     for token, x in enumerate(inputs["x"]):
@@ -294,7 +296,7 @@ def test_mega_moe(case, dtype, activations):
     actual = mega_moe(**inputs, activations=activations)
     assert actual.dtype == dtype
     # A hidden value at the edge of two codes may round either way after a float32 or a float64 sum.
-    assert_close(actual, expected, BOUND[dtype] if activations == "bf16" else 1e-2)
+    assert_close(actual, expected, BOUND[dtype] if activations == shared == "bf16" else 1e-2)
 
 
 def test_the_clamp_of_the_edge_case_bites():

@@ -11,11 +11,13 @@ import torch
 from support.models import BASE, oracle_logits, random_ids, small_config, small_transformer
 
 from dsv4_kernels.metadata import StepMetadata
-from dsv4serve.config import ModelConfig, Numerics, require_official_numerics
+from dsv4serve.config import ExpertActivations, ModelConfig, Numerics, load_engine_config, require_official_numerics
 from dsv4serve.memory import CacheLayout, CachePools
+from dsv4serve.model.transformer import Transformer
 from dsv4serve.model.whole import WholeSequence
 from dsv4serve.runner.paged import PagedStep
 from dsv4serve.types import PAGE_TOKENS, ConfigError
+from dsv4serve.weights.dummy import dummy_weights
 
 OFFICIAL = {
     **BASE,
@@ -92,3 +94,28 @@ def test_quantisation_points_change_the_result_and_only_slightly() -> None:
     official = oracle_logits(small_transformer(config, 3, Numerics.OFFICIAL), ids)
     difference = ((official - exact).norm() / exact.norm()).item()
     assert 0.01 < difference < 0.6
+
+
+@torch.inference_mode()
+def test_expert_activations_round_the_routed_experts_alone() -> None:
+    config = ModelConfig.from_dict(OFFICIAL)
+    weights, ids = dummy_weights(config, 3), random_ids(config, 40, 2)
+    logits = {}
+    for path in ExpertActivations:
+        transformer = Transformer(config, weights, Numerics.OFFICIAL, path)
+        assert all(layer.moe.activations == path for layer in [*transformer.blocks, transformer.mtp.block])
+        logits[path] = oracle_logits(transformer, ids)
+    released = Transformer(config, weights, Numerics.OFFICIAL)
+    assert torch.equal(oracle_logits(released, ids), logits[ExpertActivations.FP8])
+    assert not torch.equal(logits[ExpertActivations.BF16], logits[ExpertActivations.FP8])
+    assert not torch.equal(logits[ExpertActivations.FP4], logits[ExpertActivations.FP8])
+
+
+def test_exact_numerics_take_no_expert_activations() -> None:
+    with pytest.raises(ConfigError, match=r"expert_activations: .*only for --numerics official.*'fp4'"):
+        load_engine_config({"numerics": "exact", "expert_activations": "fp4"})
+    config = load_engine_config({"numerics": "exact", "expert_activations": "fp8"})  # the default, as given to children
+    assert (
+        Transformer(small_config(), dummy_weights(small_config(), 0), config.numerics).blocks[0].moe.activations
+        == "bf16"
+    )

@@ -23,11 +23,20 @@ from rich.progress import Progress
 
 from dsv4serve.cli.conversation import connect, served_model
 from dsv4serve.cli.record import append_record, make_record
-from dsv4serve.config import EngineConfig, Numerics
+from dsv4serve.config import EngineConfig, ExpertActivations, Numerics
 from dsv4serve.config.engine import default_model
 from dsv4serve.engine.private import private_server
 from dsv4serve.types import Dsv4Error
-from tools.demo_model.probing import SUITES, Row, Verdict, held_out, judge, render_table, tabulate
+from tools.demo_model.probing import (
+    SUITES,
+    Row,
+    Verdict,
+    add_expert_activations,
+    held_out,
+    judge,
+    render_table,
+    tabulate,
+)
 from tools.demo_model.sample import Answer, Probe
 
 NUM_STREAMS = 16
@@ -76,6 +85,18 @@ async def ask(
     return answers
 
 
+def engine_config(model: Path, expert_activations: ExpertActivations, **more: Any) -> EngineConfig:
+    """The private server's: `official` numerics, as many requests as are asked at a time."""
+    return EngineConfig(
+        model=model,
+        numerics=Numerics.OFFICIAL,
+        expert_activations=expert_activations,
+        max_running_requests=NUM_STREAMS,
+        log_level="warning",
+        **more,
+    )
+
+
 @contextlib.contextmanager
 def server(args: argparse.Namespace) -> Iterator[httpx.Client]:
     """A client of --url, or of a private server for --model."""
@@ -83,9 +104,7 @@ def server(args: argparse.Namespace) -> Iterator[httpx.Client]:
         with connect(args.url, "") as client:
             yield client
         return
-    config = EngineConfig(
-        model=args.model, numerics=Numerics.OFFICIAL, max_running_requests=NUM_STREAMS, log_level="warning"
-    )
+    config = engine_config(args.model, args.expert_activations)
     with private_server(config) as private, connect(private.url, private.api_key) as client:
         yield client
 
@@ -141,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", type=Path, default=default_model(), metavar="DIR", help="checkpoint (default: the embedded one)")
     add("--url", default="", help="ask this server instead of a private one for --model (default: none)")
+    add_expert_activations(parser)
     add("--num", type=int, metavar="N", help=f"probes of each category (default: {FULL_NUM})")
     add("--fast", action="store_true", help=f"{FAST_NUM} probes of each category, under 2 minutes (default: off)")
     add("--suite", action="append", choices=list(SUITES), help="only this section, repeatable (default: all)")
@@ -166,7 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.wrong:
         write_wrong(args.wrong, answered)
     if args.out:
-        settings = {"num_per_category": num, "suites": suites, "numerics": "official"}
+        settings = {"num_per_category": num, "suites": suites, "numerics": "official"} | (
+            {"url": args.url} if args.url else {"expert_activations": args.expert_activations}
+        )
         command = ["python", "-m", "tools.demo_model.evaluate", *words]
         append_record(args.out, make_record(command, "", settings, results_of(rows, verdicts, len(failed))))
     return 1 if failed or not all(verdict.passed for verdict in verdicts) else 0

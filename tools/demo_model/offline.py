@@ -27,7 +27,7 @@ from dsv4serve.chat.render import render
 from dsv4serve.chat.tokenizer import ChatTokenizer
 from dsv4serve.chat.tools import parse_tools
 from dsv4serve.cli.record import append_record, make_record
-from dsv4serve.config import EngineConfig, ModelConfig, Numerics
+from dsv4serve.config import EngineConfig, ExpertActivations, ModelConfig, Numerics
 from dsv4serve.config.engine import default_model
 from dsv4serve.engine.client import EngineClient
 from dsv4serve.engine.private import private_engine
@@ -40,7 +40,7 @@ from dsv4serve.weights import load_weights
 from tools.demo_model.drafts import Acceptance, draft_tokens
 from tools.demo_model.encoding import SampleEncoder
 from tools.demo_model.mix import batch
-from tools.demo_model.probing import SUITES, held_out
+from tools.demo_model.probing import SUITES, add_expert_activations, held_out
 from tools.demo_model.sample import Answer, Probe
 from tools.demo_model.schedule import CATEGORIES
 
@@ -62,11 +62,13 @@ class RandomChoice(WholeSequence):
         return select(scores, visible.expand(self.batch, -1), layer.config.index_topk)
 
 
-def load_model(directory: Path, numerics: Numerics) -> Transformer:
+def load_model(
+    directory: Path, numerics: Numerics, expert_activations: ExpertActivations = ExpertActivations.FP8
+) -> Transformer:
     """The reference model of a checkpoint folder."""
     config = ModelConfig.load(directory)
-    engine = EngineConfig(model=directory, numerics=numerics)
-    return Transformer(config, load_weights(engine, config), numerics)
+    engine = EngineConfig(model=directory, numerics=numerics, expert_activations=expert_activations)
+    return Transformer(config, load_weights(engine, config), numerics, expert_activations)
 
 
 # Nats
@@ -128,9 +130,13 @@ async def greedy(client: EngineClient, prompts: Sequence[tuple[list[int], int]])
     return await asyncio.gather(*(one(index, *prompt) for index, prompt in enumerate(prompts)))
 
 
-async def greedy_answers(directory: Path, prompts: Sequence[tuple[list[int], int]]) -> list[list[int]]:
+async def greedy_answers(
+    directory: Path, expert_activations: ExpertActivations, prompts: Sequence[tuple[list[int], int]]
+) -> list[list[int]]:
     """`greedy` of a private engine at `official` numerics."""
-    config = EngineConfig(model=directory, numerics=Numerics.OFFICIAL, log_level="warning")
+    config = EngineConfig(
+        model=directory, numerics=Numerics.OFFICIAL, expert_activations=expert_activations, log_level="warning"
+    )
     async with private_engine(config) as client:
         return await greedy(client, prompts)
 
@@ -192,7 +198,7 @@ def look_inside(
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All results; what is printed is printed as soon as it is known."""
     results: dict[str, Any] = {}
-    model = load_model(args.model, Numerics.OFFICIAL)
+    model = load_model(args.model, Numerics.OFFICIAL, args.expert_activations)
     models = [model, *([load_model(args.master, Numerics.EXACT)] if args.master else [])]
     results["nats"] = mix_nats(models, held_out_mix(args.model, args.batches))
     print(f"{'nats per token':<44}{'official':>10}{'master':>10}")
@@ -203,7 +209,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     questions = [(suite, probe) for suite in args.suite or SUITES for probe in held_out(suite, args.num)]
     prompts = [prompt_ids(tokenizer, probe) for _, probe in questions]
     limits = [(ids, probe.max_tokens) for ids, (_, probe) in zip(prompts, questions, strict=True)]
-    answers = asyncio.run(greedy_answers(args.model, limits))
+    answers = asyncio.run(greedy_answers(args.model, args.expert_activations, limits))
     answered = [(suite, probe, *ids) for (suite, probe), *ids in zip(questions, prompts, answers, strict=True)]
 
     drafts, recall = look_inside(model, tokenizer, answered)
@@ -234,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", type=Path, default=default_model(), metavar="DIR", help="checkpoint (default: the embedded one)")
     add("--master", type=Path, metavar="DIR", help="its BF16 master, for the nats (default: none)")
+    add_expert_activations(parser)
     add("--num", type=int, default=10, metavar="N", help="probes of each category (default: %(default)s)")
     add("--batches", type=int, default=8, metavar="N", help=f"of {ROWS} x {LENGTH} tokens, for nats (default: 8)")
     add("--suite", action="append", choices=list(SUITES), help="only this section, repeatable (default: all)")
@@ -241,7 +248,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     results = measure(args)
     if args.out:
-        settings = {"num_per_category": args.num, "batches": args.batches, "suites": args.suite or list(SUITES)}
+        settings = {
+            "num_per_category": args.num,
+            "batches": args.batches,
+            "suites": args.suite or list(SUITES),
+            "expert_activations": args.expert_activations,
+        }
         command = ["python", "-m", "tools.demo_model.offline", *words]
         append_record(args.out, make_record(command, "", settings, results))
     return 0

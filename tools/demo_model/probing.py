@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import random
 import re
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsv4serve.config import ExpertActivations
 from tools.demo_model.sample import Answer, Probe
 
 # Table section -> builder and the arguments of its `probes`.
@@ -135,6 +137,17 @@ def judge(rows: Iterable[Row], suites: Iterable[str]) -> list[Verdict]:
             true, judged = (sum(getattr(row, name)[gate.measure] for row in mine) for name in ("true", "judged"))
             verdicts.append(Verdict(gate, true / judged if judged else None))
     return verdicts
+
+
+def add_expert_activations(parser: argparse.ArgumentParser) -> None:
+    """The option of that name, for the programs that ask a model."""
+    parser.add_argument(
+        "--expert-activations",
+        type=ExpertActivations,
+        choices=list(ExpertActivations),
+        default=ExpertActivations.FP8,
+        help="inputs of the routed experts (default: %(default)s)",
+    )
 
 
 def render_table(rows: Iterable[Row], verdicts: Iterable[Verdict]) -> str:

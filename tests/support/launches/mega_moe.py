@@ -10,6 +10,9 @@ import triton
 
 from dsv4_kernels.cases import FLASH, PRO
 from dsv4_kernels.mega_moe import triton as moe
+from dsv4_kernels.mega_moe.parallel.expert_map import ExpertMap
+from dsv4_kernels.mega_moe.parallel.symmetric import Planes, Step, SymmetricExperts
+from dsv4_kernels.mega_moe.parallel.wire import RowFormat
 from dsv4_kernels.mega_moe.reference import Activations
 from dsv4_kernels.mega_moe.weights import Fp4Weight
 
@@ -20,7 +23,8 @@ RUNS = {
     for name, size in SIZES.items()
     for activations in get_args(Activations)
 }
-KERNELS = {"_fill_tiles", "_gate_up", "_down", "_combine", "_quantize"}
+KERNELS = {"_fill_tiles", "_gate_up", "_down", "_combine", "_quantize", "dispatch", "widen", "give_back"}
+FEW = 8  # tokens; so many are sent between ranks too
 
 
 def weight(num_experts: int, num_rows: int, depth: int, unpacked: bool) -> Fp4Weight:
@@ -48,6 +52,31 @@ def launch(run: str) -> None:
         limit=shapes.swiglu_limit,
         activations=activations,
     )
+    if num_tokens == FEW:
+        launch_parallel(x, top_k, shapes.n_routed_experts, activations)
+
+
+class Anywhere:
+    """The memory of two ranks, neither of which is there."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.mine = torch.empty(num_bytes, dtype=torch.uint8)
+        self.addresses = torch.zeros(2, dtype=torch.int64)
+
+    def barrier(self) -> None:
+        pass
+
+
+def launch_parallel(x: torch.Tensor, top_k: int, num_experts: int, activations: Activations) -> None:
+    """What expert parallelism adds."""
+    planes = Planes.build(RowFormat(x.shape[1], top_k, activations), 2, len(x))
+    experts = ExpertMap.build([range(num_experts // 2), range(num_experts // 2, num_experts)], num_experts)
+    owner = SymmetricExperts(0, experts, planes, Anywhere(planes.num_bytes))
+    ids = torch.zeros(len(x), top_k, dtype=torch.int64)
+    step = Step(owner, x, ids, torch.ones(len(x), top_k), len(x), 1)
+    step.dispatch(0)
+    step.inputs(0, unpacked=True)
+    step.give_back(0, torch.empty(2 * len(x) * top_k, x.shape[1], dtype=torch.bfloat16))
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:

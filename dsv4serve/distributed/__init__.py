@@ -1,0 +1,1 @@
+"""Ranks, their process groups, and which rank holds which experts."""
