@@ -11,6 +11,7 @@ import triton
 from dsv4_kernels.cases import FLASH, PRO
 from dsv4_kernels.mega_moe import triton as moe
 from dsv4_kernels.mega_moe.reference import Activations
+from dsv4_kernels.mega_moe.shared import swiglu_fp8
 from dsv4_kernels.mega_moe.weights import Fp4Weight
 
 SIZES = {"pro, 8 tokens": (PRO, 8), "pro, 1024 tokens": (PRO, 1024), "pro, 2048 tokens": (PRO, 2048)}
@@ -20,7 +21,7 @@ RUNS = {
     for name, size in SIZES.items()
     for activations in get_args(Activations)
 }
-KERNELS = {"_fill_tiles", "_gate_up", "_down", "_combine", "_quantize"}
+KERNELS = {"_fill_tiles", "_gate_up", "_down", "_combine", "_quantize", "_swiglu"}
 
 
 def weight(num_experts: int, num_rows: int, depth: int, unpacked: bool) -> Fp4Weight:
@@ -38,6 +39,7 @@ def launch(run: str) -> None:
     unpacked = activations == "bf16" or triton.runtime.driver.active.get_current_target().arch < 100
     hidden, width, top_k = shapes.hidden_size, shapes.moe_intermediate_size, shapes.num_experts_per_tok
     x = torch.empty(num_tokens, hidden, dtype=torch.bfloat16)
+    swiglu_fp8(torch.empty(num_tokens, 2 * width, dtype=torch.bfloat16), shapes.swiglu_limit)
     moe.mega_moe(
         x,
         torch.zeros(num_tokens, top_k, dtype=torch.int64),
