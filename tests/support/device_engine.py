@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from support.models import random_ids
+from support.models import oracle_logits, random_ids
 from torch import Tensor
 
 from dsv4_kernels.kv_store import decode
@@ -26,7 +26,7 @@ from dsv4serve.model.transformer import Transformer
 from dsv4serve.model.whole import WholeSequence
 from dsv4serve.runner.device_step import PagedDeviceStep
 from dsv4serve.runner.paged import PagedStep
-from dsv4serve.types import PAGE_TOKENS
+from dsv4serve.types import PAGE_TOKENS, Request, RequestOutput
 
 LAYER_BOUND = 1e-2  # one sublayer, the same input
 LOGITS_BOUND = 5e-2  # median row, all layers
@@ -192,3 +192,12 @@ def regret(expected: Tensor, tokens: Sequence[int]) -> float:
     """How much less the reference likes these tokens than its own: the largest difference of logits."""
     chosen = expected.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
     return float((expected.max(-1).values - chosen).max())
+
+
+def check_generation(reference: Transformer, requests: list[Request], outputs: dict[str, RequestOutput]) -> None:
+    """Greedy tokens are the reference's on the same history, but for near ties."""
+    for request in requests:
+        tokens = outputs[request.request_id].token_ids
+        assert len(tokens) == request.sampling.max_tokens
+        expected = oracle_logits(reference, request.prompt_ids + tokens[:-1])[len(request.prompt_ids) - 1 :]
+        assert regret(expected, tokens) <= NEAR_TIE, request.request_id

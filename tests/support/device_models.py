@@ -21,7 +21,7 @@ RAW: dict[str, Any] = {
     **BASE,
     "vocab_size": 160,
     "hidden_size": 128,
-    "hc_sinkhorn_iters": 4,  # each is many calls of the interpreter
+    "hc_sinkhorn_iters": 2,  # each is many calls of the interpreter
     "num_hidden_layers": 3,
     "compress_ratios": [0, 4, 128, 0],
     "num_attention_heads": 4,
