@@ -65,7 +65,7 @@ def test_sizes_that_no_kernel_takes_are_named(changes, message):
 
 def test_the_cache_gets_a_share_of_what_the_weights_leave(folder):
     free = RESERVE_BYTES + device_bytes(CONFIG) + (12 << 20)
-    plan = device_plan(config(folder, memory_fraction=0.5, max_running_requests=2), CONFIG, free)
+    plan = device_plan(config(folder, memory_fraction=0.5), CONFIG, free)
     assert plan.total_bytes <= 6 << 20
     assert plan.total_bytes >= 5 << 20
     with pytest.raises(CapacityError, match=r"the weights need [\d,]+ bytes on the device; [\d,]+ are free"):
