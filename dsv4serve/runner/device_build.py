@@ -11,7 +11,7 @@ from dsv4serve.model.device import DeviceTransformer
 from dsv4serve.runner.build import cache_plan
 from dsv4serve.runner.device_runner import DeviceRunner
 from dsv4serve.runner.graphs import warm_prefill
-from dsv4serve.types import ConfigError, KernelUnavailable
+from dsv4serve.types import CapacityError, ConfigError, KernelUnavailable
 from dsv4serve.weights.device import device_bytes, require_device_memory
 from dsv4serve.weights.device_loader import load_device_weights
 
@@ -54,7 +54,10 @@ def free_device_bytes() -> int:
 def device_plan(config: EngineConfig, model: ModelConfig, free_bytes: int) -> CapacityPlan:
     """The capacity plan on a device with `free_bytes`: what weights and RESERVE_BYTES leave is there to be shared."""
     require_device_memory(model, free_bytes - RESERVE_BYTES)
-    return cache_plan(config, model, free_bytes - RESERVE_BYTES - device_bytes(model))
+    left = free_bytes - RESERVE_BYTES - device_bytes(model)
+    if config.cache_bytes > left:
+        raise CapacityError(f"cache_bytes is {config.cache_bytes:,}; the weights leave {left:,} bytes on the device")
+    return cache_plan(config, model, left)
 
 
 def require_settings(config: EngineConfig) -> None:

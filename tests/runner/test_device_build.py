@@ -70,6 +70,8 @@ def test_the_cache_gets_a_share_of_what_the_weights_leave(folder):
     assert plan.total_bytes >= 5 << 20
     with pytest.raises(CapacityError, match=r"the weights need [\d,]+ bytes on the device; [\d,]+ are free"):
         device_plan(config(folder), CONFIG, RESERVE_BYTES + device_bytes(CONFIG) - 1)
+    with pytest.raises(CapacityError, match=r"cache_bytes is 12,582,913; the weights leave 12,582,912 bytes"):
+        device_plan(config(folder, cache_bytes=(12 << 20) + 1), CONFIG, free)
 
 
 def test_check_prints_what_would_run_each_operation(folder, capsys):

@@ -12,6 +12,7 @@ from support.models import BASE
 from dsv4serve.config import EngineConfig, ModelConfig, Numerics
 from dsv4serve.model.device import DeviceTransformer
 from dsv4serve.model.transformer import Transformer
+from dsv4serve.runner.device_build import FIRST_FP4
 from dsv4serve.weights import dummy_weights, load_weights, write_checkpoint
 from dsv4serve.weights.device_loader import load_device_weights
 from dsv4serve.weights.export import exported_config
@@ -50,4 +51,6 @@ def both(directory: Path, device: torch.device) -> tuple[Transformer, DeviceTran
     """The CPU reference with official numerics and the device's network, from one checkpoint."""
     config = EngineConfig(model=directory)
     reference = Transformer(CONFIG, load_weights(config, CONFIG), Numerics.OFFICIAL)
-    return reference, DeviceTransformer(CONFIG, load_device_weights(config, CONFIG, device, unpacked=True))
+    # Where there is no GPU, the form of Hopper.
+    unpacked = device.type == "cpu" or torch.cuda.get_device_capability(device)[0] < FIRST_FP4
+    return reference, DeviceTransformer(CONFIG, load_device_weights(config, CONFIG, device, unpacked))
