@@ -43,13 +43,11 @@ class DeviceRunner(Runner):
         self.forward = DeviceForward(transformer, self.pools, max_pages)
         self.decode_steps = DecodeSteps(self.forward, plan.num_slots)
         self._max_pages = max_pages
-        self._places: list[int] = []  # of the page table, with what is to be written there before the next forward
-        self._pages: list[int] = []
+        self._new_pages: dict[int, int] = {}  # by place in the page table, to be written before the next forward
 
     def _append(self, append: PageAppend) -> None:
         first = append.slot * self._max_pages + self._slots.append(append)
-        self._places += range(first, first + len(append.pages))
-        self._pages += append.pages
+        self._new_pages |= enumerate(append.pages, start=first)
 
     def _logits(self, streams: Streams) -> Tensor:
         """Float32 logits on the host."""
@@ -60,9 +58,9 @@ class DeviceRunner(Runner):
         batch = [chunk.slot for chunk in chunks] + output.decodes
         counts = [len(chunk.token_ids) for chunk in chunks] + [1] * len(output.decodes)
         columns = self._columns(batch, counts)
-        if self._places:
-            self.forward.append_pages(self._places, self._pages)
-            self._places, self._pages = [], []
+        if self._new_pages:
+            self.forward.append_pages(list(self._new_pages), list(self._new_pages.values()))
+            self._new_pages = {}
         result = StepOutput(step_id=output.step_id, prepare_s=perf_counter() - begin)
         if chunks:
             ids = [token for chunk in chunks for token in chunk.token_ids] + [LAST_TOKEN] * len(output.decodes)
