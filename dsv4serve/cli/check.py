@@ -9,14 +9,18 @@ import platform
 from collections.abc import Sequence
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from dsv4serve import __version__
 from dsv4serve.cli.flags import add_engine_flags, engine_config
-from dsv4serve.config import EngineConfig, LoadFormat, ModelConfig, Numerics
+from dsv4serve.config import Device, EngineConfig, LoadFormat, ModelConfig, Numerics
+from dsv4serve.obs.memory import available_memory_bytes
+
+if TYPE_CHECKING:
+    from dsv4serve.memory import CapacityPlan
 
 MIB = 1 << 20
 PACKAGES = ("torch", "triton", "flashinfer-python", "nvidia-cutlass-dsl", "apache-tvm-ffi", "pyzmq", "tokenizers")
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         return _golden(console, args.golden)
     config = engine_config(args)
     _environment(console)
-    _kernels(console)
+    _kernels(console, config.device)
     _capacity(console, config)
     _checkpoint(console, config)
     return 0
@@ -101,21 +105,31 @@ def _environment(console: Console) -> None:
     _print_table(console, "Environment", ("what", "found"), rows)
 
 
-def _kernels(console: Console) -> None:
+def _kernels(console: Console, device: Device) -> None:
     from dsv4_kernels import cpu
 
-    if cpu.library is None:
-        console.print("The C kernels are not built: install from the source with a C compiler to have them")
-    rows = [
-        (operation, "C for float32, else reference" if cpu.takes(operation) else "reference (torch, CPU)")
-        for operation in OPERATIONS
-    ]
-    _print_table(console, "Kernels", ("operation", "backend"), rows)
+    if device is Device.CUDA:
+        rows = [(operation, _cuda_backend(operation)) for operation in OPERATIONS]
+    else:
+        if cpu.library is None:
+            console.print("The C kernels are not built: install from the source with a C compiler to have them")
+        rows = [
+            (operation, "C for float32, else reference" if cpu.takes(operation) else "reference (torch, CPU)")
+            for operation in OPERATIONS
+        ]
+    _print_table(console, f"Kernels, device {device.value}", ("operation", "backend"), rows)
+
+
+def _cuda_backend(operation: str) -> str:
+    """What runs an operation on a GPU: its Triton kernels, or torch where the reference is a few calls that a GPU can
+    run as they are."""
+    if (resources.files("dsv4_kernels") / operation / "triton.py").is_file():
+        return "Triton"
+    return {"metadata": "torch on the GPU", "rope": "torch on the GPU, or within other kernels"}.get(operation, "none")
 
 
 def _capacity(console: Console, config: EngineConfig) -> None:
     from dsv4serve.memory import CacheLayout, plan_capacity
-    from dsv4serve.runner import cache_plan
     from dsv4serve.weights.inventory import inventory
 
     plans = []
@@ -129,8 +143,7 @@ def _capacity(console: Console, config: EngineConfig) -> None:
         layout = CacheLayout.build(model, Numerics.OFFICIAL, num_draft_tokens=1)
         plan = plan_capacity(layout, budget, num_slots, model.max_position_embeddings)
         plans.append((f"{name}, {placement}\nper GPU, projection", plan))
-    here = cache_plan(config, ModelConfig.load(config.model))
-    plans.append((f"{config.model_name}\nthis machine's CPU", here))
+    plans.append((f"{config.model_name}\nthis machine's {config.device.value}", _plan_here(config)))
     rows: list[list[object]] = [
         ["cache bytes", *(plan.total_bytes for _, plan in plans)],
         ["slots", *(plan.num_slots for _, plan in plans)],
@@ -143,6 +156,20 @@ def _capacity(console: Console, config: EngineConfig) -> None:
         ["longest request", *(plan.max_model_len for _, plan in plans)],
     ]
     _print_table(console, "Capacity plan", ("quantity", *(name for name, _ in plans)), rows)
+
+
+def _plan_here(config: EngineConfig) -> CapacityPlan:
+    """The plan that `dsv4serve launch` would make. Raises as it would."""
+    from dsv4serve.runner import cache_plan
+
+    model = ModelConfig.load(config.model)
+    if config.device is Device.CPU:
+        return cache_plan(config, model, available_memory_bytes())
+    from dsv4serve.runner.device_build import device_plan, free_device_bytes, require_kernels, require_settings
+
+    require_settings(config)
+    require_kernels(model)
+    return device_plan(config, model, free_device_bytes())
 
 
 def _checkpoint(console: Console, config: EngineConfig) -> None:

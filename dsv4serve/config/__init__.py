@@ -1,6 +1,7 @@
 """Model facts (config.json) and engine choices (flags = environment = recipe)."""
 
 from dsv4serve.config.engine import (
+    Device,
     DraftMode,
     EffortContract,
     EngineConfig,
@@ -13,6 +14,7 @@ from dsv4serve.config.engine import (
 from dsv4serve.config.model import ModelConfig, RopeScaling, require_official_numerics
 
 __all__ = [
+    "Device",
     "DraftMode",
     "EffortContract",
     "EngineConfig",

@@ -43,6 +43,13 @@ class EffortContract(StrEnum):
     SINCE_0731 = "0731"  # V4-Flash-0731, V4-Pro-0813
 
 
+class Device(StrEnum):
+    """What computes."""
+
+    CPU = "cpu"
+    CUDA = "cuda"  # one GPU, by the Triton kernels
+
+
 class DraftMode(StrEnum):
     """How many drafts a step verifies, up to num_draft_tokens."""
 
@@ -74,6 +81,9 @@ class EngineConfig(BaseSettings):
         Field(description="other names that mean the served model, such as claude-* (shell patterns); repeatable"),
     ] = ()
     load_format: Annotated[LoadFormat, Field(description="where weights come from")] = LoadFormat.SAFETENSORS
+    device: Annotated[Device, Field(description="what computes: cpu, or cuda for one GPU (official numerics only)")] = (
+        Device.CPU
+    )
     numerics: Annotated[Numerics, Field(description="exact = float32, official = the released quantisation")] = (
         Numerics.OFFICIAL
     )

@@ -38,27 +38,32 @@ class CachePools:
     Args:
         layout: byte layout of the model.
         num_slots, num_pages, num_tails: how many of each; allocated here, once.
+        device: where.
     """
 
-    def __init__(self, layout: CacheLayout, num_slots: int, num_pages: int, num_tails: int) -> None:
-        self.layout = layout
+    def __init__(
+        self, layout: CacheLayout, num_slots: int, num_pages: int, num_tails: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.layout, self._device = layout, device
         self.num_slots, self.num_pages, self.num_tails = num_slots, num_pages, num_tails
         self.layers = [self._layer(layer, num_slots, num_pages) for layer in layout.layers]
-        self.streams = torch.zeros(num_slots, layout.stream_bytes, dtype=torch.uint8)
+        self.streams = torch.zeros(num_slots, layout.stream_bytes, dtype=torch.uint8, device=device)
         self._tail_rings = [
             [
-                torch.zeros(num_tails, len(ring) // (num_slots + 1), ring.shape[1], dtype=torch.uint8)
+                torch.zeros(num_tails, len(ring) // (num_slots + 1), ring.shape[1], dtype=torch.uint8, device=device)
                 for ring in layer.rings()
             ]
             for layer in self.layers
         ]
-        self._tail_streams = torch.zeros(num_tails, layout.stream_bytes, dtype=torch.uint8)
+        self._tail_streams = torch.zeros(num_tails, layout.stream_bytes, dtype=torch.uint8, device=device)
 
     def _layer(self, layer: LayerLayout, num_slots: int, num_pages: int) -> LayerCache:
         def rows(row_format: RowFormat | None, num_rows: int) -> Planes | None:
             if row_format is None:
                 return None
-            return tuple(torch.zeros(num_rows, width, dtype=torch.uint8) for width in row_format.plane_bytes)
+            return tuple(
+                torch.zeros(num_rows, width, dtype=torch.uint8, device=self._device) for width in row_format.plane_bytes
+            )
 
         window_rows = (num_slots + 1) * self.layout.window_ring_rows
         state_rows = (num_slots + 1) * self.layout.c4_ring_rows
@@ -67,7 +72,8 @@ class CachePools:
         assert window is not None
         c128 = None
         if layer.c128_state_dim:
-            c128 = torch.zeros(num_slots + 1, self.layout.c128_banks, C128_STATE_ROWS, layer.c128_state_dim)
+            shape = (num_slots + 1, self.layout.c128_banks, C128_STATE_ROWS, layer.c128_state_dim)
+            c128 = torch.zeros(shape, device=self._device)
         return LayerCache(
             layout=layer,
             window=window,

@@ -27,8 +27,8 @@ class HyperConnection:
     @classmethod
     def load(cls, params: Mapping[str, Tensor], prefix: str, hc_mult: int) -> HyperConnection:
         """Read hc parameters named `prefix` + fn, base, scale; each of the three scales is repeated for its mixes."""
-        repeats = torch.tensor([hc_mult, hc_mult, hc_mult * hc_mult])
-        scale = params[prefix + "scale"].repeat_interleave(repeats)
+        scale = params[prefix + "scale"]
+        scale = scale.repeat_interleave(torch.tensor([hc_mult, hc_mult, hc_mult * hc_mult], device=scale.device))
         return cls(params[prefix + "fn"], params[prefix + "base"], scale)
 
 

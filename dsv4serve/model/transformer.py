@@ -35,6 +35,7 @@ class Transformer:
         if quantize:
             require_official_numerics(config)
         self.config = config
+        self.device = torch.device("cpu")
         self.dtype = torch.bfloat16 if quantize else torch.float32
         self.embedding, self.head = params["embed.weight"], params["head.weight"]
         self.blocks = [

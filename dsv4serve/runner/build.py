@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dsv4_kernels import cpu
-from dsv4serve.config import EngineConfig, ModelConfig, Numerics
+from dsv4serve.config import Device, EngineConfig, ModelConfig, Numerics
 from dsv4serve.constrained.vocabulary import read_vocabulary
 from dsv4serve.memory import CacheLayout, CapacityPlan, plan_capacity
 from dsv4serve.model.transformer import Transformer
@@ -24,7 +24,11 @@ def build_runner(config: EngineConfig, progress: bool = False) -> Runner:
     """
     torch.set_num_threads(config.threads)
     model = ModelConfig.load(config.model)
-    plan = cache_plan(config, model)
+    if config.device is Device.CUDA:
+        from dsv4serve.runner.device_build import build_device_runner  # Triton is not installed everywhere
+
+        return build_device_runner(config, model, progress)
+    plan = cache_plan(config, model, available_memory_bytes())
     if config.num_draft_tokens and not model.num_nextn_predict_layers:
         raise ConfigError(
             f"num_draft_tokens is {config.num_draft_tokens}, but {config.model} has no MTP block "
@@ -42,10 +46,10 @@ def build_runner(config: EngineConfig, progress: bool = False) -> Runner:
     )
 
 
-def cache_plan(config: EngineConfig, model: ModelConfig) -> CapacityPlan:
-    """The capacity plan that this configuration gets on this machine."""
+def cache_plan(config: EngineConfig, model: ModelConfig, free_bytes: int) -> CapacityPlan:
+    """The capacity plan that this configuration gets where `free_bytes` are left."""
     layout = CacheLayout.build(model, config.numerics, config.num_draft_tokens)
-    budget = config.cache_bytes or int(config.memory_fraction * available_memory_bytes())
+    budget = config.cache_bytes or int(config.memory_fraction * free_bytes)
     return plan_capacity(
         layout, budget, config.max_running_requests, model.max_position_embeddings, config.max_model_len
     )

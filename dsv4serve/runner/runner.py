@@ -22,7 +22,7 @@ from dsv4serve.runner.sampler import Drafts, Sampler, row_bytes
 from dsv4serve.runner.sentinel import Sentinel
 from dsv4serve.runner.slots import SlotTable
 from dsv4serve.speculative import Advance, MtpChain
-from dsv4serve.types import PAGE_TOKENS, Chunk, Constraint, SchedulerOutput, StepOutput, Verify
+from dsv4serve.types import PAGE_TOKENS, Chunk, Constraint, PageAppend, SchedulerOutput, StepOutput, Verify
 
 
 class Runner:
@@ -45,7 +45,7 @@ class Runner:
     ) -> None:
         self.transformer = transformer
         self._observer = observer
-        self.pools = CachePools(plan.layout, plan.num_slots, plan.num_pages, plan.num_tails)
+        self.pools = CachePools(plan.layout, plan.num_slots, plan.num_pages, plan.num_tails, transformer.device)
         self.num_slots, self.num_pages, self.num_tails = plan.num_slots, plan.num_pages, plan.num_tails
         self.max_model_len = plan.max_model_len
         self.vocab_size = transformer.config.vocab_size
@@ -72,13 +72,19 @@ class Runner:
             else:
                 self.pools.init_slot(start.slot)
         for append in output.page_appends:
-            slots.append(append)
+            self._append(append)
         result = self._forward(output, begin) if output.num_tokens else StepOutput(step_id=output.step_id)
         if isinstance(self._observer, Sentinel):
             result.first_nonfinite, self._observer.first = self._observer.first, ""
         for snapshot in output.snapshots:
             self.pools.snapshot(snapshot.slot, snapshot.tail)
         return result
+
+    def _append(self, append: PageAppend) -> None:
+        self._slots.append(append)
+
+    def _logits(self, streams: Tensor) -> Tensor:
+        return self.transformer.logits(streams)
 
     def prepare(self, constraint: Constraint) -> Future[None]:
         """Compile a request's constraint beside the steps; see Constraints.prepare."""
@@ -207,5 +213,5 @@ class Runner:
             if next_ids:
                 num_top = self._slots.params(chunk.slot).num_prompt_logprobs or 0
                 result.prompt_logprobs[chunk.slot] = logprobs.of_prompt(
-                    self.transformer.logits, streams[first : first + len(next_ids)], next_ids, num_top
+                    self._logits, streams[first : first + len(next_ids)], next_ids, num_top
                 )

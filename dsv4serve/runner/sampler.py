@@ -34,7 +34,7 @@ class Sampler:
         numbers = [uniform(p.seed, slots.num_outputs[slot]) for p, slot in zip(params, batch, strict=True)]
         token_ids = sample(logits, **_settings(params), uniform=torch.tensor(numbers, dtype=torch.float64)).tolist()
         for place, (slot, token) in enumerate(zip(batch, token_ids, strict=True)):
-            self._take(slot, [token], result)
+            self.take(slot, [token], result)
             raw.report(place, slot, [token], result)
 
     def start_drafts(self, batch: list[int]) -> Drafts:
@@ -65,11 +65,12 @@ class Sampler:
         num_accepted: list[int] = accepted.tolist()
         for place, (slot, count, token) in enumerate(zip(batch, num_accepted, next_ids.tolist(), strict=True)):
             tokens = [*token_ids[place][:count], token]
-            self._take(slot, tokens, result)
+            self.take(slot, tokens, result)
             raw.report(place, slot, tokens, result)
         return num_accepted
 
-    def _take(self, slot: int, tokens: list[int], result: StepOutput) -> None:
+    def take(self, slot: int, tokens: list[int], result: StepOutput) -> None:
+        """Tell everybody of the new tokens of a slot's request."""
         for token in tokens:
             self._slots.sampled(slot, token)
             if (wrong := self._constraints.accept(slot, token)) is not None:

@@ -57,12 +57,13 @@ class SlotTable:
         first = self.num_computed[slot] + 1
         return self._prompt_ids[slot][first : first + num_tokens]
 
-    def append(self, append: PageAppend) -> None:
-        """Pages join the slot's table."""
+    def append(self, append: PageAppend) -> int:
+        """Pages join the slot's table; returns the place of the first of them."""
         first = self._num_pages[append.slot]
         end = first + len(append.pages)
         self._page_table[append.slot, first:end] = append.pages
         self._num_pages[append.slot] = end
+        return first
 
     def page_table(self, slots: list[int]) -> npt.NDArray[np.int64]:
         """int64 [len(slots), most pages of any of them], -1 = none."""

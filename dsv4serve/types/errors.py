@@ -62,3 +62,7 @@ class CheckpointError(Dsv4Error):
 
 class CapacityError(ConfigError):
     """The memory budget cannot hold what was asked for."""
+
+
+class KernelUnavailable(ConfigError):
+    """No kernel of the chosen device takes this model. Names the argument and what is supported."""

@@ -13,7 +13,7 @@ from dsv4serve.weights.layout import allocate, official_view, value_specs
 # Standard deviation of a matrix is gain / sqrt(columns), so that every product keeps the scale of its input.
 # Routing and pooling gates are sharper than 1 so that discrete choices differ between tokens; what is added to
 # the streams is weaker than 1 so that depth does not drown the token itself.
-_GAINS = {"gate": 1.5, "wgate": 1.5, "w1": 1.3, "w3": 1.3, "w2": 0.4, "wo_b": 0.4, "head": 2.0}
+GAINS = {"gate": 1.5, "wgate": 1.5, "w1": 1.3, "w3": 1.3, "w2": 0.4, "wo_b": 0.4, "head": 2.0}
 
 
 def dummy_weights(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
@@ -28,19 +28,20 @@ def dummy_weights(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     for name, spec in value_specs(config):
         view = official_view(weights, name)
         if name.endswith(".tid2eid"):
-            _fill_distinct(view, config.n_routed_experts, generator)
+            fill_distinct(view, config.n_routed_experts, generator)
             continue
-        _fill(view, name, config, generator)
+        fill(view, name, config, generator)
         if spec.dtype == "BF16":
             view.copy_(view.bfloat16())
     return weights
 
 
-def _fill(view: torch.Tensor, name: str, config: ModelConfig, generator: torch.Generator) -> None:
+def fill(view: torch.Tensor, name: str, config: ModelConfig, generator: torch.Generator) -> None:
+    """Random values for the official tensor `name` into `view`, of its shape and on the generator's device."""
     parts = name.split(".")
     leaf = parts[-1]
     if leaf == "weight" and view.ndim == 2:
-        gain = math.sqrt(view.shape[1]) if parts[0] == "embed" else _GAINS.get(parts[-2], 1.0)
+        gain = math.sqrt(view.shape[1]) if parts[0] == "embed" else GAINS.get(parts[-2], 1.0)
         view.normal_(0, gain / math.sqrt(view.shape[1]), generator=generator)
     elif leaf == "weight":  # norms; keys are louder, so that attention is not flat
         view.normal_(1, 0.15, generator=generator)
@@ -64,6 +65,7 @@ def _fill_hyper_connection(view: torch.Tensor, leaf: str, config: ModelConfig, g
             view[2 * streams :].view(streams, streams).diagonal().add_(1.5)
 
 
-def _fill_distinct(view: torch.Tensor, num_experts: int, generator: torch.Generator) -> None:
+def fill_distinct(view: torch.Tensor, num_experts: int, generator: torch.Generator) -> None:
     """Distinct random experts per token: the first columns of a random permutation of each row."""
-    view.copy_(torch.rand(view.shape[0], num_experts, generator=generator).argsort(dim=1)[:, : view.shape[1]])
+    order = torch.rand(view.shape[0], num_experts, generator=generator, device=view.device).argsort(dim=1)
+    view.copy_(order[:, : view.shape[1]])

@@ -40,20 +40,35 @@ class CheckpointReader:
 
         Raises CheckpointError for a NaN scale, a value that is not finite, or an expert id outside the model.
         """
+        values, scale = self.read_stored(name)
+        if scale is None:
+            return values
+        fp4 = values.dtype is torch.int8
+        values = dequantize_fp4_weight(values, scale) if fp4 else dequantize_fp8_blocks(values, scale)
+        if not bool(torch.isfinite(values).all()):
+            raise CheckpointError(f"{self._where(name)} has values that are not finite")
+        return values
+
+    def read_stored(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """`name` as it is stored, and its E8M0 scales as bytes if it is quantised. Raises as `read`."""
         values = self._stored(name)
-        scale_name = name.removesuffix("weight") + "scale"
         if name.endswith(".tid2eid"):
             self._check_expert_ids(name, values)
-            return values
+            return values, None
+        scale_name = name.removesuffix("weight") + "scale"
+        scale = None
         if name.endswith(".weight") and scale_name in self._index.specs:
             scale = self._stored(scale_name).view(torch.uint8)
             if bool((scale == NAN_SCALE).any()):
                 raise CheckpointError(f"{self._where(scale_name)} has a NaN scale (E8M0 byte 255)")
-            fp4 = self._index.specs[name].dtype == "I8"
-            values = dequantize_fp4_weight(values, scale) if fp4 else dequantize_fp8_blocks(values, scale)
-        if not bool(torch.isfinite(values).all()):
+        is_finite = True  # of FP4 every code is
+        if values.dtype is torch.float8_e4m3fn:
+            is_finite = not bool((values.view(torch.uint8) & 0x7F == 0x7F).any())
+        elif values.is_floating_point():
+            is_finite = bool(torch.isfinite(values).all())
+        if not is_finite:
             raise CheckpointError(f"{self._where(name)} has values that are not finite")
-        return values
+        return values, scale
 
     def stored_bytes(self, name: str) -> int:
         """Bytes that `read(name)` takes from disk."""

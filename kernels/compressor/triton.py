@@ -1,4 +1,4 @@
-"""KV compression in Triton: from raw rows to stored entries in one launch per compressor. Not used by the engine yet.
+"""KV compression in Triton: from raw rows to stored entries in one launch per compressor.
 
 Any mix of decode, verify and prefill rows. The raw rows of a step are read where the projection left them; the position
 bias, pooling, rounding, RMSNorm, RoPE, quantisation, the store into the page row and the slot's state are one kernel.

@@ -1,4 +1,4 @@
-"""The indexer in Triton: queries, scores over pages of FP4 keys, exact top-k. Not used by the engine yet.
+"""The indexer in Triton: queries, scores over pages of FP4 keys, exact top-k.
 
 Rounding points are the official ones, as in the bfloat16 reference: dots, products and sums are bfloat16. A dot of FP4
 vectors is exact in float32 unless their scales differ by more than 2^10, so it does not depend on its order; the sum

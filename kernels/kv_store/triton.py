@@ -1,7 +1,7 @@
 """Window rows and queries in Triton: norm, RoPE, quantisation and the writes of a step, one launch each.
 
 Equal to `rms_norm`, `head_norm`, `apply_rope` and `encode` (Format.KV_FP8) of the references, one after the other,
-rounded at the same points. Not used by the engine yet.
+rounded at the same points.
 
 A step stores its window rows in order into a workspace, the step rows, where its own attention reads them. The ring of
 a slot gets them at once when they fit beside the rows that this step still reads (at most `room` of them), else by

@@ -1,6 +1,6 @@
 """The routed experts in Triton, with FP4 weights in memory; the shared expert's output is given and added.
 
-Equal to `mega_moe` of the reference at every rounding point. Not used by the engine yet. Launches: round x (unless it
+Equal to `mega_moe` of the reference at every rounding point. Launches: round x (unless it
 stays bf16), `_fill_tiles`, `_gate_up`, `_down`, `_combine`; no copy of x in expert order, tokens are gathered by index.
 
 Rows of the weight are the rows of a tile and tokens its columns, because few tokens fill no 128 rows, which tensor

@@ -80,6 +80,29 @@ def relayout(packed: Tensor, scale: Tensor, *, unpacked: bool) -> Fp4Weight:
     return Fp4Weight(values, scales, unpacked)
 
 
+def empty_experts(num_experts: int, num_rows: int, depth: int, *, unpacked: bool, device: torch.device) -> Fp4Weight:
+    """Weights [E, rows, K] to be written by `write_expert`. Raises ValueError where K is not a multiple of 128."""
+    if depth % SCALE_BLOCK:
+        raise ValueError(f"empty_experts: K is {depth}; expected a multiple of {SCALE_BLOCK}")
+    values = torch.empty(num_experts, num_rows, depth // 2, dtype=torch.uint8, device=device)
+    scales = torch.empty(num_experts, depth // SCALE_BLOCK, num_rows, 4, dtype=torch.uint8, device=device)
+    return Fp4Weight(values.view(torch.int32) if unpacked else values, scales, unpacked)
+
+
+def write_expert(weight: Fp4Weight, expert: int, first_row: int, packed: Tensor, scale: Tensor) -> None:
+    """Store a matrix of one expert as the checkpoint has it, see `relayout`, as rows first_row .. of its weight.
+
+    Args:
+        packed: uint8 or int8 [n, K / 2]; scale: E8M0 [n, K / 32] (uint8 or float8_e8m0fnu); on the weight's device.
+    """
+    num_rows = packed.shape[0]
+    rows = slice(first_row, first_row + num_rows)
+    packed = packed.view(torch.uint8)
+    weight.values[expert, rows].view(torch.uint8).copy_(_arrange(packed) if weight.unpacked else packed)
+    grouped = scale.view(torch.uint8).view(num_rows, -1, 4).transpose(0, 1)
+    weight.scales[expert, :, rows].copy_(grouped)
+
+
 def _arrange(packed: Tensor) -> Tensor:
     """Codes uint8 [rows, K / 2] with their bits where the module docstring says."""
     num_rows, half = packed.shape

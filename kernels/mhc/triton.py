@@ -1,6 +1,6 @@
 """Hyper-connections in Triton: the boundary between two sublayers in two launches, and the final collapse.
 
-Equal to `mhc_post`, `mhc_pre` and `rms_norm` of the references, one after the other. Not used by the engine yet.
+Equal to `mhc_post`, `mhc_pre` and `rms_norm` of the references, one after the other.
 
 Launch 1 (`_mix`) forms the new streams, slice by slice of the hidden size, and the partial sums of their mix logits.
 The slices do not depend on the number of tokens, so with tiles of one size a token has the same bits in any batch.
@@ -18,6 +18,7 @@ from torch import Tensor
 STREAMS = 4  # c of every released model; the kernels are written out for it
 MIX_LANES = 32  # 2c + c * c = 24 mixes and, in lane 24, the sum of squares; padded to a power of two
 SLICE = 512  # hidden dims of one program of `_mix`
+BLOCK_D = 32  # of them in one product
 
 
 @triton.jit
@@ -180,11 +181,26 @@ def mhc_boundary(
 
 
 def mhc_head(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor, *, hc_eps: float, norm_eps: float
+    streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm: Tensor,
+    *,
+    hc_eps: float,
+    norm_eps: float,
+    output: Tensor | None = None,
+    post: Tensor | None = None,
+    comb: Tensor | None = None,
 ) -> Tensor:
-    """The final collapse and its RMSNorm [T, D]: `reference.mhc_head` with `fn` [c, c * D], then `rms_norm`."""
-    partials = _partials(streams, fn, streams, None, None, None)
-    return _merge(streams, partials, base, scale.expand(STREAMS).contiguous(), norm, None, None, 0, hc_eps, norm_eps)
+    """The final collapse and its RMSNorm [T, D]: `reference.mhc_head` with `fn` [c, c * D], then `rms_norm`.
+
+    output, post, comb: of the last sublayer, which `mhc_post` has not added to the streams yet; None if it has.
+    """
+    new_streams = streams if output is None else torch.empty_like(streams)
+    partials = _partials(streams, fn, new_streams, output, post, comb)
+    weights = scale.expand(STREAMS).contiguous()
+    return _merge(new_streams, partials, base, weights, norm, None, None, 0, hc_eps, norm_eps)
 
 
 def _partials(
@@ -213,8 +229,8 @@ def _partials(
             fn.stride(1),
             HAS_OUTPUT=output is not None,
             BLOCK_T=block,
-            BLOCK_D=32,
-            SLICE_D=SLICE,
+            BLOCK_D=BLOCK_D,
+            SLICE_D=min(SLICE, triton.cdiv(hidden, BLOCK_D) * BLOCK_D),
             num_warps=num_warps,
             num_stages=num_stages,
         )

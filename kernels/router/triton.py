@@ -1,6 +1,6 @@
 """Expert routing in Triton: scores in slices of the hidden size, then one program for each token chooses.
 
-Equal to `route` of the reference. Not used by the engine yet. Launch 1 (`_logits`) multiplies a tile of experts by a
+Equal to `route` of the reference. Launch 1 (`_logits`) multiplies a tile of experts by a
 tile of tokens, a slice of the hidden size each; launch 2 (`_choose`) adds the slices in order, takes the square root of
 softplus and the largest.
 

@@ -1,7 +1,7 @@
 """Sparse attention in Triton on rows as the cache stores them (Format.KV_FP8): decode, verify and prefill alike.
 
 Equal to `sparse_attention` of the reference over the window (ring rows and step rows) and the compressed entries (page
-rows). Not used by the engine yet.
+rows).
 
 A program takes one row of the step, up to 64 of its heads, and one of `num_splits` parts of its keys. A block of 64
 keys is dequantised once and serves as K and as V. Keys have one order, the window, then entries, cut into blocks; a

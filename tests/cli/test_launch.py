@@ -18,6 +18,7 @@ OTHER_VALUES = {
     "served_model_name": (["x"], "x"),
     "model_alias": (["claude-*", "--model-alias", "x"], ("claude-*", "x")),
     "load_format": (["dummy"], LoadFormat.DUMMY),
+    "device": (["cuda"], "cuda"),
     "numerics": (["exact"], "exact"),
     "effort_contract": (["0731"], "0731"),
     "developer_role": (["user"], "user"),

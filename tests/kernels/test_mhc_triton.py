@@ -62,6 +62,16 @@ def test_head_equals_the_collapse_and_norm():
     assert_close(triton.mhc_head(norm=norm, **head), expected, BOUND[torch.bfloat16])
 
 
+def test_head_adds_the_last_output_itself():
+    inputs, norm, output = make(5, 384, torch.bfloat16)
+    _, post, comb = reference.mhc_pre(**inputs)
+    head = {key: inputs[key] for key in ("hc_eps", "norm_eps")} | {"norm": norm}
+    head |= {"fn": inputs["fn"][:4], "base": inputs["base"][:4], "scale": inputs["scale"][:1]}
+    found = triton.mhc_head(inputs["streams"], **head, output=output, post=post, comb=comb)
+    streams = reference.mhc_post(output, inputs["streams"], post, comb)
+    assert_close(found, triton.mhc_head(streams, **head), BOUND[torch.bfloat16])
+
+
 def test_a_token_has_the_same_bits_alone_and_in_a_batch_of_the_same_tiles():
     inputs, norm, _ = make(20, 384, torch.bfloat16)
     together = triton.mhc_boundary(norm=norm, **inputs)

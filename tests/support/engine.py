@@ -74,11 +74,18 @@ class Engine:
         adaptive: bool = False,
         inject: Inject | None = None,
         observer: Observer | None = None,
+        on_device: bool = False,
     ) -> None:
         max_model_len = min(max_model_len, num_pages * 256)
-        layout = CacheLayout.build(transformer.config, Numerics.EXACT, num_draft_tokens)
+        numerics = Numerics.OFFICIAL if on_device else Numerics.EXACT
+        layout = CacheLayout.build(transformer.config, numerics, num_draft_tokens)
         plan = CapacityPlan(layout, num_slots, num_pages, num_tails, max_model_len)
-        self.runner = Runner(transformer, plan, observer, read_vocabulary)
+        if on_device:
+            from dsv4serve.runner.device_runner import DeviceRunner
+
+            self.runner = DeviceRunner(transformer, plan, read_vocabulary)
+        else:
+            self.runner = Runner(transformer, plan, observer, read_vocabulary)
         if inject is not None:
             self.runner._sampler.start_drafts = lambda batch: InjectedDrafts(self, batch, inject)
         self.outputs: dict[str, RequestOutput] = {}

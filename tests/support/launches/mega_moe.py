@@ -14,6 +14,7 @@ from dsv4_kernels.mega_moe.parallel.expert_map import ExpertMap
 from dsv4_kernels.mega_moe.parallel.symmetric import Planes, Step, SymmetricExperts
 from dsv4_kernels.mega_moe.parallel.wire import RowFormat
 from dsv4_kernels.mega_moe.reference import Activations
+from dsv4_kernels.mega_moe.shared import swiglu_fp8
 from dsv4_kernels.mega_moe.weights import Fp4Weight
 
 SIZES = {"pro, 8 tokens": (PRO, 8), "pro, 1024 tokens": (PRO, 1024), "pro, 2048 tokens": (PRO, 2048)}
@@ -23,7 +24,10 @@ RUNS = {
     for name, size in SIZES.items()
     for activations in get_args(Activations)
 }
-KERNELS = {"_fill_tiles", "_gate_up", "_down", "_combine", "_quantize", "dispatch", "widen", "give_back"}
+KERNELS = {
+    *("_fill_tiles", "_gate_up", "_down", "_combine", "_quantize", "_swiglu"),
+    *("dispatch", "widen", "give_back"),
+}
 FEW = 8  # tokens; so many are sent between ranks too
 
 
@@ -42,6 +46,7 @@ def launch(run: str) -> None:
     unpacked = activations == "bf16" or triton.runtime.driver.active.get_current_target().arch < 100
     hidden, width, top_k = shapes.hidden_size, shapes.moe_intermediate_size, shapes.num_experts_per_tok
     x = torch.empty(num_tokens, hidden, dtype=torch.bfloat16)
+    swiglu_fp8(torch.empty(num_tokens, 2 * width, dtype=torch.bfloat16), shapes.swiglu_limit)
     moe.mega_moe(
         x,
         torch.zeros(num_tokens, top_k, dtype=torch.int64),

@@ -1,0 +1,97 @@
+"""Engines on one GPU for the benchmarks beside this file: the demo checkpoint, and slices of Pro and Flash.
+
+A slice has the first layers of the model at full width, embedding and head, and random weights (`pro-slice` 4 of 61
+layers, 59 GB of weights; `flash-slice` 12 of 43), so that one H100 runs true shapes. A slice's step is not a model's
+step: per-layer costs add up, the head and the step's own costs do not.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv4serve.config import Device, EngineConfig, LoadFormat, default_model
+from dsv4serve.runner import build_runner
+from dsv4serve.types import PAGE_TOKENS, Chunk, PageAppend, SamplingParams, SchedulerOutput, SlotStart, StepOutput
+
+SLICES = {"pro-slice": ("pro", 4), "flash-slice": ("flash", 12)}
+MODELS = ("demo", *SLICES)
+
+
+def build(name: str, **settings: Any) -> Driver:
+    """The device engine of one of MODELS, kernels compiled and graphs captured."""
+    if name == "demo":
+        config = EngineConfig(model=default_model(), device=Device.CUDA, **settings)
+    else:
+        config = EngineConfig(
+            model=_slice_folder(*SLICES[name]), load_format=LoadFormat.DUMMY, device=Device.CUDA, **settings
+        )
+    begin = time.perf_counter()
+    driver = Driver(build_runner(config))
+    torch.cuda.synchronize()
+    driver.start_s = time.perf_counter() - begin
+    return driver
+
+
+def _slice_folder(model: str, num_layers: int) -> Path:
+    raw = json.loads((resources.files("dsv4serve_configs") / "models" / f"{model}.json").read_text("utf-8"))
+    num_mtp = raw["num_nextn_predict_layers"]
+    ratios = raw["compress_ratios"]
+    raw["compress_ratios"] = ratios[:num_layers] + ratios[len(ratios) - num_mtp :]
+    raw["num_hidden_layers"] = num_layers
+    folder = Path(tempfile.mkdtemp(prefix=f"{model}-slice-"))
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+class Driver:
+    """Plans steps for a runner by hand: each slot has its own pages, and no request ever ends."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner, self.start_s = runner, 0.0
+        self._step_id = 0
+        self._pages_each = min(runner.num_pages // runner.num_slots, -(-runner.max_model_len // PAGE_TOKENS))
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a slot's pages hold."""
+        return self._pages_each * PAGE_TOKENS
+
+    def execute(self, **parts: Any) -> StepOutput:
+        """One step."""
+        self._step_id += 1
+        return self.runner.execute(SchedulerOutput(step_id=self._step_id, **parts))
+
+    def begin(self, slot: int, ids: list[int], context: int = 0) -> list[int]:
+        """Start a greedy request with all pages of its slot, and its prompt as one chunk; returns the first token.
+
+        With `context`, a multiple of PAGE_TOKENS, so many positions before the chunk count as computed. What the cache
+        holds for them is whatever is there: for times, not for answers.
+        """
+        start = SlotStart(
+            slot=slot,
+            request_id=f"r{slot}",
+            sampling=SamplingParams(temperature=0.0, max_tokens=1 << 20, ignore_eos=True),
+            num_computed_tokens=context,
+            num_prompt_tokens=context + len(ids),
+        )
+        pages = PageAppend(slot, list(range(slot * self._pages_each, (slot + 1) * self._pages_each)))
+        chunk = Chunk(slot=slot, token_ids=ids, samples=True)
+        return self.execute(starts=[start], page_appends=[pages], chunks=[chunk]).token_ids[0]
+
+    def decode(self, slots: list[int]) -> list[int]:
+        """One token for each slot."""
+        return [tokens[0] for tokens in self.execute(decodes=slots).token_ids]
+
+    def generate(self, ids: list[int], num_tokens: int) -> list[int]:
+        """A greedy continuation in slot 0."""
+        tokens = self.begin(0, ids)
+        while len(tokens) < num_tokens:
+            tokens += self.decode([0])
+        return tokens

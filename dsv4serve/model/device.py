@@ -1,0 +1,204 @@
+"""The network on a GPU: the formulas of `transformer`, `block`, `attention` and `moe`, in the order of the kernels.
+
+Two things make this a file of its own (docs/adr/0005): the end of one sublayer and the start of the next are one
+operation here, so streams travel with an output that is still to be added; and what several products take is
+quantised once, with the norm before it. Numerics are `official`. No value is read by the host, so that a CUDA graph can
+hold all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels.gemm.fp8 import Fp8Weight
+from dsv4_kernels.gemm.quantize import quantize_rows
+from dsv4_kernels.gemm.triton import linear_bf16, linear_fp8
+from dsv4_kernels.mega_moe.shared import shared_expert
+from dsv4_kernels.mega_moe.triton import mega_moe
+from dsv4_kernels.mega_moe.weights import Fp4Weight
+from dsv4_kernels.mhc.triton import mhc_boundary, mhc_head
+from dsv4_kernels.norm.triton import rms_norm_fp8
+from dsv4_kernels.out_proj.triton import grouped_out_proj
+from dsv4_kernels.router.triton import route
+from dsv4serve.config import ModelConfig
+from dsv4serve.model.attention import rope_table_frequencies
+from dsv4serve.model.block import HyperConnection
+
+# A mapping from names of weights/device.py to tensors, Fp8Weight and Fp4Weight.
+Weights = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Rows between two sublayers: streams, and what the last sublayer has still to add to them (None before any)."""
+
+    streams: Tensor  # bf16 [rows, c, hidden]
+    output: Tensor | None = None  # bf16 [rows, hidden]
+    post: Tensor | None = None  # f32 [rows, c]
+    comb: Tensor | None = None  # f32 [rows, c, c]
+
+    def __getitem__(self, rows: slice | Tensor) -> Streams:
+        """Some of the rows."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return Streams(*(value if value is None else value[rows] for value in values))
+
+
+class DeviceStep(Protocol):
+    """The step as seen by the network; `runner.device_step.PagedDeviceStep` is the one there is."""
+
+    @property
+    def positions(self) -> Tensor:
+        """int32 [rows], position of each row in its sequence; -1 = padding, of which nothing is read or written."""
+
+    def attend(self, layer: DeviceAttention, queries: Tensor, kv: Tensor, raw: Tensor | None) -> Tensor:
+        """Store the rows' keys, compress, select, attend: bf16 [rows, heads, head_dim], inverse RoPE applied.
+
+        Args:
+            queries: bf16 [rows, heads * head_dim + index_heads * index_dim], before norm and RoPE; changed in place.
+            kv: bf16 [rows, head_dim], before norm and RoPE.
+            raw: f32 [rows, ..], what `layer.w_raw` gives; None where the layer has none.
+        """
+
+
+class DeviceAttention:
+    """Products of one attention layer. `prefix` is "layers.N."."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str, index: int, frequencies: Tensor) -> None:
+        self.config, self.index, self.frequencies = config, index, frequencies
+        self.ratio = config.compress_ratios[index]
+        attn = prefix + "attn."
+        self.w_latent: Fp8Weight = weights[attn + "latent"]
+        self.w_query: Fp8Weight = weights[attn + "query"]
+        self.w_raw: Tensor | None = weights.get(attn + "raw")
+        self.wo_a: Fp8Weight = weights[attn + "wo_a.weight"]
+        self.wo_b: Fp8Weight = weights[attn + "wo_b.weight"]
+        self.q_norm, self.kv_norm = weights[attn + "q_norm.weight"], weights[attn + "kv_norm.weight"]
+        self.sink = weights[attn + "attn_sink"]
+        self.compressor, self.index_compressor = (
+            (weights[f"{attn}{part}compressor.ape"], weights[f"{attn}{part}compressor.norm.weight"])
+            if f"{attn}{part}compressor.ape" in weights
+            else None
+            for part in ("", "indexer.")
+        )  # position bias and norm
+        self.index_weight_scale = (config.index_head_dim * config.index_n_heads) ** -0.5
+
+    def __call__(self, x: Tensor, step: DeviceStep) -> Tensor:
+        """x bf16 [rows, hidden] normed input -> bf16 [rows, hidden]."""
+        rank, eps = self.config.q_lora_rank, self.config.rms_norm_eps
+        latent = linear_fp8(quantize_rows(x), self.w_latent)
+        queries = linear_fp8(rms_norm_fp8(latent[:, :rank], self.q_norm, eps), self.w_query)
+        raw = None if self.w_raw is None else linear_bf16(x, self.w_raw)
+        output = step.attend(self, queries, latent[:, rank:], raw)
+        return grouped_out_proj(output, self.wo_a, self.wo_b)
+
+
+class DeviceMoE:
+    """Router, shared and routed experts of one layer."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
+        self.config = config
+        gate, experts, shared = (f"{prefix}ffn.{part}." for part in ("gate", "experts", "shared_experts"))
+        self.gate_weight, self.bias = weights[gate + "weight"], weights.get(gate + "bias")
+        self.tid2eid = weights.get(gate + "tid2eid")
+        self.w13: Fp4Weight = weights[experts + "w13"]
+        self.w2: Fp4Weight = weights[experts + "w2"]
+        self.shared_w13: Fp8Weight = weights[shared + "w13"]
+        self.shared_w2: Fp8Weight = weights[shared + "w2.weight"]
+
+    def __call__(self, x: Tensor, token_ids: Tensor, step: DeviceStep) -> Tensor:
+        """x bf16 [rows, hidden] normed input, token_ids int64 [rows] -> bf16 [rows, hidden]."""
+        config = self.config
+        weights, expert_ids = route(
+            x,
+            self.gate_weight,
+            bias=self.bias,
+            tid2eid=self.tid2eid,
+            token_ids=token_ids,
+            top_k=config.num_experts_per_tok,
+            scale=config.routed_scaling_factor,
+            positions=step.positions,
+        )
+        shared = shared_expert(quantize_rows(x), self.shared_w13, self.shared_w2, limit=config.swiglu_limit)
+        return mega_moe(x, expert_ids, weights, self.w13, self.w2, shared, limit=config.swiglu_limit, activations="fp8")
+
+
+class DeviceBlock:
+    """Attention and MoE, each entered through a boundary that ends the sublayer before it."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, index: int, frequencies: Tensor) -> None:
+        prefix = f"layers.{index}."
+        self.config = config
+        self.attention = DeviceAttention(config, weights, prefix, index, frequencies)
+        self.moe = DeviceMoE(config, weights, prefix)
+        self.attn_hc = HyperConnection.load(weights, prefix + "hc_attn_", config.hc_mult)
+        self.ffn_hc = HyperConnection.load(weights, prefix + "hc_ffn_", config.hc_mult)
+        self.attn_norm, self.ffn_norm = weights[prefix + "attn_norm.weight"], weights[prefix + "ffn_norm.weight"]
+
+    def __call__(self, rows: Streams, token_ids: Tensor, step: DeviceStep) -> Streams:
+        """The rows after both sublayers; the second one's output is not added yet."""
+        streams, x, post, comb = self._boundary(rows, self.attn_hc, self.attn_norm)
+        rows = Streams(streams, self.attention(x, step), post, comb)
+        streams, x, post, comb = self._boundary(rows, self.ffn_hc, self.ffn_norm)
+        return Streams(streams, self.moe(x, token_ids, step), post, comb)
+
+    def _boundary(self, rows: Streams, hc: HyperConnection, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        config = self.config
+        return mhc_boundary(
+            rows.streams,
+            hc.fn,
+            hc.base,
+            hc.scale,
+            norm,
+            sinkhorn_iters=config.hc_sinkhorn_iters,
+            hc_eps=config.hc_eps,
+            norm_eps=config.rms_norm_eps,
+            output=rows.output,
+            post=rows.post,
+            comb=rows.comb,
+        )
+
+
+class DeviceTransformer:
+    """The whole network over weights in the device layout; no MTP block."""
+
+    mtp = None
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.config, self.dtype = config, torch.bfloat16
+        self.embedding, self.head = weights["embed.weight"], weights["head.weight"]
+        self.device = self.embedding.device
+        frequencies = [rope_table_frequencies(config, kind).to(self.device, torch.float32) for kind in (False, True)]
+        self.blocks = [
+            DeviceBlock(config, weights, index, frequencies[ratio > 0])
+            for index, ratio in enumerate(config.layer_ratios)
+        ]
+        self.hc_head = tuple(weights[f"hc_head_{part}"] for part in ("fn", "base", "scale"))
+        self.norm = weights["norm.weight"]
+
+    def __call__(self, token_ids: Tensor, step: DeviceStep) -> Streams:
+        """token_ids int64 [rows] -> rows after the last layer."""
+        embedded = torch.nn.functional.embedding(token_ids, self.embedding)
+        rows = Streams(embedded.unsqueeze(1).repeat(1, self.config.hc_mult, 1))
+        for block in self.blocks:
+            rows = block(rows, token_ids, step)
+        return rows
+
+    def logits(self, rows: Streams) -> Tensor:
+        """Float32 logits [rows, vocab]: exact products, float32 sums."""
+        config = self.config
+        x = mhc_head(
+            rows.streams,
+            *self.hc_head,
+            self.norm,
+            hc_eps=config.hc_eps,
+            norm_eps=config.rms_norm_eps,
+            output=rows.output,
+            post=rows.post,
+            comb=rows.comb,
+        )
+        return linear_bf16(x, self.head)

@@ -1,0 +1,94 @@
+"""From an EngineConfig with device cuda to a runner: refuse what no kernel takes, load, allocate, compile, capture."""
+
+from __future__ import annotations
+
+import torch
+
+from dsv4serve.config import EngineConfig, ModelConfig, Numerics
+from dsv4serve.constrained.vocabulary import read_vocabulary
+from dsv4serve.memory import CapacityPlan
+from dsv4serve.model.device import DeviceTransformer
+from dsv4serve.runner.build import cache_plan
+from dsv4serve.runner.device_runner import DeviceRunner
+from dsv4serve.runner.graphs import warm_prefill
+from dsv4serve.types import CapacityError, ConfigError, KernelUnavailable
+from dsv4serve.weights.device import device_bytes, require_device_memory
+from dsv4serve.weights.device_loader import load_device_weights
+
+RESERVE_BYTES = 2 << 30  # activations of the largest step, graphs, and what the kernels' compiler keeps
+FIRST_FP4 = 10  # compute capability whose tensor cores multiply FP4 as it is stored
+
+
+def build_device_runner(config: EngineConfig, model: ModelConfig, progress: bool = False) -> DeviceRunner:
+    """Load the model onto the GPU and make every kernel and graph ready.
+
+    Raises:
+        ConfigError, KernelUnavailable, CheckpointError, CapacityError: before anything large is allocated.
+    """
+    require_settings(config)
+    require_kernels(model)
+    plan = device_plan(config, model, free_device_bytes())
+    device = torch.device("cuda", torch.cuda.current_device())
+    unpacked = torch.cuda.get_device_capability(device)[0] < FIRST_FP4
+    weights = load_device_weights(config, model, device, unpacked, progress)
+    runner = DeviceRunner(
+        DeviceTransformer(model, weights),
+        plan,
+        read_vocabulary=lambda: read_vocabulary(config.model, model.vocab_size),
+    )
+    warm_prefill(runner.forward, config.max_step_tokens, plan.num_slots, progress)
+    runner.decode_steps.capture(progress)
+    return runner
+
+
+def free_device_bytes() -> int:
+    """Bytes that the current GPU has left. Raises ConfigError without one."""
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"device is 'cuda', but torch {torch.__version__} finds no CUDA device (driver, container, or a CPU build "
+            "of torch); use --device cpu"
+        )
+    return torch.cuda.mem_get_info()[0]
+
+
+def device_plan(config: EngineConfig, model: ModelConfig, free_bytes: int) -> CapacityPlan:
+    """The capacity plan on a device with `free_bytes`: what weights and RESERVE_BYTES leave is there to be shared."""
+    require_device_memory(model, free_bytes - RESERVE_BYTES)
+    left = free_bytes - RESERVE_BYTES - device_bytes(model)
+    if config.cache_bytes > left:
+        raise CapacityError(f"cache_bytes is {config.cache_bytes:,}; the weights leave {left:,} bytes on the device")
+    return cache_plan(config, model, left)
+
+
+def require_settings(config: EngineConfig) -> None:
+    """Raise ConfigError for settings that the device engine does not have (yet)."""
+    wrong = {
+        f"numerics {config.numerics.value!r}": config.numerics is not Numerics.OFFICIAL,
+        f"num_draft_tokens {config.num_draft_tokens}": config.num_draft_tokens > 0,
+        "check_numerics": config.check_numerics,
+    }
+    allowed = "device 'cuda' takes numerics 'official', num_draft_tokens 0 and no check_numerics"
+    for setting, is_wrong in wrong.items():
+        if is_wrong:
+            raise ConfigError(f"{setting} works on CPU only: {allowed}; change it or use --device cpu")
+
+
+def require_kernels(model: ModelConfig) -> None:
+    """Raise KernelUnavailable, naming the argument, when some kernel does not take this model's sizes."""
+    index_dim = model.index_head_dim
+    supported = {
+        "head_dim": (model.head_dim, model.head_dim in (128, 256, 512), "128, 256 and 512"),
+        "qk_rope_head_dim": (model.qk_rope_head_dim, model.qk_rope_head_dim == 64, "64"),
+        "hc_mult": (model.hc_mult, model.hc_mult == 4, "4"),
+        "index_head_dim": (index_dim, index_dim >= 64 and not index_dim & (index_dim - 1), "powers of two from 64 on"),
+        "index_topk": (model.index_topk, model.index_topk <= 4096, "at most 4096"),
+        "o_lora_rank": (model.o_lora_rank, model.o_lora_rank % 64 == 0, "multiples of 64"),
+        "vocab_size": (model.vocab_size, model.vocab_size <= 1 << 17, "at most 131072"),
+        "quantization_config": (model.weight_block_size, model.is_quantized, "FP8 weights in blocks of 128 x 128"),
+        "expert_dtype": (model.expert_dtype, model.expert_dtype == "fp4", "'fp4'"),
+    }
+    for name, (found, is_supported, allowed) in supported.items():
+        if not is_supported:
+            raise KernelUnavailable(
+                f"{name} is {found!r}; the GPU kernels take {allowed}. Use --device cpu, or another checkpoint"
+            )

@@ -1,0 +1,156 @@
+"""A step of the engine on a GPU: what the attention layers do with the cache, by kernels that address it themselves.
+
+Per layer: window rows to the step's own rows and, where they fit, to the ring; entries that the step closes; selection;
+attention; window rows that had to wait, to the ring. The cache is that of `PagedStep`, byte for byte.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels.compressor.triton import compress_c4, compress_c128
+from dsv4_kernels.indexer.triton import prepare_index_q, select
+from dsv4_kernels.kv_store import Planes, RowFormat
+from dsv4_kernels.kv_store.triton import commit, prepare_q, store_kv
+from dsv4_kernels.metadata import C4, C128, Rows
+from dsv4_kernels.rope import rope_table
+from dsv4_kernels.sparse_attention.triton import sparse_attention
+from dsv4serve.memory import CachePools, LayerCache
+from dsv4serve.model.device import DeviceAttention
+from dsv4serve.types import PAGE_TOKENS
+
+
+class PagedDeviceStep:
+    """The DeviceStep over the cache.
+
+    Args:
+        pools: the cache, official formats, on the device of `rows`.
+        rows: of the step; every slot and page that they name belongs to the step's requests alone.
+        page_table: int32 [slots, pages].
+    """
+
+    def __init__(self, pools: CachePools, rows: Rows, page_table: Tensor) -> None:
+        self.rows, self._pools, self._page_table = rows, pools, page_table
+        self._rotations: dict[tuple[int, int], Tensor] = {}
+        num_rows = len(rows.positions)
+        widths = pools.layout.layers[0].window.plane_bytes
+        # Of the step alone; one for all layers, because they follow each other.
+        self._step_planes: Planes = tuple(
+            torch.empty(num_rows, width, dtype=torch.uint8, device=page_table.device) for width in widths
+        )
+
+    @property
+    def positions(self) -> Tensor:
+        """int32 [rows]."""
+        return self.rows.positions
+
+    def attend(self, layer: DeviceAttention, queries: Tensor, kv: Tensor, raw: Tensor | None) -> Tensor:
+        """See `DeviceStep.attend`."""
+        config, rows, cache = layer.config, self.rows, self._pools.layers[layer.index]
+        eps, ring_rows = config.rms_norm_eps, self._pools.layout.window_ring_rows
+        window = config.sliding_window
+        rotations = self._rotate(layer, 1)
+        q_dim = config.num_attention_heads * config.head_dim
+        store_kv(kv, layer.kv_norm, eps, rotations, rows, self._step_planes, cache.window, ring_rows, window)
+        q = queries[:, :q_dim].unflatten(1, (config.num_attention_heads, config.head_dim))
+        prepare_q(q, eps, rotations, rows)
+        chosen = None
+        if layer.ratio == C4:
+            chosen = self._c4(layer, cache, queries[:, q_dim:], _present(raw))
+        elif layer.ratio == C128:
+            self._c128(layer, cache, _present(raw))
+        output = sparse_attention(
+            q,
+            rows,
+            self._step_planes,
+            cache.window,
+            ring_rows,
+            window,
+            layer.sink,
+            rotations,
+            entry_planes=cache.entries,
+            page_table=self._page_table if layer.ratio else None,
+            ratio=layer.ratio,
+            page_tokens=PAGE_TOKENS,
+            chosen=chosen,
+        )
+        commit(rows, self._step_planes, cache.window, ring_rows, window)
+        return output
+
+    def _c4(self, layer: DeviceAttention, cache: LayerCache, index_q: Tensor, raw: Tensor) -> Tensor:
+        """Close entries and index keys, choose: int32 [rows, index_topk]."""
+        config, layout = layer.config, cache.layout
+        width, index_width = 4 * config.head_dim, 4 * config.index_head_dim
+        self._close_c4(layer, layer.compressor, raw[:, :width], cache.c4_state, cache.entries, layout.entry)
+        index_raw = raw[:, width : width + index_width]
+        self._close_c4(layer, layer.index_compressor, index_raw, cache.index_state, cache.index, layout.index)
+        q, weights = prepare_index_q(
+            index_q.unflatten(1, (config.index_n_heads, config.index_head_dim)),
+            raw[:, width + index_width :],
+            self._rotate(layer, 1),
+            self.rows,
+            layer.index_weight_scale,
+        )
+        index, row_format = _present(cache.index), _present(layout.index)
+        return select(q, weights, self.rows, index, row_format, self._page_table, PAGE_TOKENS, config.index_topk)
+
+    def _close_c4(
+        self,
+        layer: DeviceAttention,
+        compressor: tuple[Tensor, Tensor] | None,
+        raw: Tensor,
+        state: Planes | None,
+        planes: Planes | None,
+        row_format: RowFormat | None,
+    ) -> None:
+        ape, norm = _present(compressor)
+        ring = _present(state)[0].view(torch.float32)
+        ring_rows = self._pools.layout.c4_ring_rows
+        compress_c4(
+            raw,
+            ape,
+            norm,
+            layer.config.rms_norm_eps,
+            self._rotate(layer, C4),
+            self.rows,
+            self._page_table,
+            PAGE_TOKENS,
+            ring.view(-1, ring_rows, ring.shape[1]),
+            _present(planes),
+            _present(row_format),
+        )
+
+    def _c128(self, layer: DeviceAttention, cache: LayerCache, raw: Tensor) -> None:
+        ape, norm = _present(layer.compressor)
+        compress_c128(
+            raw,
+            ape,
+            norm,
+            layer.config.rms_norm_eps,
+            self._rotate(layer, C128),
+            self.rows,
+            self._page_table,
+            PAGE_TOKENS,
+            _present(cache.c128_state)[:, 0],
+            _present(cache.entries),
+            _present(cache.layout.entry),
+        )
+
+    def _rotate(self, layer: DeviceAttention, ratio: int) -> Tensor:
+        """Rotations at the rows' positions, rounded down to the first one of their block of `ratio`."""
+        key = (id(layer.frequencies), ratio)
+        if key not in self._rotations:
+            positions = self.positions
+            if ratio > 1:
+                positions = torch.div(positions, ratio, rounding_mode="floor") * ratio
+            self._rotations[key] = rope_table(positions, layer.frequencies)
+        return self._rotations[key]
+
+
+def _present(value: Any) -> Any:
+    """What a layer of this ratio has."""
+    assert value is not None
+    return value

@@ -1,0 +1,82 @@
+"""The device engine on a real GPU: what tests/runner/test_device_engine.py shows by the interpreter, and graphs.
+
+Needs dsv4serve's own requirements too (pydantic-settings, msgspec, ..); without them conftest.py leaves this file out.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.device_engine import Sequences, check_generation, check_layers, check_replay
+from support.device_models import CONFIG, both, checkpoint
+from support.engine import Engine, greedy
+from support.models import random_ids
+
+SLOTS = 8
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    return both(checkpoint(tmp_path_factory.mktemp("device") / "model"), torch.device("cuda", 0))
+
+
+def test_every_sublayer_of_a_prefill_equals_the_reference(networks):
+    check_layers(*networks, length=300)
+
+
+def test_chunks_decodes_and_padding_in_one_step_over_a_cache_that_the_cpu_engine_filled(networks):
+    ids = {slot: random_ids(CONFIG, 400, slot) for slot in range(4)}
+    sequences = Sequences(*networks, ids)
+    sequences.prefill({0: 254})
+    sequences.prefill({2: 126})
+    sequences.check_step({2: 4, 0: 3, 3: 5}, num_rows=16)
+    sequences.check_step({3: 1, 0: 1, 2: 1}, num_rows=4)
+    sequences.check_step({1: 200, 2: 1, 0: 130, 3: 1}, num_rows=512)
+
+
+def requests():
+    lengths = [1, 3, 127, 130, 255, 257, 300, 40]
+    return [greedy(f"r{n}", random_ids(CONFIG, length, n), 12, return_logits=False) for n, length in enumerate(lengths)]
+
+
+def test_a_crowd_gets_the_reference_tokens_with_graphs_and_without(networks):
+    """Prompts of all lengths arrive one by one; prefixes, tails and pages are those of the CPU engine."""
+    reference, network = networks
+    arrivals = {f"r{n}": n for n in range(SLOTS)}
+    outputs = []
+    for uses_graphs in (True, False):
+        engine = Engine(network, num_slots=SLOTS, num_pages=32, on_device=True)
+        if uses_graphs:
+            engine.runner.decode_steps.capture()
+        outputs.append(engine.run(requests(), arrivals))
+    check_generation(reference, requests(), outputs[0])
+    tokens = [{name: output.token_ids for name, output in each.items()} for each in outputs]
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("num_decodes", [1, 3, 8])
+def test_a_replayed_graph_has_the_bits_of_the_eager_step(networks, num_decodes):
+    engine = Engine(networks[1], num_slots=SLOTS, num_pages=32, on_device=True)
+    engine.runner.decode_steps.capture()
+    for request in requests()[:num_decodes]:
+        engine.add(request)
+    for _ in range(6):
+        engine.step()
+    check_replay(engine.runner, num_decodes)
+
+
+def test_a_step_does_not_wait_for_the_device_before_its_tokens_are_read(networks):
+    """Nothing between the host's numbers and the sampled tokens asks the device for a value."""
+    engine = Engine(networks[1], num_slots=SLOTS, on_device=True)
+    steps = engine.runner.decode_steps
+    steps.eager(4)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.inference_mode():
+            steps.eager(4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,83 @@
+"""What device 'cuda' refuses, in words for people, and how it divides the memory."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from support import triton_interpreter  # noqa: F401  # before any kernel
+from support.device_models import CONFIG, RAW
+
+from dsv4serve.cli.main import main
+from dsv4serve.config import Device, EngineConfig, LoadFormat, Numerics
+from dsv4serve.runner import build_runner
+from dsv4serve.runner.device_build import RESERVE_BYTES, device_plan, require_kernels
+from dsv4serve.types import CapacityError, ConfigError, KernelUnavailable
+from dsv4serve.weights.device import device_bytes
+from dsv4serve.weights.export import exported_config
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(exported_config(RAW, quantized=True)))
+    return tmp_path
+
+
+def config(folder, **settings):
+    return EngineConfig(model=folder, load_format=LoadFormat.DUMMY, device=Device.CUDA, **settings)
+
+
+def test_a_machine_without_a_gpu_says_so(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"device is 'cuda', but torch .* finds no CUDA device .*; use --device cpu"):
+        build_runner(config(folder))
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"numerics": Numerics.EXACT}, "numerics 'exact'"),
+        ({"num_draft_tokens": 1}, "num_draft_tokens 1"),
+        ({"check_numerics": True}, "check_numerics"),
+    ],
+)
+def test_settings_of_the_cpu_engine_alone_are_refused(folder, settings, found):
+    with pytest.raises(ConfigError, match=f"{found} works on CPU only: .*; change it or use --device cpu"):
+        build_runner(config(folder, **settings))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": 192}, "head_dim is 192; the GPU kernels take 128, 256 and 512"),
+        ({"qk_rope_head_dim": 32}, "qk_rope_head_dim is 32; the GPU kernels take 64"),
+        ({"hc_mult": 2}, "hc_mult is 2; the GPU kernels take 4"),
+        ({"index_topk": 8192}, "index_topk is 8192; the GPU kernels take at most 4096"),
+        ({"expert_dtype": None}, "expert_dtype is None; the GPU kernels take 'fp4'"),
+        ({"weight_block_size": None}, "quantization_config is None; the GPU kernels take FP8 weights in blocks"),
+    ],
+)
+def test_sizes_that_no_kernel_takes_are_named(changes, message):
+    require_kernels(CONFIG)
+    with pytest.raises(KernelUnavailable, match=message):
+        require_kernels(dataclasses.replace(CONFIG, **changes))
+
+
+def test_the_cache_gets_a_share_of_what_the_weights_leave(folder):
+    free = RESERVE_BYTES + device_bytes(CONFIG) + (12 << 20)
+    plan = device_plan(config(folder, memory_fraction=0.5), CONFIG, free)
+    assert plan.total_bytes <= 6 << 20
+    assert plan.total_bytes >= 5 << 20
+    with pytest.raises(CapacityError, match=r"the weights need [\d,]+ bytes on the device; [\d,]+ are free"):
+        device_plan(config(folder), CONFIG, RESERVE_BYTES + device_bytes(CONFIG) - 1)
+    with pytest.raises(CapacityError, match=r"cache_bytes is 12,582,913; the weights leave 12,582,912 bytes"):
+        device_plan(config(folder, cache_bytes=(12 << 20) + 1), CONFIG, free)
+
+
+def test_check_prints_what_would_run_each_operation(folder, capsys):
+    """The table comes before the plan, which needs a GPU."""
+    main(["check", "--device", "cuda", "--model", str(folder), "--load-format", "dummy"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[1]: " ".join(line.split()[3:-1]) for line in lines if line.startswith("│") and "│" in line[1:]}
+    assert rows["mega_moe"] == rows["sparse_attention"] == rows["sampling"] == "Triton"
+    assert rows["metadata"] == "torch on the GPU"

@@ -1,0 +1,74 @@
+"""The device engine by Triton's interpreter on CPU tensors: the network, the step over the cache, the runner."""
+
+import pytest
+import torch
+from support import triton_interpreter  # noqa: F401  # before any kernel
+from support.device_engine import Sequences, check_generation, check_layers
+from support.device_models import CONFIG, both, checkpoint
+from support.engine import Engine, greedy
+from support.models import random_ids
+
+from dsv4serve.runner.device_batch import INPUTS, bucket_of, fill_inputs, host_inputs
+from dsv4serve.runner.graphs import decode_buckets, token_buckets
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    return both(checkpoint(tmp_path_factory.mktemp("device") / "model"), torch.device("cpu"))
+
+
+def test_every_sublayer_of_a_prefill_equals_the_reference(networks):
+    check_layers(*networks, length=21)
+
+
+def test_chunks_decodes_and_padding_in_one_step_over_a_cache_that_the_cpu_engine_filled(networks):
+    """One request crosses a C128 block, one a page, one begins; then all decode."""
+    sequences = Sequences(*networks, ids={2: random_ids(CONFIG, 132, 2), 0: random_ids(CONFIG, 260, 3),
+                                          3: random_ids(CONFIG, 10, 4)})  # fmt: skip
+    sequences.prefill({0: 254})
+    sequences.prefill({2: 126})
+    sequences.check_step({2: 4, 0: 3, 3: 5}, num_rows=16)
+    sequences.check_step({3: 1, 0: 1, 2: 1}, num_rows=4)
+
+
+def test_the_runner_gives_the_reference_tokens_and_the_host_sampler_the_same(networks):
+    """Three requests arrive one after the other, so that prefill, mixed steps and decodes in buckets of 1, 2 and 4 run.
+    One of them wants its logits: its steps are sampled on the host. Alone, without, it gets the same tokens."""
+    reference, network = networks
+    requests = [greedy(f"r{n}", random_ids(CONFIG, 3 + n, n), 3, return_logits=n == 1) for n in range(3)]
+    engine = Engine(network, on_device=True)
+    outputs = engine.run(requests, arrivals={"r1": 1, "r2": 2})
+    check_generation(reference, requests, outputs)
+    rows = torch.stack([torch.frombuffer(bytearray(row), dtype=torch.float32) for row in outputs["r1"].logits])
+    assert rows.argmax(-1).tolist() == outputs["r1"].token_ids
+    plain = greedy("plain", requests[1].prompt_ids, 3, return_logits=False)
+    assert engine.run([plain])["plain"].token_ids == outputs["r1"].token_ids
+
+
+def test_a_sampled_request_draws_what_the_reference_sampler_draws(networks):
+    """The numbers of a request (temperature, filters, random number) reach the device as the host has them."""
+    _, network = networks
+    settings = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.01, "seed": 5}
+    prompt = random_ids(CONFIG, 4, 9)
+    on_host, on_device = (greedy(name, prompt, 2, return_logits=name == "host", **settings) for name in ("host", "dev"))
+    tokens = [Engine(network, on_device=True).run([each])[each.request_id].token_ids for each in (on_host, on_device)]
+    assert tokens[0] == tokens[1]
+
+
+def test_numbers_of_a_step_keep_their_bits():
+    inputs = host_inputs(4, pinned=False)
+    fill_inputs(inputs, {"slot": [3, 0], "count": [1, 1], "temperature": [0.7, 0.0], "uniform": [1 - 2**-53, 0.5]})
+    columns = dict(zip(INPUTS, inputs, strict=True))
+    assert columns["slot"].tolist() == [3, 0, -1, -1]
+    assert columns["count"].tolist() == [1, 1, 0, 0]
+    assert columns["temperature"].view(torch.float64).tolist() == [0.7, 0, 0, 0]
+    assert columns["uniform"].view(torch.float64).tolist() == [1 - 2**-53, 0.5, 0, 0]
+    fill_inputs(inputs, {"slot": [1]})
+    assert inputs[INPUTS.index("slot")].tolist() == [1, -1, -1, -1]
+    assert not inputs[1:].any()
+
+
+def test_sizes_are_padded_to_few_buckets():
+    assert [bucket_of(size) for size in (1, 2, 3, 9, 255, 256, 257, 1000)] == [1, 2, 4, 16, 256, 256, 512, 1024]
+    assert decode_buckets(20) == [1, 2, 4, 8, 16, 32]
+    assert token_buckets(700) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 768]

@@ -1,0 +1,226 @@
+"""The device's network, step and runner against the CPU engine with official numerics. The device is a parameter: CUDA
+on a GPU machine, the CPU with Triton's interpreter elsewhere (import support.triton_interpreter first).
+
+Bounds are relative norms. Given the same input a layer differs by roundings that other sums decide (a bfloat16 weight
+of attention, an FP8 hidden value). Over all layers of a random network each of them moves later ones, and now and then
+another expert or entry is chosen; so whole logits are compared by the median of their rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from support.models import oracle_logits, random_ids
+from torch import Tensor
+
+from dsv4_kernels.kv_store import decode
+from dsv4_kernels.metadata import Rows, StepMetadata
+from dsv4_kernels.mhc import mhc_post
+from dsv4serve.config import Numerics
+from dsv4serve.memory import CacheLayout, CachePools
+from dsv4serve.model.device import DeviceTransformer, Streams
+from dsv4serve.model.transformer import Transformer
+from dsv4serve.model.whole import WholeSequence
+from dsv4serve.runner.device_batch import INPUTS, bucket_of
+from dsv4serve.runner.device_runner import DeviceRunner
+from dsv4serve.runner.device_step import PagedDeviceStep
+from dsv4serve.runner.paged import PagedStep
+from dsv4serve.types import PAGE_TOKENS, Request, RequestOutput
+
+LAYER_BOUND = 1e-2  # one sublayer, the same input
+LOGITS_BOUND = 5e-2  # median row, all layers
+CACHE_BOUND = 5e-2  # rows that a step wrote, all of a layer
+NEAR_TIE = 0.5  # logits of deviation 2: a greedy token may be another one that the reference likes as much but for this
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.cpu().double(), expected.cpu().double()
+    assert found.shape == expected.shape
+    return float((found - expected).norm() / expected.norm())
+
+
+def median_row(found: Tensor, expected: Tensor) -> float:
+    """The middle one of the rows' relative errors."""
+    found, expected = found.cpu().double(), expected.cpu().double()
+    assert found.shape == expected.shape
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+
+
+@torch.inference_mode()
+def check_layers(reference: Transformer, network: DeviceTransformer, length: int) -> None:
+    """Every sublayer of a prefill of one sequence, given the reference's input of that sublayer."""
+    config, device = reference.config, network.device
+    ids = torch.tensor(random_ids(config, length, 1))
+    seen: dict[str, Tensor] = {}
+    reference(ids, WholeSequence(length, seen.__setitem__))
+    cache = Cache(CacheLayout.build(config, Numerics.OFFICIAL), device)
+    rows = Rows.build(*(torch.tensor([value], dtype=torch.int32, device=device) for value in (1, 0, length)), length)
+    step = PagedDeviceStep(cache.pools, rows, cache.page_table)
+    streams = seen["embedding"].contiguous()
+    for ours, theirs in zip(network.blocks, reference.blocks, strict=True):
+        x, post, comb = theirs._enter(streams, theirs.attn_hc, theirs.attn_norm)
+        found = ours._boundary(Streams(streams.to(device)), ours.attn_hc, ours.attn_norm)
+        for one, other in zip(found[1:], (x, post, comb), strict=True):
+            assert relative(one, other) <= LAYER_BOUND
+        output = seen[f"{theirs.prefix}attn.output"]
+        assert relative(ours.attention(x.to(device), step), output) <= LAYER_BOUND, theirs.prefix
+        before = Streams(*(value.to(device) for value in (streams, output, post, comb)))
+        streams = mhc_post(output, streams, post, comb)
+        x, post, comb = theirs._enter(streams, theirs.ffn_hc, theirs.ffn_norm)
+        found = ours._boundary(before, ours.ffn_hc, ours.ffn_norm)
+        for one, other in zip(found, (streams, x, post, comb), strict=True):
+            assert relative(one, other) <= LAYER_BOUND
+        output = seen[f"{theirs.prefix}ffn.output"]
+        assert relative(ours.moe(x.to(device), ids.to(device), step), output) <= LAYER_BOUND, theirs.prefix
+        before = Streams(*(value.to(device) for value in (streams, output, post, comb)))
+        streams = seen[f"{theirs.prefix}streams"].contiguous()
+    assert relative(network.logits(before), reference.logits(streams)) <= LAYER_BOUND
+
+
+class Cache:
+    """Pools of four slots and eight pages with a page table, poisoned: byte 255 is NaN in every format."""
+
+    def __init__(self, layout: CacheLayout, device: torch.device | str) -> None:
+        self.pools = CachePools(layout, 4, 8, 1, device)
+        table = torch.tensor([[3, 6], [5, 0], [1, 7], [4, 2]], dtype=torch.int32)
+        self.page_table = table.to(device)
+        for layer in self.pools.layers:
+            for plane in _planes(layer):
+                plane[:-1].fill_(255)  # masked reads of the CPU engine land in the last row
+            if layer.c128_state is not None:
+                layer.c128_state.fill_(torch.nan)
+
+    def copy(self, other: Cache) -> None:
+        """Take over the bytes of another cache."""
+        for own, given in zip(self.pools.layers, other.pools.layers, strict=True):
+            for target, source in zip(_planes(own), _planes(given), strict=True):
+                target.copy_(source)
+            if own.c128_state is not None:
+                own.c128_state.copy_(given.c128_state)
+
+
+def _planes(layer) -> list[Tensor]:
+    groups = (layer.window, layer.c4_state, layer.index_state, layer.entries, layer.index)
+    return [plane for planes in groups if planes for plane in planes]
+
+
+@dataclass
+class Sequences:
+    """The same requests on both engines: their slots, and how many of each one's tokens are computed."""
+
+    reference: Transformer
+    network: DeviceTransformer
+    ids: dict[int, list[int]]  # by slot
+    computed: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        layout = CacheLayout.build(self.reference.config, Numerics.OFFICIAL)
+        self.expected, self.found = Cache(layout, "cpu"), Cache(layout, self.network.device)
+        self.computed = dict.fromkeys(self.ids, 0)
+
+    def _take(self, counts: dict[int, int]) -> list[int]:
+        return [token for slot, count in counts.items() for token in self.ids[slot][self.computed[slot] :][:count]]
+
+    @torch.inference_mode()
+    def advance_reference(self, counts: dict[int, int]) -> Tensor:
+        """Logits of all rows of a step with counts[slot] tokens of each of its slots, on CPU."""
+        slots = list(counts)
+        metadata = StepMetadata(
+            slots=slots,
+            starts=[self.computed[slot] for slot in slots],
+            counts=list(counts.values()),
+            page_table=self.expected.page_table[slots].numpy().astype(np.int64),
+            page_tokens=PAGE_TOKENS,
+        )
+        streams = self.reference(torch.tensor(self._take(counts)), PagedStep(self.expected.pools, metadata))
+        return self.reference.logits(streams)
+
+    @torch.inference_mode()
+    def advance_device(self, counts: dict[int, int], num_rows: int) -> Tensor:
+        """The same on the device, in a bucket of `num_rows`."""
+        device = self.network.device
+        starts = [self.computed[slot] for slot in counts]
+        arrays = (list(counts), starts, list(counts.values()))
+        rows = Rows.build(*(torch.tensor(array, dtype=torch.int32, device=device) for array in arrays), num_rows)
+        ids = torch.zeros(num_rows, dtype=torch.int64)
+        ids[: sum(counts.values())] = torch.tensor(self._take(counts))
+        step = PagedDeviceStep(self.found.pools, rows, self.found.page_table)
+        streams = self.network(ids.to(device), step)
+        return self.network.logits(streams[: sum(counts.values())])
+
+    def prefill(self, counts: dict[int, int]) -> None:
+        """Compute tokens on CPU alone; the device gets the cache."""
+        self.advance_reference(counts)
+        self.found.copy(self.expected)
+        self._count(counts)
+
+    def check_step(self, counts: dict[int, int], num_rows: int) -> None:
+        """The same step on both: logits, and what lies in the cache afterwards, but for the padding of scales."""
+        expected = self.advance_reference(counts)
+        found = self.advance_device(counts, num_rows)
+        error = median_row(found, expected)
+        assert error <= LOGITS_BOUND, error
+        for own, given in zip(self.found.pools.layers, self.expected.pools.layers, strict=True):
+            layout = own.layout
+            pairs = [(layout.window, own.window, given.window), (layout.entry, own.entries, given.entries)]
+            pairs += [(layout.index, own.index, given.index), (layout.c4_state, own.c4_state, given.c4_state)]
+            pairs += [(layout.index_state, own.index_state, given.index_state)]
+            for row_format, one, other in pairs:
+                if row_format is not None:
+                    compare_rows(*(decode(tuple(p.cpu() for p in planes), row_format) for planes in (one, other)))
+            if own.c128_state is not None:
+                compare_rows(own.c128_state[:, 0, 2].cpu(), given.c128_state[:, 0, 2])
+        self._count(counts)
+
+    def _count(self, counts: dict[int, int]) -> None:
+        for slot, count in counts.items():
+            self.computed[slot] += count
+
+
+def compare_rows(found: Tensor, expected: Tensor) -> None:
+    """Rows that nobody wrote are NaN on both sides, the others are close."""
+    found, expected = found.float(), expected.float()
+    assert torch.equal(found.isnan(), expected.isnan())
+    written = ~expected.isnan().any(-1)
+    if bool(written.any()):
+        error = relative(found[written], expected[written])
+        assert error <= CACHE_BOUND, error
+
+
+def regret(expected: Tensor, tokens: Sequence[int]) -> float:
+    """How much less the reference likes these tokens than its own: the largest difference of logits."""
+    chosen = expected.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
+    return float((expected.max(-1).values - chosen).max())
+
+
+def check_generation(reference: Transformer, requests: list[Request], outputs: dict[str, RequestOutput]) -> None:
+    """Greedy tokens are the reference's on the same history, but for near ties."""
+    for request in requests:
+        tokens = outputs[request.request_id].token_ids
+        assert len(tokens) == request.sampling.max_tokens
+        expected = oracle_logits(reference, request.prompt_ids + tokens[:-1])[len(request.prompt_ids) - 1 :]
+        assert regret(expected, tokens) <= NEAR_TIE, request.request_id
+
+
+@torch.inference_mode()
+def check_replay(runner: DeviceRunner, num_decodes: int) -> None:
+    """The last decode step again, by its graph and eagerly, from the same cache: tokens, logits, cache, bit for bit."""
+    steps, forward = runner.decode_steps, runner.forward
+    bucket = bucket_of(num_decodes)
+    assert int((steps.host[bucket][INPUTS.index("count")] == 1).sum()) == num_decodes
+    state = [forward._last_tokens]
+    for layer in runner.pools.layers:
+        state += _planes(layer) + ([] if layer.c128_state is None else [layer.c128_state])
+    before = [tensor.clone() for tensor in state]
+    results = []
+    for run in (steps.run, steps.eager):
+        for tensor, saved in zip(state, before, strict=True):
+            tensor.copy_(saved)
+        output = run(bucket)
+        own = [output.tokens[:num_decodes], output.logits[:num_decodes], forward._last_tokens[:-1], *state[1:]]
+        results.append([tensor.clone() for tensor in own])
+    for replayed, eager in zip(*results, strict=True):
+        assert torch.equal(replayed.view(torch.uint8), eager.view(torch.uint8))
