@@ -17,8 +17,9 @@ from dsv4serve.model.context import Observer
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.runner import logprobs
 from dsv4serve.runner.constraints import Constraints
+from dsv4serve.runner.drafts import Drafts
 from dsv4serve.runner.paged import PagedStep
-from dsv4serve.runner.sampler import Drafts, Sampler, row_bytes
+from dsv4serve.runner.sampler import Sampler, row_bytes
 from dsv4serve.runner.sentinel import Sentinel
 from dsv4serve.runner.slots import SlotTable
 from dsv4serve.speculative import Advance, MtpChain
@@ -97,11 +98,9 @@ class Runner:
         to_draft = perf_counter()
         if output.verifies:
             drafts = self._draft(output.verifies)
-            num_drafts = [0] * num_plain + [len(each) for each in drafts.token_ids]
+            num_drafts = [0] * num_plain + drafts.counts
             batch_slots += drafts.batch
-            counts += [1 + len(each) for each in drafts.token_ids]
-            for slot, each in zip(drafts.batch, drafts.token_ids, strict=True):
-                ids += [slots.last_token[slot], *each]
+            counts += [1 + count for count in drafts.counts]
         drafted = perf_counter()
         starts = [slots.num_computed[slot] for slot in batch_slots]
         metadata = StepMetadata(
@@ -114,7 +113,9 @@ class Runner:
             drafts=num_drafts,
             c128_banks=self.pools.layout.c128_banks,
         )
-        token_ids = torch.tensor(ids)
+        token_ids = torch.tensor(ids, dtype=torch.int64)
+        if drafts is not None:
+            token_ids = torch.cat([token_ids, drafts.inputs()])
         prepared = perf_counter()
         streams = self.transformer(token_ids, PagedStep(self.pools, metadata, self._observer))
         result = StepOutput(step_id=output.step_id, prepare_s=prepared - drafted + to_draft - begin)
@@ -156,13 +157,13 @@ class Runner:
         """Make the drafts of a step."""
         assert self._chain is not None, "drafts need a cache with room for them"
         slots = self._slots
-        batch = [verify.slot for verify in verifies]
-        drafts = self._sampler.start_drafts(batch)
+        batch, counts = [verify.slot for verify in verifies], [verify.num_draft_tokens for verify in verifies]
+        drafts = self._sampler.start_drafts(batch, counts)
         self._chain.draft(
             batch,
             [slots.num_computed[slot] for slot in batch],
             [slots.last_token[slot] for slot in batch],
-            [verify.num_draft_tokens for verify in verifies],
+            counts,
             drafts.choose,
         )
         drafts.end()
