@@ -21,6 +21,7 @@ from dsv4serve.runner.drafts import Drafts
 from dsv4serve.runner.paged import PagedStep
 from dsv4serve.runner.sampler import Sampler, row_bytes
 from dsv4serve.runner.sentinel import Sentinel
+from dsv4serve.runner.shadow import ShadowCheck
 from dsv4serve.runner.slots import SlotTable
 from dsv4serve.speculative import Advance, MtpChain
 from dsv4serve.types import PAGE_TOKENS, Chunk, Constraint, SchedulerOutput, StepOutput, Verify
@@ -35,6 +36,7 @@ class Runner:
         observer: called with named intermediate values of every step, in row order. A Sentinel's findings are in the
             StepOutput.
         read_vocabulary: what the ids mean, needed by requests with a constraint.
+        shadow_steps: every so many steps one is compared with the reference kernels; 0 = none.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Runner:
         plan: CapacityPlan,
         observer: Observer | None = None,
         read_vocabulary: Callable[[], Vocabulary] = no_vocabulary,
+        shadow_steps: int = 0,
     ) -> None:
         self.transformer = transformer
         self._observer = observer
@@ -56,6 +59,7 @@ class Runner:
         self._slots = SlotTable(plan.num_slots, max_pages, self.eos_token_id)
         self._sampler = Sampler(self._slots, self._constraints)
         self._no_pages = np.empty((0, 0), dtype=np.int64)
+        self._shadow = ShadowCheck(transformer, self.pools, shadow_steps) if shadow_steps else None
         self._chain = None
         if plan.layout.num_draft_tokens:
             self._chain = MtpChain(transformer, self.pools, self._mtp_step)
@@ -117,8 +121,11 @@ class Runner:
         if drafts is not None:
             token_ids = torch.cat([token_ids, drafts.inputs()])
         prepared = perf_counter()
+        expected = self._shadow.expect(token_ids, metadata) if self._shadow is not None else None
         streams = self.transformer(token_ids, PagedStep(self.pools, metadata, self._observer))
         result = StepOutput(step_id=output.step_id, prepare_s=prepared - drafted + to_draft - begin)
+        if self._shadow is not None and expected is not None:
+            self._shadow.compare(expected, streams, metadata, result)
         self._prompt_logprobs(streams, chunks, result)
         num_accepted = self._choose(streams, output, drafts, result)
         kept = counts[:num_plain] + [1 + num for num in num_accepted]  # positions that stay
