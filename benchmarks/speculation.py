@@ -41,7 +41,7 @@ from tools.demo_model.probing import held_out
 SUITES = ("stories", "arithmetic", "tools", "json")  # recall is nothing but prefill
 NUM_PER_CATEGORY = 40
 REQUESTS = {1: 4, 4: 12, 16: 40}  # concurrency: prompts of one run
-FORCED_TOKENS = 96  # of each request
+FORCED_TOKENS = 48  # of each request
 MODES = {"none": 0, "fixed 1": 1, "fixed 2": 2, "fixed 3": 3, "adaptive": 3}
 CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
 CACHE_BYTES = 1 << 28
@@ -159,7 +159,7 @@ def forced(args: argparse.Namespace) -> list[dict[str, Any]]:
                     if num:
                         loop.runner._sampler.judge = ForcedJudge(rate, num)
                     loop.steps.clear()
-                    served = loop.serve(prompts[: 2 * concurrency], concurrency, ignore_eos=True)
+                    served = loop.serve(prompts[:concurrency], concurrency, ignore_eos=True)
                     full = [seconds for size, most, seconds in loop.steps if (size, most) == (concurrency, num)]
                     verifies = [each for one in served for each in one.verifies if each.num_drafts == num]
                     if number:

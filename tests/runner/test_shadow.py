@@ -43,7 +43,7 @@ def test_sound_kernels_do_not_drift_and_the_outputs_stay(num_draft_tokens: int) 
     plain = Engine(TRANSFORMER, max_step_tokens=256, num_draft_tokens=num_draft_tokens).run(REQUESTS)
     assert {n: o.logits for n, o in outputs.items()} == {n: o.logits for n, o in plain.items()}
     assert sum(result.num_shadow_rows for result in results) > 50
-    assert max(result.shadow_drift for result in results) < 1e-5
+    assert 0 < max(result.shadow_drift for result in results) < 1e-5
     assert not any(result.num_shadow_flips for result in results)
 
 
