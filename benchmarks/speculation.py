@@ -40,7 +40,7 @@ from tools.demo_model.probing import held_out
 
 SUITES = ("stories", "arithmetic", "tools", "json")  # recall is nothing but prefill
 NUM_PER_CATEGORY = 40
-REQUESTS = {1: 4, 4: 12, 16: 40}  # concurrency: prompts of one run
+REQUESTS = {1: 8, 4: 12, 16: 40}  # concurrency: prompts of one run
 FORCED_TOKENS = 48  # of each request
 MODES = {"none": 0, "fixed 1": 1, "fixed 2": 2, "fixed 3": 3, "adaptive": 3}
 CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
@@ -118,7 +118,7 @@ def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
         for name, num in MODES.items()
     }
     prompts, clock = make_prompts(args.model), CLOCKS[args.clock]
-    chosen = {concurrency: prompts[:num] for concurrency, num in REQUESTS.items()}
+    chosen = {concurrency: prompts[: REQUESTS[concurrency]] for concurrency in args.concurrency}
     rates: dict[int, dict[str, list[tuple[float, float]]]] = {c: {name: [] for name in MODES} for c in chosen}
     for number in range(args.rounds + 1):  # the first one warms up: caches, and what the policy measures
         for concurrency, mine in chosen.items():
@@ -149,7 +149,7 @@ def forced(args: argparse.Namespace) -> list[dict[str, Any]]:
     loops = {num: make_loop(args, num, DraftMode.FIXED) for num in numbers}
     prompts = [(ids, FORCED_TOKENS) for ids, _ in make_prompts(args.model)]
     results = []
-    for concurrency in REQUESTS:
+    for concurrency in args.concurrency:
         costs: dict[int, list[float]] = {num: [] for num in numbers}
         lengths: dict[tuple[int, float], list[float]] = {}
         for number in range(args.rounds + 1):
@@ -192,6 +192,7 @@ def main() -> None:
     add("--model", type=Path, default=default_model(), help="checkpoint (default the embedded one)")
     add("--numerics", type=Numerics, default=Numerics.EXACT, help="exact or official (default exact)")
     add("--rounds", type=int, default=5, help="rounds, of which the median counts (default %(default)s)")
+    add("--concurrency", type=int, nargs="+", choices=list(REQUESTS), default=list(REQUESTS), help="default all")
     add("--rates", type=float, nargs="+", default=[0.57, 0.70], help="forced accept rates (default %(default)s)")
     add("--clock", choices=list(CLOCKS), default="cpu", help="processor time or wall clock (default %(default)s)")
     add("--out", type=Path, default=Path(__file__).parent / "results/speculation.jsonl", help="JSONL file")
