@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -50,9 +50,9 @@ CACHE_BYTES = 1 << 28
 class ForcedJudge:
     """`judge` whose acceptance has a given rate: accepted drafts / all drafts of verifies with `num_drafts`."""
 
-    def __init__(self, rate: float, num_drafts: int) -> None:
+    def __init__(self, rate: float, num_drafts: int, seed: int = 0) -> None:
         self._chance = chance_of(rate, num_drafts)
-        self._draw = random.Random(0)
+        self._draw = random.Random(seed)
 
     def __call__(self, logits: Tensor, rows: Tensor, drafts: Tensor, *others: Any, **settings: Any) -> Any:
         """As much work as `judge`, another result."""
@@ -151,23 +151,21 @@ def forced(args: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     for concurrency in args.concurrency:
         costs: dict[int, list[float]] = {num: [] for num in numbers}
-        lengths: dict[tuple[int, float], list[float]] = {}
+        accepted: dict[tuple[int, float], list[int]] = {}  # of each full verify
         for number in range(args.rounds + 1):
             for num in sorted(numbers, key=lambda num: random.Random(f"{number} {num}").random()):
                 loop = loops[num]
                 for rate in args.rates if num else args.rates[:1]:
                     if num:
-                        loop.runner._sampler.judge = ForcedJudge(rate, num)
+                        loop.runner._sampler.judge = ForcedJudge(rate, num, number)
                     loop.steps.clear()
                     served = loop.serve(prompts[:concurrency], concurrency, ignore_eos=True)
                     full = [seconds for size, most, seconds in loop.steps if (size, most) == (concurrency, num)]
-                    verifies = [each for one in served for each in one.verifies if each.num_drafts == num]
                     if number:
                         costs[num].append(1000 * median(full))
-                        if num:
-                            lengths.setdefault((num, rate), []).append(
-                                1 + sum(each.num_accepted for each in verifies) / len(verifies)
-                            )
+                        mine = accepted.setdefault((num, rate), [])
+                        verifies = [each for one in served for each in one.verifies if each.num_drafts == num]
+                        mine += [each.num_accepted for each in verifies]
         ms = {num: median(values) for num, values in costs.items()}
         table = {}
         for num in numbers[1:]:
@@ -175,7 +173,7 @@ def forced(args: argparse.Namespace) -> list[dict[str, Any]]:
             table[f"{num} drafts"] = {
                 "step_ms": round(ms[num], 3),
                 "step_ms_range": [round(min(costs[num]), 3), round(max(costs[num]), 3)],
-                "tokens_per_verify": {str(rate): round(median(lengths[num, rate]), 3) for rate in args.rates},
+                "tokens_per_verify": {str(rate): round(1 + mean(accepted[num, rate]), 3) for rate in args.rates},
                 "tokens_per_s_per_user": {str(r): round(1000 * (1 + r * num) / ms[num], 1) for r in args.rates},
                 "over_none": {str(rate): round(gain, 3) for rate, gain in zip(args.rates, gains, strict=True)},
                 "last_rate_over_first": round(gains[-1] / gains[0], 3),
