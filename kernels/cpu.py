@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ def _load() -> ctypes.CDLL | None:
 
 
 library = _load()
+
+
+@contextmanager
+def references() -> Iterator[None]:
+    """Inside, the torch references run."""
+    global library
+    before, library = library, None
+    try:
+        yield
+    finally:
+        library = before
 
 
 def takes(operation: str) -> bool:

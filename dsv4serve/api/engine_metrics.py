@@ -82,6 +82,11 @@ def _speculation(live: Live, stats: EngineStats) -> Iterator[Metric]:
     yield _counter(
         "nonfinite_steps", "steps in which --check-numerics found NaN or infinity", stats.num_nonfinite_steps
     )
+    yield _counter("shadow_rows", "rows compared with the reference kernels", stats.num_shadow_rows)
+    yield _counter("shadow_flips", "of these, rows with another best token", stats.num_shadow_flips)
+    yield _gauge(
+        "shadow_drift", "norm of the logits' difference / norm of the reference's, last time", stats.shadow_drift
+    )
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -139,6 +139,9 @@ class EngineConfig(BaseSettings):
     check_numerics: Annotated[
         bool, Field(description="look for NaN and infinite values behind each operation of each layer; slow")
     ] = False
+    shadow_steps: Annotated[
+        int, Field(ge=0, description="every so many steps one is compared with the reference kernels; 0 = none")
+    ] = 0
     prefix_cache: Annotated[bool, Field(description="reuse the KV of earlier prompts")] = True
     priority_ageing_s: Annotated[
         float, Field(gt=0, description="seconds of waiting that lift a request by one priority level")

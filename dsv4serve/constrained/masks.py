@@ -93,6 +93,10 @@ class TokenMasks:
         for token in output_ids:
             row.accept(token)
 
+    def has(self, slot: int) -> bool:
+        """Whether the slot's request is constrained."""
+        return slot in self._rows
+
     def accept(self, slot: int, token: int) -> None:
         """The slot's request has drawn `token`."""
         row = self._rows.get(slot)

@@ -90,6 +90,7 @@ class EngineCore:
         self._preparing: dict[str, tuple[Future[None], Request]] = {}
         self._watch = watch
         self._num_nonfinite_drafts, self._num_nonfinite_steps = 0, 0
+        self._num_shadow_rows, self._num_shadow_flips, self._shadow_drift = 0, 0, 0.0
         self._step_times = {phase: StepHistogram() for phase in PHASES}
 
     @property
@@ -133,7 +134,7 @@ class EngineCore:
         executed = perf_counter()
         self._scheduler.took(planned, executed - scheduled)
         self._reply(self._scheduler.update(planned, result))
-        if planned.verifies or result.first_nonfinite:
+        if planned.verifies or result.first_nonfinite or result.num_shadow_rows:
             self._look_at(result)
         times = self._step_times
         times["schedule"].observe(scheduled - begin)
@@ -147,6 +148,10 @@ class EngineCore:
         self._num_nonfinite_drafts += result.num_nonfinite_drafts
         if result.first_nonfinite:
             self._num_nonfinite_steps += 1
+        if result.num_shadow_rows:
+            self._num_shadow_rows += result.num_shadow_rows
+            self._num_shadow_flips += result.num_shadow_flips
+            self._shadow_drift = result.shadow_drift
         if self._watch is not None:
             stats = self._scheduler.stats()
             line = self._watch.observe(stats.num_drafted, stats.num_accepted, self._num_nonfinite_drafts)
@@ -198,6 +203,9 @@ class EngineCore:
             step_times=self._step_times,
             num_nonfinite_drafts=self._num_nonfinite_drafts,
             num_nonfinite_steps=self._num_nonfinite_steps,
+            num_shadow_rows=self._num_shadow_rows,
+            num_shadow_flips=self._num_shadow_flips,
+            shadow_drift=self._shadow_drift,
             num_accept_alarms=watch.num_alarms if watch is not None else 0,
             is_accept_rate_low=watch is not None and watch.is_low,
         )

@@ -83,6 +83,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="engine_stats")
     num_accepted: list[int] = []  # and how many of them accepted
     num_nonfinite_drafts: int = 0  # drafts whose logits had NaN or infinite values
     num_nonfinite_steps: int = 0  # steps in which check_numerics found any in a layer
+    num_shadow_rows: int = 0  # see StepOutput: in all steps that were compared with the reference kernels
+    num_shadow_flips: int = 0
+    shadow_drift: float = 0.0  # of the last one
     num_accept_alarms: int = 0  # times that the accept rate fell below its reference
     is_accept_rate_low: bool = False
     num_frontends: int  # that said Hello and are not known to be gone

@@ -63,20 +63,9 @@ def load_factory(name: str) -> Callable[[EngineConfig], Runner]:
 
 
 def build_core(endpoint: str, config: EngineConfig, build_runner: Callable[[EngineConfig], Runner]) -> EngineCore:
-    """Runner, a scheduler of its sizes, and the loop that drives them, bound to `endpoint`."""
+    """Runner, its scheduler, and the loop that drives them, bound to `endpoint`."""
     runner = build_runner(config)
-    scheduler = Scheduler(
-        num_slots=runner.num_slots,
-        num_pages=runner.num_pages,
-        num_tails=runner.num_tails,
-        max_model_len=runner.max_model_len,
-        max_step_tokens=config.max_step_tokens,
-        eos_token_id=runner.eos_token_id,
-        prefix_cache=config.prefix_cache,
-        max_waiting=config.max_waiting_requests,
-        ageing_s=config.priority_ageing_s,
-        drafts=_draft_policy(config),
-    )
+    scheduler = build_scheduler(config, runner)
     info = EngineInfo(
         model_path=str(config.model),
         max_model_len=runner.max_model_len,
@@ -92,6 +81,22 @@ def build_core(endpoint: str, config: EngineConfig, build_runner: Callable[[Engi
     if config.num_draft_tokens:
         watch = AcceptanceWatch(config.num_draft_tokens, config.accept_rate_reference)
     return EngineCore(endpoint, scheduler, runner, info, watch)
+
+
+def build_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
+    """A scheduler of the runner's sizes."""
+    return Scheduler(
+        num_slots=runner.num_slots,
+        num_pages=runner.num_pages,
+        num_tails=runner.num_tails,
+        max_model_len=runner.max_model_len,
+        max_step_tokens=config.max_step_tokens,
+        eos_token_id=runner.eos_token_id,
+        prefix_cache=config.prefix_cache,
+        max_waiting=config.max_waiting_requests,
+        ageing_s=config.priority_ageing_s,
+        drafts=_draft_policy(config),
+    )
 
 
 def _draft_policy(config: EngineConfig) -> DraftPolicy | None:

@@ -90,6 +90,20 @@ class CachePools:
             [ring.view(self.num_slots + 1, -1, ring.shape[1])[slot] for ring in layer.rings()] for layer in self.layers
         ]
 
+    def copy_slots(self, slots: Tensor) -> list[Tensor]:
+        """What a step changes of `slots` int64 [n]; its rows of pages excepted."""
+        return [plane[slots] for plane in self._slot_planes()]
+
+    def put_slots(self, slots: Tensor, copies: list[Tensor]) -> None:
+        """Put back what `copy_slots` took."""
+        for plane, copied in zip(self._slot_planes(), copies, strict=True):
+            plane[slots] = copied
+
+    def _slot_planes(self) -> list[Tensor]:
+        """Views [num_slots + 1, ..] of rings and C128 states."""
+        rings = [ring.view(self.num_slots + 1, -1, ring.shape[1]) for layer in self.layers for ring in layer.rings()]
+        return rings + [layer.c128_state for layer in self.layers if layer.c128_state is not None]
+
     def init_slot(self, slot: int) -> None:
         """Clear everything a slot holds, so that nothing of its last request can be read."""
         for layer, rings in zip(self.layers, self._slot_rings(slot), strict=True):

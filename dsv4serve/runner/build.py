@@ -43,6 +43,7 @@ def build_runner(config: EngineConfig, progress: bool = False) -> Runner:
         plan,
         observer=Sentinel() if config.check_numerics else None,
         read_vocabulary=lambda: read_vocabulary(config.model, model.vocab_size),
+        shadow_steps=config.shadow_steps,
     )
 
 

@@ -56,6 +56,10 @@ class Constraints:
         if self._masks is not None:
             self._masks.start(start.slot, constraint, start.token_ids[start.num_prompt_tokens :])
 
+    def has(self, slot: int) -> bool:
+        """Whether the slot's request has one."""
+        return self._masks is not None and self._masks.has(slot)
+
     def accept(self, slot: int, token: int) -> str | None:
         """The slot's request has drawn `token`. Why it cannot go on, if it cannot."""
         if self._masks is None:

@@ -17,9 +17,11 @@ from dsv4serve.model.context import Observer
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.runner import logprobs
 from dsv4serve.runner.constraints import Constraints
+from dsv4serve.runner.drafts import Drafts
 from dsv4serve.runner.paged import PagedStep
-from dsv4serve.runner.sampler import Drafts, Sampler, row_bytes
+from dsv4serve.runner.sampler import Sampler, row_bytes
 from dsv4serve.runner.sentinel import Sentinel
+from dsv4serve.runner.shadow import ShadowCheck
 from dsv4serve.runner.slots import SlotTable
 from dsv4serve.speculative import Advance, MtpChain
 from dsv4serve.types import PAGE_TOKENS, Chunk, Constraint, PageAppend, SchedulerOutput, StepOutput, Verify
@@ -34,6 +36,7 @@ class Runner:
         observer: called with named intermediate values of every step, in row order. A Sentinel's findings are in the
             StepOutput.
         read_vocabulary: what the ids mean, needed by requests with a constraint.
+        shadow_steps: every so many steps one is compared with the reference kernels; 0 = none.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Runner:
         plan: CapacityPlan,
         observer: Observer | None = None,
         read_vocabulary: Callable[[], Vocabulary] = no_vocabulary,
+        shadow_steps: int = 0,
     ) -> None:
         self.transformer = transformer
         self._observer = observer
@@ -55,6 +59,7 @@ class Runner:
         self._slots = SlotTable(plan.num_slots, max_pages, self.eos_token_id)
         self._sampler = Sampler(self._slots, self._constraints)
         self._no_pages = np.empty((0, 0), dtype=np.int64)
+        self._shadow = ShadowCheck(transformer, self.pools, shadow_steps) if shadow_steps else None
         self._chain = None
         if plan.layout.num_draft_tokens:
             self._chain = MtpChain(transformer, self.pools, self._mtp_step)
@@ -103,11 +108,9 @@ class Runner:
         to_draft = perf_counter()
         if output.verifies:
             drafts = self._draft(output.verifies)
-            num_drafts = [0] * num_plain + [len(each) for each in drafts.token_ids]
+            num_drafts = [0] * num_plain + drafts.counts
             batch_slots += drafts.batch
-            counts += [1 + len(each) for each in drafts.token_ids]
-            for slot, each in zip(drafts.batch, drafts.token_ids, strict=True):
-                ids += [slots.last_token[slot], *each]
+            counts += [1 + count for count in drafts.counts]
         drafted = perf_counter()
         starts = [slots.num_computed[slot] for slot in batch_slots]
         metadata = StepMetadata(
@@ -120,10 +123,15 @@ class Runner:
             drafts=num_drafts,
             c128_banks=self.pools.layout.c128_banks,
         )
-        token_ids = torch.tensor(ids)
+        token_ids = torch.tensor(ids, dtype=torch.int64)
+        if drafts is not None:
+            token_ids = torch.cat([token_ids, drafts.inputs()])
         prepared = perf_counter()
+        expected = self._shadow.expect(token_ids, metadata) if self._shadow is not None else None
         streams = self.transformer(token_ids, PagedStep(self.pools, metadata, self._observer))
         result = StepOutput(step_id=output.step_id, prepare_s=prepared - drafted + to_draft - begin)
+        if self._shadow is not None and expected is not None:
+            self._shadow.compare(expected, streams, metadata, result)
         self._prompt_logprobs(streams, chunks, result)
         num_accepted = self._choose(streams, output, drafts, result)
         kept = counts[:num_plain] + [1 + num for num in num_accepted]  # positions that stay
@@ -162,13 +170,13 @@ class Runner:
         """Make the drafts of a step."""
         assert self._chain is not None, "drafts need a cache with room for them"
         slots = self._slots
-        batch = [verify.slot for verify in verifies]
-        drafts = self._sampler.start_drafts(batch)
+        batch, counts = [verify.slot for verify in verifies], [verify.num_draft_tokens for verify in verifies]
+        drafts = self._sampler.start_drafts(batch, counts)
         self._chain.draft(
             batch,
             [slots.num_computed[slot] for slot in batch],
             [slots.last_token[slot] for slot in batch],
-            [verify.num_draft_tokens for verify in verifies],
+            counts,
             drafts.choose,
         )
         drafts.end()

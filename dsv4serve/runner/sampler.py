@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsv4_kernels.sampling import COIN, DRAFT, LOWEST, distribution, sample, uniform
+from dsv4_kernels.sampling import COIN, sample, uniform
 from dsv4serve.runner import logprobs
 from dsv4serve.runner.adjust import adjust
 from dsv4serve.runner.constraints import Constraints
+from dsv4serve.runner.drafts import Drafts, settings_of
 from dsv4serve.runner.slots import SlotTable
-from dsv4serve.speculative import judge, pad_drafts
+from dsv4serve.speculative import judge
 from dsv4serve.types import SamplingParams, StepOutput
 
 
@@ -21,6 +22,7 @@ class Sampler:
 
     def __init__(self, slots: SlotTable, constraints: Constraints) -> None:
         self._slots, self._constraints = slots, constraints
+        self.judge = judge  # a benchmark puts another one here, to accept as often as it wants to
 
     def draw(self, logits: Tensor, batch: list[int], result: StepOutput) -> None:
         """One token for each slot of `batch`: float32 [len(batch), vocab], changed in place."""
@@ -32,39 +34,35 @@ class Sampler:
         adjust(logits, [slots.adjustments[slot] for slot in batch])
         self._constraints.apply(logits, batch)
         numbers = [uniform(p.seed, slots.num_outputs[slot]) for p, slot in zip(params, batch, strict=True)]
-        token_ids = sample(logits, **_settings(params), uniform=torch.tensor(numbers, dtype=torch.float64)).tolist()
+        token_ids = sample(logits, **settings_of(params), uniform=torch.tensor(numbers, dtype=torch.float64)).tolist()
         for place, (slot, token) in enumerate(zip(batch, token_ids, strict=True)):
             self.take(slot, [token], result)
             raw.report(place, slot, [token], result)
 
-    def start_drafts(self, batch: list[int]) -> Drafts:
-        """Drafts for the slots of `batch`, to be made."""
-        return Drafts(self._slots, self._constraints, batch)
+    def start_drafts(self, batch: list[int], counts: list[int]) -> Drafts:
+        """counts[b] >= 1 drafts for each slot of `batch`, to be made."""
+        return Drafts(self._slots, self._constraints, batch, counts)
 
     def verify(self, logits: Tensor, drafts: Drafts, result: StepOutput) -> list[int]:
         """New tokens for the slots that have drafts, and how many drafts each of them keeps.
 
         `logits` float32, changed in place: behind 0, 1, .. drafts, slot after slot.
         """
-        slots, batch, token_ids = self._slots, drafts.batch, drafts.token_ids
-        params = [slots.params(slot) for slot in batch]
-        raw = _Raw(logits, params, [1 + len(each) for each in token_ids])
-        adjust(logits, [slots.adjustments[slot] for slot in batch], token_ids)
-        self._constraints.apply(logits, batch, token_ids)
-        padded, rows = pad_drafts(token_ids)
-        accepted, next_ids = judge(
+        raw = _Raw(logits, drafts.params, [1 + count for count in drafts.counts])
+        drafts.adjust_rows(logits)
+        longest = drafts.tokens.shape[1]
+        accepted, next_ids = self.judge(
             logits,
-            rows,
-            padded,
-            drafts.proposal(logits.shape[1]),
-            settings=_settings(params),
-            coins=drafts.numbers(padded.shape[1], COIN),
-            draws=drafts.numbers(padded.shape[1] + 1, 0),
+            drafts.logit_rows(),
+            drafts.tokens,
+            drafts.proposal(),
+            sampled=drafts.sampled,
+            settings=drafts.settings,
+            coins=drafts.numbers(longest, COIN),
+            draws=drafts.numbers(longest + 1, 0),
         )
-        result.num_nonfinite_drafts = drafts.num_nonfinite
-        num_accepted: list[int] = accepted.tolist()
-        for place, (slot, count, token) in enumerate(zip(batch, num_accepted, next_ids.tolist(), strict=True)):
-            tokens = [*token_ids[place][:count], token]
+        num_accepted, new_tokens, result.num_nonfinite_drafts = drafts.read(accepted, next_ids)
+        for place, (slot, tokens) in enumerate(zip(drafts.batch, new_tokens, strict=True)):
             self.take(slot, tokens, result)
             raw.report(place, slot, tokens, result)
         return num_accepted
@@ -77,86 +75,6 @@ class Sampler:
                 result.errors[slot] = wrong
         result.slots.append(slot)
         result.token_ids.append(tokens)
-
-
-class Drafts:
-    """The drafts of a step, while they are made: `choose` takes the logits of the first ones, then the second ones ..
-
-    Sampled requests sample them, too, with the same settings as their tokens: rejection sampling keeps any proposal
-    exact, and this one is accepted most often.
-    """
-
-    def __init__(self, slots: SlotTable, constraints: Constraints, batch: list[int]) -> None:
-        self._slots, self._constraints, self.batch = slots, constraints, batch
-        self._params = [slots.params(slot) for slot in batch]
-        self._sampled = [place for place, params in enumerate(self._params) if params.temperature > 0]
-        self._proposals: list[tuple[list[int], Tensor]] = []  # places in _sampled, probabilities
-        self.token_ids: list[list[int]] = [[] for _ in batch]
-        self.num_nonfinite = 0  # rows of logits with NaN or infinite values
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that the drafts and the tokens before them take in a step."""
-        return sum(1 + len(each) for each in self.token_ids)
-
-    def choose(self, places: list[int], logits: Tensor) -> Tensor:
-        """The next drafts int64 [n] of the slots at `places` of the batch, from float32 logits [n, vocab]."""
-        # A broken MTP block must cost speed, not answers: any proposal is as exact as any other.
-        is_wrong = ~torch.isfinite(logits)
-        if bool(is_wrong.any()):
-            self.num_nonfinite += int(is_wrong.any(-1).sum())
-            logits = logits.masked_fill(is_wrong, LOWEST)
-        slots, batch = self._slots, [self.batch[place] for place in places]
-        adjust(logits, [slots.adjustments[slot] for slot in batch])
-        self._constraints.apply(logits, batch)
-        params = [self._params[place] for place in places]
-        settings = _settings(params)
-        numbers = [
-            uniform(p.seed, slots.num_outputs[slot] + len(self.token_ids[place]), DRAFT)
-            for p, slot, place in zip(params, batch, places, strict=True)
-        ]
-        chosen = sample(logits, **settings, uniform=torch.tensor(numbers, dtype=torch.float64))
-        rows = [row for row, p in enumerate(params) if p.temperature > 0]
-        if rows:
-            probs = distribution(logits[rows], **{name: value[rows] for name, value in settings.items()})
-            self._proposals.append(([self._sampled.index(places[row]) for row in rows], probs))
-        self._add(places, chosen.tolist())
-        return chosen
-
-    def _add(self, places: list[int], tokens: list[int]) -> None:
-        for place, token in zip(places, tokens, strict=True):
-            slot = self.batch[place]
-            self.token_ids[place].append(token)
-            adjustment = self._slots.adjustments[slot]
-            if adjustment is not None:
-                adjustment.append(token)
-            self._constraints.look_ahead(slot, token)
-
-    def end(self) -> None:
-        """All drafts are made: what they did to adjustments and constraints is taken back."""
-        for slot, tokens in zip(self.batch, self.token_ids, strict=True):
-            adjustment = self._slots.adjustments[slot]
-            if adjustment is not None:
-                adjustment.undo(tokens)
-            self._constraints.undo(slot, len(tokens))
-
-    def proposal(self, vocab_size: int) -> Tensor:
-        """What the drafts of the sampled slots were drawn from: float32 [S, K, vocab], 0 where there is no draft."""
-        longest = max(map(len, self.token_ids))
-        proposal = torch.zeros(len(self._sampled), longest, vocab_size)
-        # Who has a second draft has a first one, so an entry's number is the place of its drafts.
-        for place, (rows, probs) in enumerate(self._proposals):
-            proposal[rows, place] = probs
-        return proposal
-
-    def numbers(self, width: int, stream: int) -> Tensor:
-        """Random numbers float64 [S, width] of the sampled slots' next outputs."""
-        numbers = [
-            uniform(self._params[place].seed, self._slots.num_outputs[self.batch[place]] + offset, stream)
-            for place in self._sampled
-            for offset in range(width)
-        ]
-        return torch.tensor(numbers, dtype=torch.float64).view(len(self._sampled), width)
 
 
 class _Raw:
@@ -181,16 +99,6 @@ class _Raw:
             result.logits[slot] = row_bytes(rows)
         if params.num_logprobs is not None:
             result.logprobs[slot] = logprobs.describe(rows, tokens, params.num_logprobs)
-
-
-def _settings(params: list[SamplingParams]) -> dict[str, Tensor]:
-    """Arguments of `sample` and `distribution`, [len(params)] each."""
-    return {
-        "temperature": torch.tensor([p.temperature for p in params]),
-        "top_k": torch.tensor([p.top_k for p in params]),
-        "top_p": torch.tensor([p.top_p for p in params]),
-        "min_p": torch.tensor([p.min_p for p in params]),
-    }
 
 
 def row_bytes(logits: Tensor) -> list[bytes]:

@@ -2,14 +2,19 @@
 
 A draft costs a pass of the MTP block and a row of the main model. What that is worth depends on the machine and on the
 batch (a row is nearly free where reading the weights dominates, and dear where computing does), so both are measured.
+Numbers of drafts often differ by a few per cent, less than a machine's speed drifts within seconds. So their costs are
+kept as ratios to the steps around them, and remembered for long; the machine's pace is one number, soon forgotten.
 """
 
 from __future__ import annotations
 
-MEMORY = 32.0  # verifies after which an observation has lost two thirds of its weight
-PRIOR = 0.7  # accept rate of a draft, given that those before it were accepted, before anything was seen
+MEMORY = 128.0  # judged drafts after which an observation has lost two thirds of its weight
+PRIOR = 0.7  # accept rate of a draft, given that those before it were accepted, before anything was seen,
+PRIOR_WEIGHT = 4.0  # and of how many drafts that counts as
 TRIES = 3  # steps that show how long a number of drafts takes
-TIME_MEMORY = 8.0  # steps after which a time has lost two thirds of its weight
+COST_MEMORY = 64.0  # steps after which the cost of a number of drafts has lost two thirds of its weight
+PACE_MEMORY = 8.0  # the same of the machine's pace
+LONGEST = 1.5  # of what was expected: a step that takes longer was interrupted, and counts as this
 PROBE_STEPS = 32  # every so many steps another number than the best is tried, or its numbers would grow old
 
 
@@ -23,14 +28,17 @@ class DraftPolicy:
 
     def __init__(self, most: int, adaptive: bool) -> None:
         self.most, self._adaptive = most, adaptive
-        self._rates = [PRIOR ** (position + 1) for position in range(most)]  # of accepted first, second, .. drafts
-        self._times: dict[int, _Times] = {}  # by size class of the batch
+        self._rates = [PRIOR] * most  # of first, second, .. drafts, given that those before were accepted
+        self._counts = [PRIOR_WEIGHT] * most
+        self._costs: dict[int, _Costs] = {}  # by size class of the batch
         self._num_steps = 0
 
     def observe(self, num_drafts: int, num_accepted: int) -> None:
         """A verify with `num_drafts` drafts of which the first `num_accepted` were accepted."""
-        for position in range(num_drafts):
-            self._rates[position] += ((position < num_accepted) - self._rates[position]) / MEMORY
+        for position in range(min(num_drafts, num_accepted + 1)):
+            self._counts[position] += 1
+            weight = 1 / min(self._counts[position], MEMORY)
+            self._rates[position] += ((position < num_accepted) - self._rates[position]) * weight
 
     def took(self, num_requests: int, num_drafts: int, seconds: float) -> None:
         """A step of nothing but `num_requests` decodes, with so many drafts each, took `seconds`."""
@@ -40,34 +48,42 @@ class DraftPolicy:
         """Drafts per request, 0 to `most`, of a step with so many decoding requests."""
         if not self._adaptive:
             return self.most
-        times = self._class(num_requests)
+        costs = self._class(num_requests)
         for num in range(self.most, -1, -1):
-            if times.counts[num] < TRIES:
+            if costs.counts[num] < TRIES:
                 return num
         self._num_steps += 1
         if self._num_steps % PROBE_STEPS == 0:
             return self._num_steps // PROBE_STEPS % (self.most + 1)
-        best, best_speed, tokens = 0, 0.0, 1.0
-        for num, seconds in enumerate(times.seconds):
-            if tokens / seconds > best_speed:
-                best, best_speed = num, tokens / seconds
+        best, best_speed, tokens, chance = 0, 0.0, 1.0, 1.0
+        for num, cost in enumerate(costs.ratios):
+            if tokens / cost > best_speed:
+                best, best_speed = num, tokens / cost
             if num < self.most:
-                tokens += self._rates[num]
+                chance *= self._rates[num]
+                tokens += chance
         return best
 
-    def _class(self, num_requests: int) -> _Times:
+    def _class(self, num_requests: int) -> _Costs:
         """Batches of 1, 2, 3 to 4, 5 to 8, .. requests take about as long."""
-        return self._times.setdefault((num_requests - 1).bit_length(), _Times(self.most))
+        return self._costs.setdefault((num_requests - 1).bit_length(), _Costs(self.most))
 
 
-class _Times:
-    """How long steps take, by the number of drafts."""
+class _Costs:
+    """What steps cost by the number of drafts: pace x ratio = seconds."""
 
     def __init__(self, most: int) -> None:
         self.counts = [0] * (most + 1)
-        self.seconds = [0.0] * (most + 1)
+        self.ratios = [1.0] * (most + 1)
+        self._pace = 0.0
 
     def add(self, num_drafts: int, seconds: float) -> None:
+        if not self._pace:
+            self._pace = seconds
         self.counts[num_drafts] += 1
-        weight = 1 / min(self.counts[num_drafts], TIME_MEMORY)
-        self.seconds[num_drafts] += (seconds - self.seconds[num_drafts]) * weight
+        expected = self._pace * self.ratios[num_drafts]
+        if self.counts[num_drafts] > TRIES:
+            seconds = min(seconds, LONGEST * expected)
+        weight = 1 / min(self.counts[num_drafts], COST_MEMORY)
+        self.ratios[num_drafts] += (seconds / self._pace - self.ratios[num_drafts]) * weight
+        self._pace += (seconds / self.ratios[num_drafts] - self._pace) / PACE_MEMORY

@@ -11,25 +11,13 @@ from dsv4_kernels.sampling import distribution, sample
 from dsv4_kernels.spec_accept import accept_drafts, match_drafts
 
 
-def pad_drafts(drafts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Drafts int64 [B, K], -1 = none, and rows int64 [B, K + 1] of the logits behind 0 to K of them.
-
-    Request b has 1 + len(drafts[b]) neighbouring rows, request after request; beyond its last one that is repeated.
-    """
-    longest = max(map(len, drafts))
-    padded = torch.tensor([[*each, *[-1] * (longest - len(each))] for each in drafts])
-    lengths = (padded >= 0).sum(1)
-    first = (lengths + 1).cumsum(0) - lengths - 1
-    rows = first.unsqueeze(1) + torch.minimum(torch.arange(longest + 1), lengths.unsqueeze(1))
-    return padded, rows
-
-
 def judge(
     logits: Tensor,
     rows: Tensor,
     drafts: Tensor,
     proposal: Tensor,
     *,
+    sampled: Sequence[int],
     settings: dict[str, Tensor],
     coins: Tensor,
     draws: Tensor,
@@ -38,31 +26,38 @@ def judge(
 
     Args:
         logits: float32 [n, vocab] of the main model, as sampling takes them.
-        rows, drafts: see `pad_drafts`.
-        proposal: float32 [S, K, vocab], what the drafts of the S requests that are not greedy were drawn from.
+        rows: int64 [B, K + 1], the rows of the logits behind 0 to K drafts; any where a request has fewer.
+        drafts: int64 [B, K], -1 = none.
+        proposal: float32 [S, K, vocab], what the drafts of the `sampled` requests were drawn from.
+        sampled: which requests are not greedy, S of them.
         settings: temperature, top_k, top_p, min_p of the requests, [B] each; see dsv4_kernels.sampling.
         coins, draws: float64 [S, K] and [S, K + 1] in [0, 1); see dsv4_kernels.spec_accept.
 
     Returns int64 [B] how many drafts are accepted and int64 [B] the token after them. Raises NonFiniteLogits.
     """
-    is_sampled = settings["temperature"] > 0
-    greedy, sampled = (~is_sampled).nonzero().squeeze(1), is_sampled.nonzero().squeeze(1)
-    num_accepted, tokens = torch.empty(len(drafts), dtype=torch.int64), torch.empty(len(drafts), dtype=torch.int64)
-    if len(greedy):
-        own = rows[greedy]
-        none = torch.zeros(own.numel())
-        best = sample(
-            logits[own.flatten()],
-            temperature=none,
-            top_k=none.long(),
-            top_p=none + 1,
-            min_p=none,
-            uniform=none.double(),
-        )
-        num_accepted[greedy], tokens[greedy] = match_drafts(best.view_as(own), drafts[greedy])
-    if len(sampled):
-        own = rows[sampled]
-        repeated = {name: value[sampled].repeat_interleave(own.shape[1]) for name, value in settings.items()}
-        target = distribution(logits[own.flatten()], **repeated).unflatten(0, own.shape)
-        num_accepted[sampled], tokens[sampled] = accept_drafts(target, proposal, drafts[sampled], coins, draws)
+    if not sampled:
+        return _match(logits, rows, drafts)
+    repeated = {name: value[sampled].repeat_interleave(rows.shape[1]) for name, value in settings.items()}
+    own = rows[sampled]
+    target = distribution(logits[own.flatten()], **repeated).unflatten(0, own.shape)
+    judged = accept_drafts(target, proposal, drafts[sampled], coins, draws)
+    if len(sampled) == len(drafts):
+        return judged
+    greedy = sorted(set(range(len(drafts))) - set(sampled))
+    num_accepted, tokens = torch.empty_like(drafts[:, 0]), torch.empty_like(drafts[:, 0])
+    num_accepted[sampled], tokens[sampled] = judged
+    num_accepted[greedy], tokens[greedy] = _match(logits, rows[greedy], drafts[greedy])
     return num_accepted, tokens
+
+
+def _match(logits: Tensor, rows: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
+    none = torch.zeros(rows.numel())
+    best = sample(
+        logits[rows.flatten()],
+        temperature=none,
+        top_k=none.long(),
+        top_p=none + 1,
+        min_p=none,
+        uniform=none.double(),
+    )
+    return match_drafts(best.view_as(rows), drafts)

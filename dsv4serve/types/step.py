@@ -99,6 +99,9 @@ class StepOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     token_ids: list[list[int]] = []
     num_nonfinite_drafts: int = 0  # drafts whose logits had NaN or infinite values
     first_nonfinite: str = ""  # the first operation whose output had some, where that is checked
+    num_shadow_rows: int = 0  # rows whose logits were compared with those of the reference kernels,
+    num_shadow_flips: int = 0  # of these, rows with another best token,
+    shadow_drift: float = 0.0  # and the norm of the difference / the norm of the reference's logits
     logits: dict[int, list[bytes]] = {}  # slot -> float32 rows, one per new token, where asked for
     errors: dict[int, str] = {}  # slot -> why its request cannot go on, for the client
     prompt_logits: dict[int, list[bytes]] = {}  # slot -> float32 rows of this chunk's wanted prompt tokens

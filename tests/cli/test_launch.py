@@ -31,6 +31,7 @@ OTHER_VALUES = {
     "num_draft_tokens": (["3"], 3),
     "draft_mode": (["fixed"], "fixed"),
     "accept_rate_reference": (["0.5"], 0.5),
+    "shadow_steps": (["1000"], 1000),
     "log_level": (["debug"], "debug"),
     "log_format": (["json"], "json"),
     "otlp_endpoint": (["http://h:4318/v1/traces"], "http://h:4318/v1/traces"),

@@ -16,7 +16,7 @@ from dsv4serve.memory import CacheLayout, CapacityPlan
 from dsv4serve.model.context import Observer
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.runner import Runner
-from dsv4serve.runner.sampler import Drafts
+from dsv4serve.runner.drafts import Drafts
 from dsv4serve.scheduler import Scheduler
 from dsv4serve.scheduler.drafts import DraftPolicy
 from dsv4serve.types import Request, RequestOutput, SamplingParams
@@ -36,24 +36,25 @@ Inject = Callable[[str, int, int], int]  # request id, index of the output, the 
 class InjectedDrafts(Drafts):
     """Drafts of greedy requests that a test chooses."""
 
-    def __init__(self, engine: Engine, batch: list[int], inject: Inject) -> None:
-        super().__init__(engine.runner._slots, engine.runner._constraints, batch)
+    def __init__(self, engine: Engine, batch: list[int], counts: list[int], inject: Inject) -> None:
+        super().__init__(engine.runner._slots, engine.runner._constraints, batch, counts)
         self._names = [engine.scheduler._running[slot].request_id for slot in batch]
         self._inject = inject
 
     def choose(self, places: list[int], logits: Tensor) -> Tensor:
         assert bool(torch.isfinite(logits).all())
-        assert not self._sampled
+        assert not self.sampled
         tokens = [
             self._inject(
                 self._names[place],
-                self._slots.num_outputs[self.batch[place]] + len(self.token_ids[place]),
+                self._slots.num_outputs[self.batch[place]] + self._num_made,
                 int(logits[row].argmax()),
             )
             for row, place in enumerate(places)
         ]
-        self._add(places, tokens)
-        return torch.tensor(tokens)
+        chosen = torch.tensor(tokens)
+        self._take(places, chosen)
+        return chosen
 
 
 class Engine:
@@ -87,7 +88,7 @@ class Engine:
         else:
             self.runner = Runner(transformer, plan, observer, read_vocabulary)
         if inject is not None:
-            self.runner._sampler.start_drafts = lambda batch: InjectedDrafts(self, batch, inject)
+            self.runner._sampler.start_drafts = lambda batch, counts: InjectedDrafts(self, batch, counts, inject)
         self.outputs: dict[str, RequestOutput] = {}
         self.scheduler = Scheduler(
             num_slots=num_slots,

@@ -105,16 +105,16 @@ class Acceptance:
     def add(self, drafts: Tensor, ids: Tensor, first: int) -> None:
         """Count one text `ids` [length] whose answer begins at index `first` > 0, with its `draft_tokens`."""
         targets = ids[first + 1 :]  # of the first drafts
-        num_right = [_num_right(drafts[:, index], targets[index:]) for index in range(len(targets))]
-        for index, count in enumerate(num_right):
+        counts = [num_right(drafts[:, index], targets[index:]) for index in range(len(targets))]
+        for index, count in enumerate(counts):
             for k in range(min(NUM_DRAFTS, len(targets) - index, count + 1)):
                 self.judged[k] += 1
                 self.right[k] += k < count
-        place = 0  # in num_right; a round writes what was right and one token of the main model
-        while place < len(num_right):
+        place = 0  # in counts; a round writes what was right and one token of the main model
+        while place < len(counts):
             self.num_rounds += 1
-            place += num_right[place] + 1
-        self.num_tokens += len(num_right)
+            place += counts[place] + 1
+        self.num_tokens += len(counts)
 
     def rates(self) -> list[float | None]:
         """Accept rate of the first, second and third draft; None where none was judged."""
@@ -125,7 +125,7 @@ class Acceptance:
         return self.num_tokens / self.num_rounds if self.num_rounds else None
 
 
-def _num_right(drafts: Tensor, following: Tensor) -> int:
+def num_right(drafts: Tensor, following: Tensor) -> int:
     """How many drafts from the first on are what follows."""
     count = 0
     for draft, token in zip(drafts.tolist(), following.tolist(), strict=False):
