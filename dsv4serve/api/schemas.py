@@ -1,11 +1,12 @@
-"""What clients may send. Strict: no number in a string, no boolean as a number, no unknown field."""
+"""What clients may send. Strict: no number in a string, no boolean as a number. Unknown fields are not refused."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
+from dsv4serve.chat.messages import unknown_message_fields
 from dsv4serve.types import InvalidRequest
 
 MAX_TOKENS = 2**31 - 1
@@ -57,7 +58,16 @@ IGNORED = (
 class Strict(BaseModel):
     """Base of all bodies."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    def unknown_fields(self) -> list[str]:
+        """Dotted names of what was sent and means nothing here. The answer names them, so that a typo is found."""
+        names = list(self.model_extra or ())
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Strict):
+                names += [f"{name}.{inner}" for inner in value.unknown_fields()]
+        return names
 
     @model_validator(mode="before")
     @classmethod
@@ -247,6 +257,10 @@ class ChatBody(Sampling, ChatSwitches):
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
 
+    def unknown_fields(self) -> list[str]:
+        """Those of the messages too."""
+        return super().unknown_fields() + unknown_message_fields(self.messages)
+
     @property
     def num_logprobs(self) -> int | None:
         """From the fields `logprobs` and `top_logprobs`."""
@@ -284,7 +298,7 @@ class DetokenizeBody(Strict):
     """POST /detokenize."""
 
     model: Annotated[str, Field(max_length=1024)] | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_IDS)]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_IDS), FailFast()]
     skip_special_tokens: bool | None = None
 
 

@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         body = parse_body(line, RenderBody)
         contract = default if body.contract is None else _contract(body.contract)
         prompt = build_prompt(body.messages, body, contract, args.developer_role)
-        return {"prompt": prompt.text, "token_ids": tokenizer.encode_segments(prompt.segments)}
+        result = {"prompt": prompt.text, "token_ids": tokenizer.encode_segments(prompt.segments)}
+        return result | ({"ignored_fields": unknown} if (unknown := body.unknown_fields()) else {})
 
     return convert_lines(convert)
 
