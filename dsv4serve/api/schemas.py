@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from dsv4serve.chat.messages import unknown_message_fields
+from dsv4serve.chat.shown_reasoning import Form
 from dsv4serve.types import InvalidRequest
 
 MAX_TOKENS = 2**31 - 1
@@ -22,6 +23,7 @@ REQUEST_ID = r"^[A-Za-z0-9._:-]{1,128}$"
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 RequestId = Annotated[str, Field(pattern=REQUEST_ID)]
+Salt = Annotated[str, Field(max_length=1024)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
 Task = Literal["action", "query", "authority", "domain", "read_url", "title"]
 
@@ -101,6 +103,13 @@ class Thinking(Strict):
     type: Literal["enabled", "disabled"]
 
 
+class Reasoning(Strict):
+    """The weakest thinking switch."""
+
+    enabled: bool | None = None
+    effort: Effort | None = None
+
+
 class TemplateKwargs(Strict):
     """The switches that other engines take as chat_template_kwargs."""
 
@@ -116,6 +125,7 @@ class ChatSwitches(Strict):
     thinking: Thinking | None = None
     chat_template_kwargs: TemplateKwargs | None = None
     reasoning_effort: Effort | None = None
+    reasoning: Reasoning | None = None
     tools: Any = None
     tool_choice: Any = None
     response_format: Any = None
@@ -177,6 +187,20 @@ class Sampling(Strict):
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     request_id: RequestId | None = None
     rid: RequestId | None = None
+    # Prefixes are shared only between requests that have the same of these.
+    cache_salt: Salt | None = None
+    extra_key: Salt | None = None
+
+    @property
+    def cache_scope(self) -> str:
+        """Both salts as one, empty without them."""
+        salts = (self.cache_salt, self.extra_key)
+        return str(salts) if any(salts) else ""
+
+    @property
+    def reasoning_form(self) -> Form:
+        """How reasoning is shown."""
+        return Form.APART
 
     @property
     def stops(self) -> list[str]:
@@ -256,6 +280,18 @@ class ChatBody(Sampling, ChatSwitches):
     thinking_token_budget: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
+
+    @property
+    def reasoning_form(self) -> Form:
+        """From the last three fields; the first that is false decides."""
+        if self.include_reasoning is False:
+            return Form.HIDDEN
+        if self.separate_reasoning is False:
+            return Form.IN_CONTENT
+        return Form.IN_ONE_PIECE if self.stream_reasoning is False else Form.APART
 
     def unknown_fields(self) -> list[str]:
         """Those of the messages too."""
