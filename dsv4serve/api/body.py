@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from dsv4serve.api import large_json
 from dsv4serve.api.errors import BodyTooLarge
 from dsv4serve.api.frontend import Frontend
-from dsv4serve.api.schemas import Strict
+from dsv4serve.api.strict import Strict
 from dsv4serve.types import InvalidRequest
 
 Schema = TypeVar("Schema", bound=Strict)

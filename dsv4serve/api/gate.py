@@ -14,7 +14,7 @@ from dsv4serve.api.routes_page import FILES
 from dsv4serve.obs.requests import arrived, traceparent
 from dsv4serve.types import Dsv4Error, ShuttingDown
 
-OPEN = frozenset({"/health", "/ready", "/metrics", *FILES})
+OPEN = frozenset({"/health", "/health_generate", "/ready", "/metrics", *FILES})
 CLIENT_GONE = 499  # nginx' word for a client that left before it got an answer
 
 

@@ -1,11 +1,12 @@
-"""What clients may send. Strict: no number in a string, no boolean as a number. Unknown fields are not refused."""
+"""What clients may send. See api.strict for fields that are not here."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import FailFast, Field, model_validator
 
+from dsv4serve.api.strict import Strict
 from dsv4serve.chat.messages import unknown_message_fields
 from dsv4serve.chat.shown_reasoning import Form
 from dsv4serve.types import InvalidRequest
@@ -26,67 +27,6 @@ RequestId = Annotated[str, Field(pattern=REQUEST_ID)]
 Salt = Annotated[str, Field(max_length=1024)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
 Task = Literal["action", "query", "authority", "domain", "read_url", "title"]
-
-# Fields of known APIs that a route, or this server, does not have, with the values that ask for nothing.
-NOT_YET: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "function_call": (None, "none", "auto"),
-    "functions": (None, []),
-    "include_reasoning": (None, True),
-    "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, False, True),
-    "prompt_logprobs": (None,),
-    "response_format": (None, {"type": "text"}),
-    "separate_reasoning": (None, True),
-    "stream_reasoning": (None, True),
-    "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-}
-# Accepted and without effect here.
-IGNORED = (
-    "metadata",
-    "prediction",
-    "prompt_cache_key",
-    "safety_identifier",
-    "service_tier",
-    "store",
-    "user",
-    "verbosity",
-)
-
-
-class Strict(BaseModel):
-    """Base of all bodies."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    def unknown_fields(self) -> list[str]:
-        """Dotted names of what was sent and means nothing here. The answer names them, so that a typo is found."""
-        names = list(self.model_extra or ())
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            if isinstance(value, Strict):
-                names += [f"{name}.{inner}" for inner in value.unknown_fields()]
-        return names
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_out(cls, raw: Any) -> Any:
-        """Drop what is ignored; refuse what does not exist yet unless its value asks for nothing."""
-        if not isinstance(raw, dict):
-            return raw
-        for name in raw:
-            if isinstance(name, str) and name.startswith("guided_"):
-                hint = "use structured_outputs with json, regex, choice or grammar"
-                raise InvalidRequest(f"{name} is an old name; {hint}", name)
-        ignored = set(IGNORED).difference(cls.model_fields)
-        absent = {name: neutral for name, neutral in NOT_YET.items() if name not in cls.model_fields}
-        for name, neutral in absent.items():
-            if name in raw and not any(type(raw[name]) is type(v) and raw[name] == v for v in _widen(neutral)):
-                raise InvalidRequest(f"{name} is not supported here", name)
-        return {key: value for key, value in raw.items() if key not in absent and key not in ignored}
 
 
 class StreamOptions(Strict):
@@ -336,8 +276,3 @@ class DetokenizeBody(Strict):
     model: Annotated[str, Field(max_length=1024)] | None = None
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_IDS), FailFast()]
     skip_special_tokens: bool | None = None
-
-
-def _widen(neutral: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A neutral number counts as int and as float."""
-    return neutral + tuple(float(value) for value in neutral if type(value) is int)

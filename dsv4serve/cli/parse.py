@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from dsv4serve.api.body import parse_body
-from dsv4serve.api.schemas import Strict
+from dsv4serve.api.strict import Strict
 from dsv4serve.chat.detokenizer import Detokenizer, StopMatcher
 from dsv4serve.chat.grammar import Grammar
 from dsv4serve.chat.output import OutputParser

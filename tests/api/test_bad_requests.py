@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsv4serve.api.body import parse_body
-from dsv4serve.api.schemas import IGNORED, NOT_YET, ChatBody, CompletionBody
+from dsv4serve.api.schemas import ChatBody, CompletionBody
+from dsv4serve.api.strict import IGNORED, NOT_YET
 from dsv4serve.types import InvalidRequest
 
 ROUTES = {
