@@ -118,9 +118,11 @@ class PtyChat:
     def __init__(self, *flags: str) -> None:
         self._master, slave = pty.openpty()
         command = [sys.executable, "-m", "dsv4serve.cli.main", "chat", *flags]
-        # The terminal becomes the controlling one of a new session, so that ^C becomes SIGINT.
+        # The terminal becomes the controlling one of a new session, so that ^C becomes SIGINT; which is ignored where
+        # the tests themselves run in the background of a shell.
         take = (
-            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+            "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+            "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-c", take, *command], stdin=slave, stdout=slave, stderr=slave, start_new_session=True

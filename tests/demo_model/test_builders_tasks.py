@@ -195,7 +195,7 @@ def test_a_chat_with_coarse_words_contact_data_or_mash_is_unwanted():
 def small_tokenizer():
     samples = take(tools.samples(random.Random(15)), 150) + take(arithmetic.samples(random.Random(15)), 150)
     texts = [text for sample in samples for text in tokenizer.rendered(sample)]
-    return tokenizer.train_tokenizer(texts, 600, tokenizer.SINGLE_DIGITS)
+    return tokenizer.train_tokenizer(texts, 600)
 
 
 @pytest.fixture(scope="module")
@@ -223,4 +223,4 @@ def test_training_a_tokenizer_twice_gives_the_same_file(trained):
 
 def test_too_little_text_for_the_vocabulary_is_an_error():
     with pytest.raises(RuntimeError, match="expected 4096: add text"):
-        tokenizer.train_tokenizer(["one two"], 4096, tokenizer.SINGLE_DIGITS)
+        tokenizer.train_tokenizer(["one two"], 4096)

@@ -1,8 +1,8 @@
-"""The tokenizers of the small checkpoints: byte-level BPE in the shape of the official tokenizer.json.
+"""The demo model's tokenizer: byte-level BPE in the shape of the official tokenizer.json.
 
     python -m tools.demo_model.tokenizer OUT
 
-trains the demo model's on the text it will be trained on, rendered as in serving, so that what every prompt repeats
+trains it on the text that the model will be trained on, rendered as in serving, so that what every prompt repeats
 (the preamble of tools, markup, JSON schemas) takes few tokens. The same data give the same files.
 """
 
@@ -52,13 +52,13 @@ PLAIN = [
 ]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, numbers: str) -> Tokenizer:
-    """Byte-level BPE of exactly `vocab_size` tokens with the parts of the official tokenizer.json; `numbers` is the
-    pattern that cuts runs of digits. RuntimeError when `texts` hold too little for so many tokens."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE of exactly `vocab_size` tokens with the parts of the official tokenizer.json. RuntimeError when
+    `texts` hold too little for so many tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(numbers), "isolated"),
+            pre_tokenizers.Split(Regex(SINGLE_DIGITS), "isolated"),
             pre_tokenizers.Split(Regex(r" ?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
@@ -130,7 +130,7 @@ def main() -> None:
     out = parser.parse_args().out
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(texts(random.Random(SEED), TEXT_SIZE), VOCAB_SIZE, SINGLE_DIGITS)
+    tokenizer = train_tokenizer(texts(random.Random(SEED), TEXT_SIZE), VOCAB_SIZE)
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
     write_json(out / "tokenizer_config.json", tokenizer_config(CONTEXT))
 

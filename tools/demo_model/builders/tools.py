@@ -23,7 +23,7 @@ from tools.demo_model.builders.values import made_up, words
 from tools.demo_model.sample import Answer, Probe, Sample
 
 CATEGORY = "tools"
-RENAMED_SHARE, PARALLEL_SHARE, NO_CALL_SHARE, RECORD_SHARE = 0.35, 0.15, 0.2, 0.2
+RENAMED_SHARE, PARALLEL_SHARE, NO_CALL_SHARE, RECORD_SHARE = 0.6, 0.3, 0.25, 0.2
 Message = dict[str, Any]
 
 
@@ -80,7 +80,7 @@ SUFFIXES = words("tool v2 api now service function task action helper request 2 
 def _new_name(draw: random.Random, name: str, unseen: bool) -> str:
     """Another name that still says at least half of what `name` says."""
     parts = name.split("_")
-    style = 3 if unseen else draw.randrange(4)
+    style = 3 if unseen or draw.random() < 0.6 else draw.randrange(3)
     if style == 0:
         return parts[0] + "".join(part.capitalize() for part in parts[1:])
     if style == 1:
@@ -202,7 +202,7 @@ SMALL_TALK = (
 def _no_call(draw: random.Random, offers: list[Offer]) -> tuple[str, str, str]:
     """Question, answer and reasoning where no function fits."""
     names = [found.name for found in offers]
-    case = draw.randrange(4)
+    case = draw.choices(range(4), (1, 1, 1, 3))[0]  # a request that another function would fit is the hard one
     if case == 0:
         asked, answer = draw.choice(SMALL_TALK)
         return asked, answer, "No function is needed here."
