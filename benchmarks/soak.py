@@ -26,13 +26,13 @@ import psutil
 
 from dsv4serve.api.live import quantile
 from dsv4serve.cli.record import append_record, make_record
-from dsv4serve.config import EngineConfig, default_model
+from dsv4serve.config import EngineConfig, Numerics, default_model
 from dsv4serve.engine.private import private_server
 from dsv4serve.obs.metrics import LOOP_LAG
 
 OUT = Path(__file__).parent / "results/soak.jsonl"
 SPARE_DESCRIPTORS = 2  # of a process: log files and timers come and go
-CACHE_BYTES = 32 << 20
+CACHE_BYTES = 64 << 20
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc
 
 
@@ -122,11 +122,15 @@ def main() -> int:
     parser.add_argument("--warm-up", type=float, default=60, help="seconds of load before it (default %(default)s)")
     parser.add_argument("--streams", type=int, default=256, help="clients (default %(default)s)")
     parser.add_argument("--disconnect", type=float, default=0.1, help="share of hang-ups (default %(default)s)")
+    parser.add_argument("--numerics", choices=list(Numerics), default="exact", help="(default %(default)s: more ends)")
     parser.add_argument("--seed", type=int, default=1, help="of the clients (default %(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="JSONL file (default %(default)s)")
     args = parser.parse_args()
     config = EngineConfig(
-        model=default_model(), threads=1, max_waiting_requests=4 * args.streams, cache_bytes=CACHE_BYTES
+        model=default_model(),
+        numerics=args.numerics,
+        max_waiting_requests=4 * args.streams,
+        cache_bytes=CACHE_BYTES,
     )
     os.environ.update(MALLOC)  # for the processes that are started now
     with private_server(config) as server:
@@ -144,6 +148,7 @@ def main() -> int:
         "seconds": args.seconds,
         "warm_up": args.warm_up,
         "cache_bytes": CACHE_BYTES,
+        "numerics": args.numerics,
         "streams": args.streams,
         "disconnect": args.disconnect,
         "seed": args.seed,

@@ -22,6 +22,7 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "separate_reasoning": (None, True),
     "stream_reasoning": (None, True),
     "suffix": (None, ""),
+    "thinking_token_budget": (None,),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
 }
