@@ -82,7 +82,7 @@ def open_page(url: str, width: int = 1280, height: int = 860) -> Iterator[Page]:
 
 def main(path: str) -> None:
     """Chat with the embedded model and save what the page looks like."""
-    with serve("--num-draft-tokens", "2") as server, open_page(server.url, height=1380) as page:
+    with serve("--num-draft-tokens", "2") as server, open_page(server.url, height=1480) as page:
         page.write("#max_tokens", "120")
         page.write("#temperature", "0")
         for text in ("Hello! Who are you?", "What is the capital of Norway?"):
