@@ -6,6 +6,9 @@ A closed loop of --streams clients; each request asks for a random number of tok
 middle. Before and after, idle: used slots and requests, pages (the prefix cache keeps some), file descriptors and
 memory of every process. During the load: how late the frontend's event loop was. Exits 1 when a slot, a request or a
 descriptor is left, or a request ended wrong.
+
+So that growth of memory means a leak: the cache is small and the warm-up, the same load, uses all of it, because the
+system counts memory from the first touch on; and malloc is told to give back what is freed, instead of keeping holes.
 """
 
 import argparse
@@ -23,12 +26,14 @@ import psutil
 
 from dsv4serve.api.live import quantile
 from dsv4serve.cli.record import append_record, make_record
-from dsv4serve.config import EngineConfig, default_model
+from dsv4serve.config import EngineConfig, Numerics, default_model
 from dsv4serve.engine.private import private_server
 from dsv4serve.obs.metrics import LOOP_LAG
 
 OUT = Path(__file__).parent / "results/soak.jsonl"
 SPARE_DESCRIPTORS = 2  # of a process: log files and timers come and go
+CACHE_BYTES = 64 << 20
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc
 
 
 async def one(client: httpx.AsyncClient, draw: random.Random, model: str, disconnect: float) -> str:
@@ -114,15 +119,23 @@ def lag_between(before: dict[float, float], after: dict[float, float]) -> dict[s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, help="length of the load (default %(default)s)")
+    parser.add_argument("--warm-up", type=float, default=60, help="seconds of load before it (default %(default)s)")
     parser.add_argument("--streams", type=int, default=256, help="clients (default %(default)s)")
     parser.add_argument("--disconnect", type=float, default=0.1, help="share of hang-ups (default %(default)s)")
+    parser.add_argument("--numerics", choices=list(Numerics), default="exact", help="(default %(default)s: more ends)")
     parser.add_argument("--seed", type=int, default=1, help="of the clients (default %(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="JSONL file (default %(default)s)")
     args = parser.parse_args()
-    config = EngineConfig(model=default_model(), threads=1, max_waiting_requests=4 * args.streams)
+    config = EngineConfig(
+        model=default_model(),
+        numerics=args.numerics,
+        max_waiting_requests=4 * args.streams,
+        cache_bytes=CACHE_BYTES,
+    )
+    os.environ.update(MALLOC)  # for the processes that are started now
     with private_server(config) as server:
         launcher = psutil.Process().children()[0]
-        warm_up = argparse.Namespace(**vars(args) | {"seconds": 5.0, "streams": 32})
+        warm_up = argparse.Namespace(**vars(args) | {"seconds": args.warm_up, "seed": args.seed + 1})
         asyncio.run(load(server.url, server.api_key, warm_up))
         before = idle_state(server.url, server.api_key, launcher)
         lag = lag_counts(server.url)
@@ -131,7 +144,15 @@ def main() -> int:
         after = idle_state(server.url, server.api_key, launcher)
     results = {"ends": dict(ends), "event_loop_lag_s": lag_s, "load_average": os.getloadavg()[0]}
     results |= {"before": before, "after": after}
-    settings = {"seconds": args.seconds, "streams": args.streams, "disconnect": args.disconnect, "seed": args.seed}
+    settings = {
+        "seconds": args.seconds,
+        "warm_up": args.warm_up,
+        "cache_bytes": CACHE_BYTES,
+        "numerics": args.numerics,
+        "streams": args.streams,
+        "disconnect": args.disconnect,
+        "seed": args.seed,
+    }
     append_record(args.out, make_record(["benchmarks/soak.py"], "", settings, results))
     grown = [
         name

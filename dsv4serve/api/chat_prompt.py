@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsv4serve.api.schemas import ChatSwitches, TemplateKwargs
+from dsv4serve.api.schemas import ChatSwitches, Reasoning, TemplateKwargs
 from dsv4serve.chat.effort import effort_text
 from dsv4serve.chat.messages import parse_messages
 from dsv4serve.chat.render import OutputStart, output_start, render, resolve_thinking
@@ -31,13 +31,18 @@ class ChatPrompt:
 
 
 def build_prompt(
-    raw_messages: Sequence[Any], switches: ChatSwitches, contract: EffortContract, developer_role: str
+    raw_messages: Sequence[Any],
+    switches: ChatSwitches,
+    contract: EffortContract,
+    developer_role: str,
+    default_thinking: bool,
 ) -> ChatPrompt:
     """The prompt of a request. Raises InvalidRequest naming the field that is wrong."""
-    kwargs = switches.chat_template_kwargs or TemplateKwargs()
-    effort = switches.reasoning_effort or kwargs.reasoning_effort
+    kwargs, reasoning = switches.chat_template_kwargs or TemplateKwargs(), switches.reasoning or Reasoning()
+    effort = switches.reasoning_effort or kwargs.reasoning_effort or reasoning.effort
+    thinking_type = None if switches.thinking is None else switches.thinking.type
     thinking = resolve_thinking(
-        None if switches.thinking is None else switches.thinking.type, kwargs.thinking, kwargs.enable_thinking, effort
+        *(thinking_type, kwargs.thinking, kwargs.enable_thinking, effort, reasoning.enabled), default=default_thinking
     )
     messages = parse_messages(
         raw_messages,

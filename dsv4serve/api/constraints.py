@@ -74,6 +74,8 @@ def _asked(body: Sampling) -> Format | None:
 
 
 def _response_format(raw: dict[str, Any]) -> Format:
+    if raw["type"] == "structural_tag":
+        return _structural_tag(raw, "response_format")
     if raw["type"] == "json_object":
         return _json({"type": "object"}, "response_format")
     return _json(raw["json_schema"]["schema"], "response_format.json_schema.schema")  # its shape was checked before
@@ -91,10 +93,14 @@ def _structured_outputs(raw: Any) -> Format:
 def _json(schema: Any, where: str) -> Format:
     if isinstance(schema, str):
         schema = _parsed(schema, where)
+    _check_size(_dumps(schema, where), where)
+    return {"type": "json_schema", "json_schema": _schema(schema, where), "max_whitespace_cnt": MAX_WHITESPACE}
+
+
+def _schema(schema: Any, where: str) -> Any:
     check_schema(schema, where)
     check_enforceable(schema, where)
-    _check_size(_dumps(schema, where), where)
-    return {"type": "json_schema", "json_schema": with_exact_strings(schema), "max_whitespace_cnt": MAX_WHITESPACE}
+    return with_exact_strings(schema)
 
 
 def _json_object(value: Any, where: str) -> Format:
@@ -120,11 +126,36 @@ def _choice(value: Any, where: str) -> Format:
 
 def _structural_tag(value: Any, where: str) -> Format:
     tag = _parsed(value, where) if isinstance(value, str) else value
+    if isinstance(tag, dict) and isinstance(tag.get("structures"), list):
+        tag = {"format": _triggered(tag, where)}
     if not isinstance(tag, dict) or not isinstance(tag.get("format"), dict):
         raise InvalidRequest("expected an object (or its JSON) of type structural_tag with a format", where)
     _check_size(_dumps(tag, where), where)
-    form: Format = tag["format"]
+    form: Format = _with_checked_schemas(tag["format"], f"{where}.format")
     return form
+
+
+def _triggered(tag: dict[str, Any], where: str) -> Format:
+    """The older form of structural tags, {"structures": [{"begin", "schema", "end"}], "triggers": [..]}."""
+    tags = []
+    for index, item in enumerate(tag["structures"]):
+        if not isinstance(item, dict) or not {"begin", "schema", "end"} <= item.keys():
+            raise InvalidRequest("expected an object with begin, schema and end", f"{where}.structures.{index}")
+        content = {"type": "json_schema", "json_schema": item["schema"]}
+        tags.append({"type": "tag", "begin": item["begin"], "content": content, "end": item["end"]})
+    return {"type": "triggered_tags", "triggers": tag.get("triggers"), "tags": tags}
+
+
+def _with_checked_schemas(form: Any, where: str) -> Any:
+    """A format whose JSON schemas, wherever they stand in it, can be enforced and mean to xgrammar what they say."""
+    if isinstance(form, list):
+        return [_with_checked_schemas(part, f"{where}.{index}") for index, part in enumerate(form)]
+    if not isinstance(form, dict):
+        return form
+    return {
+        key: (_schema if key == "json_schema" else _with_checked_schemas)(part, f"{where}.{key}")
+        for key, part in form.items()
+    }
 
 
 _FORMATS = {

@@ -13,6 +13,7 @@ from dsv4serve.api.auth import ApiKeys
 from dsv4serve.api.generation_config import read_generation_config
 from dsv4serve.api.grammar_check import GrammarCheck
 from dsv4serve.api.live import Live, StatsSource
+from dsv4serve.api.probe import Probe
 from dsv4serve.chat.effort import resolve_contract
 from dsv4serve.chat.tokenizer import ChatTokenizer
 from dsv4serve.config import EngineConfig
@@ -54,6 +55,7 @@ class Frontend:
         self.sampling_defaults = read_generation_config(config.model)
         self.metrics = FrontendMetrics()
         self.grammar_check = GrammarCheck(config.model)
+        self.probe = Probe(engine)
         self.tracer = Tracer(config.otlp_endpoint) if config.otlp_endpoint else None
         self.live = Live(engine, self.metrics)
         self.draining = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -12,8 +14,11 @@ from dsv4serve.api.routes_page import FILES
 from dsv4serve.obs.requests import arrived, traceparent
 from dsv4serve.types import Dsv4Error, ShuttingDown
 
-OPEN = frozenset({"/health", "/ready", "/metrics", *FILES})
+OPEN = frozenset({"/health", "/health_generate", "/ready", "/metrics", *FILES})
 CLIENT_GONE = 499  # nginx' word for a client that left before it got an answer
+
+
+MAX_NAMES, MAX_NAME_CHARS = 20, 80  # in X-Ignored-Fields
 
 
 class Unauthorized(Dsv4Error):
@@ -62,6 +67,8 @@ class Gate:
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 count(message["status"])
+                if names := scope.get("ignored_fields"):
+                    message["headers"] = [*message.get("headers", ()), (b"x-ignored-fields", _header(names))]
             await send(message)
 
         frontend.num_active += 1
@@ -73,3 +80,9 @@ class Gate:
         finally:
             frontend.num_active -= 1
             count(CLIENT_GONE)
+
+
+def _header(names: Sequence[str]) -> bytes:
+    """Names from a body, which may have any character, as the value of a header."""
+    shown = [re.sub(r"[^\w.-]", "?", name[:MAX_NAME_CHARS], flags=re.ASCII) for name in names[:MAX_NAMES]]
+    return ", ".join(shown).encode() + (b", ..." if len(names) > MAX_NAMES else b"")

@@ -21,6 +21,7 @@ from dsv4serve.api.schemas import REQUEST_ID, Sampling
 from dsv4serve.chat.output import OutputParser
 from dsv4serve.chat.render import OutputStart
 from dsv4serve.chat.reply import Delta
+from dsv4serve.chat.shown_reasoning import ShownReasoning
 from dsv4serve.chat.tools import Tool
 from dsv4serve.engine.messages import EngineInfo
 from dsv4serve.obs.logging import request_id as log_request_id
@@ -49,6 +50,7 @@ class Choice:
     request: Request
     parser: OutputParser
     include_stop: bool
+    reasoning: ShownReasoning
     keeps_tokens: bool = False
     echo: str | None = None  # the prompt's text, if it comes before the output
     is_echo_only: bool = False
@@ -88,7 +90,7 @@ class Choice:
             self.stop_reason = None if output.stop_token_id == eos_token_id else output.stop_token_id
         if self.parser.has_calls and self.finish_reason == FinishReason.STOP.value:
             self.finish_reason = "tool_calls"
-        return delta
+        return self.reasoning.rewrite(delta, self.parser.may_reason, self.finish_reason is not None)
 
     def _take_echo(self, output: RequestOutput) -> str:
         """The prompt's text, with the first output."""
@@ -170,7 +172,7 @@ def build_call(
     if constraint is not None:
         params = msgspec.structs.replace(params, constraint=constraint)
     log_request_id.set(own_id or response_id)
-    num_copies = body.n or 1
+    num_copies, sign = body.n or 1, -1 if frontend.config.high_priority_first else 1
     is_echo_only, skip_special_tokens = max_tokens == 0, body.skip_special_tokens is not False
     choices: list[Choice] = []
     for prompt in prompts:
@@ -192,10 +194,13 @@ def build_call(
                 request_id=f"{engine_id}-{index}",
                 prompt_ids=prompt,
                 sampling=fit(params, info, len(prompt), 1 if is_echo_only else max_tokens, derive_seed(base, copy)),
-                priority=body.priority or 0,
+                priority=sign * (body.priority or 0),
+                cache_salt=body.cache_scope,
             )
+            reasoning = ShownReasoning(body.reasoning_form, start)
             keeps_tokens = body.num_logprobs is not None or bool(body.return_token_ids)
-            choices.append(Choice(index, copy, request, parser, body.keeps_stop, keeps_tokens, echo, is_echo_only))
+            rest = (keeps_tokens, echo, is_echo_only)
+            choices.append(Choice(index, copy, request, parser, body.keeps_stop, reasoning, *rest))
     timeout_s = _timeout(headers.get("x-request-timeout"), frontend.config.request_timeout_s)
     return Call(request_id, response_id, model, choices, sum(map(len, prompts)), timeout_s)
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from dsv4serve.api.body import validate
-from dsv4serve.api.schemas import MAX_TOKENS, ChatBody, Strict
+from dsv4serve.api.schemas import MAX_TOKENS, ChatBody
+from dsv4serve.api.strict import Strict
 from dsv4serve.chat.tools import kind_of, to_json
 from dsv4serve.types import InvalidRequest
 

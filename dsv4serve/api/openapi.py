@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from dsv4serve import __version__
 from dsv4serve.api.errors import ANTHROPIC_PATH, json_response
+from dsv4serve.api.generate_prompt import GenerateBody
 from dsv4serve.api.messages_prompt import CountBody, MessagesBody
 from dsv4serve.api.responses_prompt import ResponsesBody
 from dsv4serve.api.schemas import AbortBody, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -56,6 +57,7 @@ ROUTES = (
         MessagesBody,
         STREAMED,
     ),
+    Route("post", "/generate", "SGLang's own completions", (), GENERATING, GenerateBody, STREAMED),
     Route("post", "/v1/messages/count_tokens", "Tokens of a prompt", ("input_tokens",), BODY, CountBody),
     Route("post", "/tokenize", "Text or messages to ids", ("tokens", "count", "max_model_len"), BODY, TokenizeBody),
     Route("post", "/detokenize", "Ids to text", ("text", "prompt"), BODY, DetokenizeBody),
@@ -66,9 +68,11 @@ ROUTES = (
     Route("get", "/v1/models/{name}", "The served model", ("id", "object", "created", "owned_by"), (*ALWAYS, 404)),
     Route("get", "/server_info", "Version, settings, engine", ("version", "settings", "engine", "stats")),
     Route("get", "/version", "The version", ("version",)),
+    Route("get", "/model_info", "The model's facts", ("model_path", "is_generation", "max_model_len", "vocab_size")),
     Route("get", "/stats", "Live numbers", ("engine_ready", "running", "queued")),
     Route("get", "/metrics", "Metrics for Prometheus", (), ALWAYS, None, (TEXT,)),
     Route("get", "/health", "Whether the engine answers", ("status",), (500, 503)),
+    Route("get", "/health_generate", "Whether a token is generated", ("status",), (500, 503)),
     Route("get", "/ready", "Whether requests are taken", ("status",), (500, 503)),
     Route("get", "/openapi.json", "This document", ("openapi", "info", "paths")),
 )
@@ -102,7 +106,8 @@ async def openapi() -> Response:
 
 
 def _operation(route: Route, components: dict[str, Any]) -> dict[str, Any]:
-    answer: dict[str, Any] = {JSON: {"schema": _object(**{name: {} for name in route.fields})}}
+    fields: dict[str, Any] = {name: {} for name in route.fields}  # none: an object or a list
+    answer: dict[str, Any] = {JSON: {"schema": _object(**fields) if fields else {}}}
     content = {media: answer.get(media, {"schema": {"type": "string"}}) for media in route.media}
     error = "AnthropicError" if route.path.startswith(ANTHROPIC_PATH) else "Error"
     failed = {JSON: {"schema": {"$ref": f"#/components/schemas/{error}"}}}

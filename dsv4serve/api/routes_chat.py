@@ -123,7 +123,8 @@ def chat_ids(
 
     Raises InvalidRequest for wrong messages, and without tokenising for texts that cannot fit `limit` tokens.
     """
-    prompt = build_prompt(messages, switches, frontend.effort_contract, frontend.config.developer_role)
+    config = frontend.config
+    prompt = build_prompt(messages, switches, frontend.effort_contract, config.developer_role, config.default_thinking)
     if limit is not None:
         frontend.check_length(frontend.tokenizer.min_tokens(prompt.text), limit, at_least=True)
     return prompt, frontend.tokenizer.encode_segments(prompt.segments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -9,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from dsv4serve.api.body import read_body
 from dsv4serve.api.constraints import body_constraint
 from dsv4serve.api.frontend import Frontend
-from dsv4serve.api.generation import Choice, Event, build_call
+from dsv4serve.api.generation import Call, Choice, Event, build_call
 from dsv4serve.api.logprobs import CompletionLogprobs, Token
 from dsv4serve.api.schemas import MAX_PROMPTS, CompletionBody
 from dsv4serve.api.streaming import Generated
@@ -72,6 +73,13 @@ async def completions(http: Request) -> Response:
     """One or several prompts in, their continuations out, whole or as server-sent events."""
     frontend: Frontend = http.app.state.frontend
     body = await read_body(http, CompletionBody, frontend.config.max_body_bytes)
+    call = await completion_call(frontend, body, "cmpl-", http.headers)
+    shape = CompletionShape(frontend.tokenizer, body)
+    return Generated(frontend, call, shape, bool(body.stream), body.stream_options)
+
+
+async def completion_call(frontend: Frontend, body: CompletionBody, prefix: str, headers: Mapping[str, str]) -> Call:
+    """The call that answers `body`, whose response id starts with `prefix`. Raises InvalidRequest."""
     frontend.check_model(body.model)
     info = frontend.ready_info()
     prompts, constraint = await frontend.in_thread(lambda: (_prompts(frontend, info, body), body_constraint(body)))
@@ -80,11 +88,9 @@ async def completions(http: Request) -> Response:
     limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if constraint is not None:
         await frontend.grammar_check.check(constraint, info.vocab_size)
-    call = build_call(
-        *(frontend, info, body, prompts, limit), prefix="cmpl-", start=None, headers=http.headers, constraint=constraint
+    return build_call(
+        *(frontend, info, body, prompts, limit), prefix=prefix, start=None, headers=headers, constraint=constraint
     )
-    shape = CompletionShape(frontend.tokenizer, body)
-    return Generated(frontend, call, shape, bool(body.stream), body.stream_options)
 
 
 def _prompts(frontend: Frontend, info: EngineInfo, body: CompletionBody) -> list[list[int]]:

@@ -45,6 +45,35 @@ async def health(http: Request) -> Response:
     return json_response({"status": "ok"})
 
 
+@router.get("/health_generate")
+async def health_generate(http: Request) -> Response:
+    """200 when the model has just generated a token; those who ask at the same time share the attempt."""
+    frontend: Frontend = http.app.state.frontend
+    if not await frontend.probe.works():
+        raise EngineUnavailable("no token was generated")
+    return json_response({"status": "ok"})
+
+
+@router.get("/model_info")
+async def model_info(http: Request) -> Response:
+    """What the served model is."""
+    frontend: Frontend = http.app.state.frontend
+    info = frontend.ready_info()
+    return json_response(
+        {
+            "model_path": info.model_path,
+            "tokenizer_path": str(frontend.config.model),
+            "served_model_name": frontend.config.model_name,
+            "is_generation": True,
+            "max_model_len": info.max_model_len,
+            "vocab_size": info.vocab_size,
+            "eos_token_id": info.eos_token_id,
+            "numerics": info.numerics,
+            "effort_contract": frontend.effort_contract,
+        }
+    )
+
+
 @router.get("/ready")
 async def ready(http: Request) -> Response:
     """200 while new requests are taken: the engine is ready and the server does not drain."""

@@ -1,11 +1,14 @@
-"""What clients may send. Strict: no number in a string, no boolean as a number, no unknown field."""
+"""What clients may send. See api.strict for fields that are not here."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import FailFast, Field, model_validator
 
+from dsv4serve.api.strict import Strict
+from dsv4serve.chat.messages import unknown_message_fields
+from dsv4serve.chat.shown_reasoning import Form
 from dsv4serve.types import InvalidRequest
 
 MAX_TOKENS = 2**31 - 1
@@ -21,60 +24,9 @@ REQUEST_ID = r"^[A-Za-z0-9._:-]{1,128}$"
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 RequestId = Annotated[str, Field(pattern=REQUEST_ID)]
+Salt = Annotated[str, Field(max_length=1024)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
 Task = Literal["action", "query", "authority", "domain", "read_url", "title"]
-
-# Fields of known APIs that a route, or this server, does not have, with the values that ask for nothing.
-NOT_YET: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "function_call": (None, "none", "auto"),
-    "functions": (None, []),
-    "include_reasoning": (None, True),
-    "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, False, True),
-    "prompt_logprobs": (None,),
-    "response_format": (None, {"type": "text"}),
-    "separate_reasoning": (None, True),
-    "stream_reasoning": (None, True),
-    "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-}
-# Accepted and without effect here.
-IGNORED = (
-    "metadata",
-    "prediction",
-    "prompt_cache_key",
-    "safety_identifier",
-    "service_tier",
-    "store",
-    "user",
-    "verbosity",
-)
-
-
-class Strict(BaseModel):
-    """Base of all bodies."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_out(cls, raw: Any) -> Any:
-        """Drop what is ignored; refuse what does not exist yet unless its value asks for nothing."""
-        if not isinstance(raw, dict):
-            return raw
-        for name in raw:
-            if isinstance(name, str) and name.startswith("guided_"):
-                hint = "use structured_outputs with json, regex, choice or grammar"
-                raise InvalidRequest(f"{name} is an old name; {hint}", name)
-        ignored = set(IGNORED).difference(cls.model_fields)
-        absent = {name: neutral for name, neutral in NOT_YET.items() if name not in cls.model_fields}
-        for name, neutral in absent.items():
-            if name in raw and not any(type(raw[name]) is type(v) and raw[name] == v for v in _widen(neutral)):
-                raise InvalidRequest(f"{name} is not supported here", name)
-        return {key: value for key, value in raw.items() if key not in absent and key not in ignored}
 
 
 class StreamOptions(Strict):
@@ -89,6 +41,13 @@ class Thinking(Strict):
     """DeepSeek's thinking switch."""
 
     type: Literal["enabled", "disabled"]
+
+
+class Reasoning(Strict):
+    """The weakest thinking switch."""
+
+    enabled: bool | None = None
+    effort: Effort | None = None
 
 
 class TemplateKwargs(Strict):
@@ -106,6 +65,7 @@ class ChatSwitches(Strict):
     thinking: Thinking | None = None
     chat_template_kwargs: TemplateKwargs | None = None
     reasoning_effort: Effort | None = None
+    reasoning: Reasoning | None = None
     tools: Any = None
     tool_choice: Any = None
     response_format: Any = None
@@ -167,6 +127,20 @@ class Sampling(Strict):
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     request_id: RequestId | None = None
     rid: RequestId | None = None
+    # Prefixes are shared only between requests that have the same of these.
+    cache_salt: Salt | None = None
+    extra_key: Salt | None = None
+
+    @property
+    def cache_scope(self) -> str:
+        """Both salts as one, empty without them."""
+        salts = (self.cache_salt, self.extra_key)
+        return str(salts) if any(salts) else ""
+
+    @property
+    def reasoning_form(self) -> Form:
+        """How reasoning is shown."""
+        return Form.APART
 
     @property
     def stops(self) -> list[str]:
@@ -246,6 +220,22 @@ class ChatBody(Sampling, ChatSwitches):
     thinking_token_budget: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
+
+    @property
+    def reasoning_form(self) -> Form:
+        """From the last three fields; the first that is false decides."""
+        if self.include_reasoning is False:
+            return Form.HIDDEN
+        if self.separate_reasoning is False:
+            return Form.IN_CONTENT
+        return Form.IN_ONE_PIECE if self.stream_reasoning is False else Form.APART
+
+    def unknown_fields(self) -> list[str]:
+        """Those of the messages too."""
+        return super().unknown_fields() + unknown_message_fields(self.messages)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -284,10 +274,5 @@ class DetokenizeBody(Strict):
     """POST /detokenize."""
 
     model: Annotated[str, Field(max_length=1024)] | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_IDS)]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_IDS), FailFast()]
     skip_special_tokens: bool | None = None
-
-
-def _widen(neutral: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A neutral number counts as int and as float."""
-    return neutral + tuple(float(value) for value in neutral if type(value) is int)

@@ -151,12 +151,13 @@ class PrefixTree:
             node = node.parent
 
 
-def extend_keys(keys: list[bytes], token_ids: Sequence[int]) -> list[bytes]:
+def extend_keys(keys: list[bytes], token_ids: Sequence[int], salt: str = "") -> list[bytes]:
     """Append to `keys` those of the whole pages of `token_ids` that it lacks, and return it.
 
     A key is the page's token ids as bytes: compared whole, never by a hash alone (bytes remember their hash, so
-    matching a long prompt again is cheap).
+    matching a long prompt again is cheap). The first one ends with the salt: everything behind it is below it.
     """
     for first in range(len(keys) * PAGE_TOKENS, len(token_ids) // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS):
-        keys.append(array("q", token_ids[first : first + PAGE_TOKENS]).tobytes())
+        key = array("q", token_ids[first : first + PAGE_TOKENS]).tobytes()
+        keys.append(key if first else key + salt.encode())
     return keys

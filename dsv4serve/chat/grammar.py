@@ -68,6 +68,12 @@ class Grammar:
         if start is OutputStart.TOOL_CALLS:
             self.state, self._outside = State.BLOCK, State.CONTENT
 
+    @property
+    def may_reason(self) -> bool:
+        """Whether more reasoning may come."""
+        state = self._before_tag if self.state is State.TAG else self.state
+        return not self.num_calls and (self._outside if state is State.BLOCK else state) is State.REASONING
+
     def text(self, text: str) -> None:
         """More text."""
         while text:

@@ -14,7 +14,7 @@ MAX_MESSAGES = 65536
 ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 USER_TASKS = ("action", "query", "authority", "domain", "read_url")
 ASSISTANT_TASKS = ("title",)
-# What clients echo back from earlier answers or add for their own use: it does not reach the prompt.
+# What clients echo from earlier answers or add for their own use: like unknown fields it does not reach the prompt.
 IGNORED = frozenset({"name", "refusal", "annotations", "id", "status", "object"})
 # Part of OpenAI's message, but it would change the prompt: only an empty value is accepted.
 MUST_BE_EMPTY = ("function_call", "audio")
@@ -79,6 +79,17 @@ def parse_messages(
     return messages
 
 
+def unknown_message_fields(raw: Sequence[Any], param: str = "messages") -> list[str]:
+    """Dotted names of the fields of messages that mean nothing here."""
+    return [
+        f"{param}.{index}.{key}"
+        for index, item in enumerate(raw)
+        if isinstance(item, dict)
+        for key in item
+        if key not in KNOWN
+    ]
+
+
 def _with_task(message: Message, task: str) -> Message:
     """`message` with a task that stands in the request instead of in it. It is the last one."""
     allowed = {"user": USER_TASKS, "developer": USER_TASKS, "assistant": ASSISTANT_TASKS}.get(message.role, ())
@@ -98,8 +109,6 @@ def _message(raw: Any, where: str, developer_role: str) -> Message:
         shown = repr(role[:40]) if isinstance(role, str) else kind_of(role)
         raise InvalidRequest(f"role is {shown}; allowed are {', '.join(ROLES)}", f"{where}.role")
     for key in raw:
-        if key not in KNOWN:
-            raise InvalidRequest("unknown field of a message", f"{where}.{key}")
         if raw[key] in (None, False, [], {}, ""):
             continue
         if key in MUST_BE_EMPTY:

@@ -54,6 +54,11 @@ class OutputParser:
         return self.stopped_by is not None or (self._grammar is not None and self._grammar.state is State.DONE)
 
     @property
+    def may_reason(self) -> bool:
+        """Whether more reasoning may come."""
+        return self._grammar is not None and self._grammar.may_reason
+
+    @property
     def malformed(self) -> Counter[str]:
         """How often the output left the grammar, by kind."""
         return Counter() if self._grammar is None else self._grammar.malformed

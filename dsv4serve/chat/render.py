@@ -15,7 +15,6 @@ from dsv4serve.chat.messages import Message
 from dsv4serve.chat.tokenizer import ControlToken, Segment
 from dsv4serve.chat.tools import OPEN_CALLS, Tool, calls_block, tools_block
 
-DEFAULT_THINKING = True  # as DeepSeek's own API
 USER_SIDE = ("user", "tool", "developer")
 TASKS = {
     "query": ControlToken.QUERY,
@@ -31,11 +30,15 @@ def resolve_thinking(
     thinking: bool | None = None,
     enable_thinking: bool | None = None,
     reasoning_effort: str | None = None,
+    reasoning_enabled: bool | None = None,
+    *,
+    default: bool = True,
 ) -> bool:
     """The thinking switch from the ways clients say it, strongest first.
 
     `thinking.type` (enabled, disabled), then chat_template_kwargs.thinking and .enable_thinking, then
-    reasoning_effort (none = off, any other = on), then the default. So an explicit off wins over an effort.
+    reasoning_effort (none = off, any other = on), then reasoning.enabled, then the server's default (DeepSeek's own API
+    thinks). So an explicit off wins over an effort.
     """
     if thinking_type is not None:
         return thinking_type == "enabled"
@@ -44,7 +47,7 @@ def resolve_thinking(
             return switch
     if reasoning_effort is not None:
         return reasoning_effort != "none"
-    return DEFAULT_THINKING
+    return default if reasoning_enabled is None else reasoning_enabled
 
 
 class OutputStart(StrEnum):

@@ -120,7 +120,7 @@ def calls_block(calls: Sequence[ToolCall]) -> list[Segment]:
 def response_format_text(raw: Any, param: str = "response_format") -> str:
     """What a response_format of the API adds to the system text. Raises InvalidRequest for other shapes."""
     kind = "text" if raw is None else raw.get("type") if isinstance(raw, dict) else None
-    if kind == "text":
+    if kind in ("text", "structural_tag"):
         return ""
     if kind == "json_object":
         return (
@@ -128,7 +128,7 @@ def response_format_text(raw: Any, param: str = "response_format") -> str:
             "Reply with JSON object ONLY."
         )
     if kind != "json_schema":
-        raise InvalidRequest("expected an object whose type is text, json_object or json_schema", param)
+        raise InvalidRequest("expected an object whose type is text, json_object, json_schema or structural_tag", param)
     schema = raw["json_schema"].get("schema") if isinstance(raw.get("json_schema"), dict) else None
     check_schema(schema, f"{param}.json_schema.schema")
     return "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n" + to_json(schema)

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from dsv4serve.api.body import parse_body
-from dsv4serve.api.schemas import Strict
+from dsv4serve.api.strict import Strict
 from dsv4serve.chat.detokenizer import Detokenizer, StopMatcher
 from dsv4serve.chat.grammar import Grammar
 from dsv4serve.chat.output import OutputParser
@@ -25,6 +25,8 @@ from dsv4serve.types import InvalidRequest
 
 class ParseBody(Strict):
     """One completion, as text in which control tokens are spelled or as ids."""
+
+    model_config = ConfigDict(extra="forbid")
 
     completion: str | None = None
     completion_token_ids: list[Annotated[int, Field(ge=0)]] | None = None

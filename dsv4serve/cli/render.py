@@ -51,6 +51,12 @@ def add_parser(subparsers: Any) -> None:
         default="system",
         help="what developer messages are (default: system)",
     )
+    parser.add_argument(
+        "--default-thinking",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether the model thinks where a request does not say (default: yes)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,8 +67,9 @@ def run(args: argparse.Namespace) -> int:
     def convert(line: bytes) -> dict[str, Any]:
         body = parse_body(line, RenderBody)
         contract = default if body.contract is None else _contract(body.contract)
-        prompt = build_prompt(body.messages, body, contract, args.developer_role)
-        return {"prompt": prompt.text, "token_ids": tokenizer.encode_segments(prompt.segments)}
+        prompt = build_prompt(body.messages, body, contract, args.developer_role, args.default_thinking)
+        result = {"prompt": prompt.text, "token_ids": tokenizer.encode_segments(prompt.segments)}
+        return result | ({"ignored_fields": unknown} if (unknown := body.unknown_fields()) else {})
 
     return convert_lines(convert)
 

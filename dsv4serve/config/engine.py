@@ -96,6 +96,7 @@ class EngineConfig(BaseSettings):
     developer_role: Annotated[
         str, Field(pattern="^(system|user)$", description="developer messages are system text, or user turns")
     ] = "system"
+    default_thinking: Annotated[bool, Field(description="the model thinks where a request does not say")] = True
     host: Annotated[str, Field(description="address the HTTP server binds")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="TCP port of the HTTP server; 0 = any free one")] = 8000
     frontends: Annotated[int, Field(ge=1, le=64, description="HTTP frontend processes")] = 1
@@ -146,6 +147,9 @@ class EngineConfig(BaseSettings):
     priority_ageing_s: Annotated[
         float, Field(gt=0, description="seconds of waiting that lift a request by one priority level")
     ] = 10.0
+    high_priority_first: Annotated[
+        bool, Field(description="requests with a higher priority run first, instead of those with a lower one")
+    ] = False
     max_body_bytes: Annotated[int, Field(ge=1024, description="bytes, largest HTTP body accepted (413 above)")] = (
         32 << 20
     )

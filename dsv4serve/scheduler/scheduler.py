@@ -36,7 +36,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from dsv4serve.cache import PagePool, Pool, PrefixTree, extend_keys
+from dsv4serve.cache import PagePool, Pool, PrefixTree
 from dsv4serve.scheduler.drafts import DraftPolicy
 from dsv4serve.scheduler.queue import WaitingQueue
 from dsv4serve.scheduler.state import RequestState, pages_of
@@ -313,7 +313,7 @@ class Scheduler:
     def _start(self, state: RequestState, step: SchedulerOutput) -> bool:
         """Take a slot and all pages of the known tokens, reusing the longest cached prefix. False = not now."""
         num_known = len(state.tokens)
-        keys = extend_keys(state.keys, state.tokens) if self._prefix_cache else []
+        keys = state.page_keys() if self._prefix_cache else []
         # At least one token must be computed; its logits choose the next one.
         usable = [] if state.wants_prompt_rows else keys[: (num_known - 1) // PAGE_TOKENS]
         match = self._tree.match(usable)
@@ -485,8 +485,7 @@ class Scheduler:
             # With steps in flight the tail may stand behind a token that is not known (and now never will be).
             if state.tail_tokens <= len(state.tokens):
                 num_pages = state.tail_tokens // PAGE_TOKENS
-                keys = extend_keys(state.keys, state.tokens)
-                self._tree.insert(keys[:num_pages], state.pages[:num_pages], state.pending_tail)
+                self._tree.insert(state.page_keys()[:num_pages], state.pages[:num_pages], state.pending_tail)
             else:
                 self._tails.release(state.pending_tail)
         for page in state.pages:

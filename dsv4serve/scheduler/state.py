@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dsv4serve.cache import extend_keys
 from dsv4serve.types import PAGE_TOKENS, Request, TokenLogprobs
 
 
@@ -13,6 +14,7 @@ class RequestState:
 
     __slots__ = (
         "added_at",
+        "cache_salt",
         "event",
         "first_step",
         "keys",
@@ -45,6 +47,7 @@ class RequestState:
         self.order = order  # smaller runs first and is retracted last
         self.tokens = list(request.prompt_ids)  # prompt and outputs: what is known
         self.keys: list[bytes] = []  # prefix-tree keys of the whole pages of tokens, made when needed
+        self.cache_salt = request.cache_salt
         self.num_prompt = len(request.prompt_ids)
         self.max_length = max_length  # prompt and outputs at which it ends
         self.last_computed = max_length - 1  # the last token is sampled and never computed
@@ -72,6 +75,10 @@ class RequestState:
         self.tail_tokens = 0
         self.prompt_logits: list[bytes] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
+
+    def page_keys(self) -> list[bytes]:
+        """The prefix-tree keys of all whole pages of what is known."""
+        return extend_keys(self.keys, self.tokens, self.cache_salt)
 
     def next_event(self) -> int:
         """Positions at which decode needs care next: the end of the page or of the request."""

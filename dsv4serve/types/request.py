@@ -77,12 +77,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One sequence to generate. `prompt_ids` has at least one id; `priority` lower runs first."""
+    """One sequence to generate. `prompt_ids` has at least one id; `priority` lower runs first. Prefixes are reused only
+    between requests of the same `cache_salt`."""
 
     request_id: str
     prompt_ids: list[int]
     sampling: SamplingParams
     priority: int = 0
+    cache_salt: str = ""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):

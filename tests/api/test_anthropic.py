@@ -151,7 +151,6 @@ def test_fields_mean_the_same_as_in_chat(fields, expected):
     ("fields", "where"),
     [
         ({"max_tokens": 0}, "max_tokens"),
-        ({"no_such_field": 1}, "no_such_field"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0.type"),

@@ -17,6 +17,12 @@ PERSON = {"type": "object", "properties": {"age": {"type": "integer"}}, "require
 F = {"type": "function", "function": {"name": "f", "parameters": PERSON}}
 G = {"type": "function", "function": {"name": "g"}}
 OFF = {"thinking": {"type": "disabled"}}
+OLD_TAG = {
+    "type": "structural_tag",
+    "structures": [{"begin": "<a>", "schema": PERSON, "end": "</a>"}],
+    "triggers": ["<"],
+}
+WORD = {"type": "string", "pattern": "^(ab+)?$"}  # which xgrammar would read wrong
 DEEP = {"type": "string"}
 for _ in range(40):
     DEEP = {"type": "array", "items": DEEP}
@@ -62,6 +68,9 @@ def test_a_constraint_begins_behind_the_reasoning(module_server):
         ({"structured_outputs": {"grammar": 'root ::= "a"'}}, "grammar"),
         ({"structured_outputs": {"choice": ["yes", 'n"o\n']}}, "or"),
         ({"structural_tag": {"type": "structural_tag", "format": {"type": "any_text"}}}, "any_text"),
+        ({"response_format": {"type": "structural_tag", "format": {"type": "any_text"}}}, "any_text"),
+        ({"structural_tag": OLD_TAG}, "triggered_tags"),
+        ({"structured_outputs": {"structural_tag": json.dumps(OLD_TAG)}}, "triggered_tags"),
         ({"tools": [F, G]}, "triggered_tags"),
         ({"tools": [F, G], "response_format": {"type": "json_object"}}, "or"),
         ({"tools": [F, G], "tool_choice": "required"}, "sequence"),
@@ -71,6 +80,44 @@ def test_a_constraint_begins_behind_the_reasoning(module_server):
 )
 def test_every_way_to_ask_becomes_one_structural_tag(module_server, fields, kind):
     assert json.loads(constraint_of(module_server, **fields).text)["format"]["type"] == kind
+
+
+def inside(form):
+    """A format with `form` at every kind of place."""
+    tag = {"type": "tag", "begin": "<x>", "content": form, "end": "</x>"}
+    return {
+        "type": "sequence",
+        "elements": [
+            {"type": "or", "elements": [form, {"type": "optional", "content": form}]},
+            {"type": "triggered_tags", "triggers": ["<"], "tags": [tag]},
+        ],
+    }
+
+
+def test_schemas_inside_of_structural_tags_are_written_as_xgrammar_reads_them_right(module_server):
+    form = {"type": "json_schema", "json_schema": {"type": "object", "properties": {"json_schema": WORD}}}
+    tag = {"type": "structural_tag", "format": inside(form)}
+    for fields in ({"structural_tag": tag}, {"response_format": tag}, {"structured_outputs": {"structural_tag": tag}}):
+        text = constraint_of(module_server, **fields).text
+        assert text.count('"^(ab+|)$"') == 3
+        assert "(ab+)?" not in text
+    old = {**OLD_TAG, "structures": [{"begin": "<a>", "schema": WORD, "end": "</a>"}]}
+    assert '"^(ab+|)$"' in constraint_of(module_server, structural_tag=old).text
+
+
+@pytest.mark.parametrize(
+    ("tag", "param"),
+    [
+        ({"format": inside({"type": "json_schema", "json_schema": {"not": {}}})}, "structural_tag.format.elements.0"),
+        ({"format": {"type": "json_schema", "json_schema": {"type": 1}}}, "structural_tag.format.json_schema.type"),
+        ({"structures": [{"begin": "a"}], "triggers": ["a"]}, "structural_tag.structures.0"),
+        ({"structures": [], "triggers": "a"}, None),
+    ],
+)
+def test_wrong_schemas_inside_of_structural_tags_are_named(module_server, tag, param):
+    error = module_server.chat(structural_tag={"type": "structural_tag", **tag}).json()["error"]
+    assert error["code"] == 400
+    assert (error["param"] or "").startswith(param or "")
 
 
 def test_raw_completions_are_constrained_from_the_first_token(module_server):

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from dsv4serve.api import routes_chat, routes_completions, routes_messages, routes_responses
+from dsv4serve.api import body, routes_chat, routes_completions, routes_messages, routes_responses
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
@@ -61,3 +61,25 @@ def test_schemas_are_checked_in_threads(server, threads, monkeypatch):
     monkeypatch.setattr(server.app.state.frontend.grammar_check, "check", accepts)
     assert server.chat(response_format=FORMAT).status_code == 200
     assert threads["chat_constraint"] == threads["has_client_grammar"] == {"tokenize"}
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_large_bodies_are_read_in_threads_and_in_pieces(server, monkeypatch, large):
+    read = {}
+
+    def watch(owner, name):
+        function = getattr(owner, name)
+
+        def watched(*args):
+            read[name] = threading.current_thread().name.split("_")[0]
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(body, "parse_body")
+    watch(body.large_json, "loads")
+    messages = [{"role": "user", "content": "x"}] * 4 + [{"role": "user", "content": "y" * body.LARGE_BYTES * large}]
+    response = server.client.post("/v1/chat/completions", json={"messages": messages})
+    assert response.status_code == (400 if large else 200)  # too long for the model
+    in_thread = {"parse_body": "tokenize", "loads": "tokenize"}
+    assert read == in_thread if large else set(read) == {"parse_body"} and read["parse_body"] != "tokenize"

@@ -87,7 +87,7 @@ def test_tokenize_and_detokenize(server):
     body = {"prompt": "a<think>", "add_special_tokens": True}
     assert server.client.post("/tokenize", json=body).json()["tokens"] == [0, *server.tokenizer.encode("a<think>")]
     assert server.client.post("/tokenize", json={"prompt": ""}).json()["tokens"] == []
-    for body in ({}, {"prompt": "a", "messages": messages}, {"prompt": 5}, {"prompt": "a", "foo": 1}):
+    for body in ({}, {"prompt": "a", "messages": messages}, {"prompt": 5}):
         assert server.client.post("/tokenize", json=body).status_code == 400
     for body in ({}, {"tokens": "a"}, {"tokens": [-1]}, {"tokens": [True]}):
         assert server.client.post("/detokenize", json=body).status_code == 400

@@ -58,6 +58,17 @@ def test_the_contract_comes_from_the_line_or_from_the_flag(run):
     assert lengths[0] < lengths[1] == lengths[2]
 
 
+def test_defaults_are_the_servers_and_unknown_fields_are_named(run):
+    line = {"messages": [{"role": "user", "content": "x", "mood": 1}], "temprature": 0}
+    for flags, end in (([], "<think>"), (["--no-default-thinking"], "</think>")):
+        code, (result,) = run("render", *flags, lines=[line])
+        assert code == 0
+        assert result["prompt"].endswith(end)
+        assert result["ignored_fields"] == ["temprature", "messages.0.mood"]
+    code, (result,) = run("parse", lines=[{"completion": "x", "tool_active": False}])
+    assert (code, result["error"]["param"]) == (1, "tool_active")
+
+
 def test_a_wrong_request_is_an_object_with_its_error_and_the_others_are_rendered(run):
     good = {"messages": [{"role": "user", "content": "x"}]}
     code, results = run("render", lines=[{"messages": []}, "", good, "{", good | {"contract": "1"}])

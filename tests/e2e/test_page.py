@@ -7,11 +7,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
-from support.api import Server
+from support.api import STATS, Server
 from support.browser import BROWSER, DRIVER, Page, open_page
 
 from dsv4serve.chat.tokenizer import ChatTokenizer, ControlToken
+from dsv4serve.engine.messages import EngineStats
 from dsv4serve.types import FinishReason
 
 pytestmark = [
@@ -149,18 +151,41 @@ def test_a_wrong_setting_is_told_and_nothing_is_sent(server: Server, page: Page)
     assert len(server.engine.submitted) == sent
 
 
+def shown_tiles(page: Page) -> dict[str, str]:
+    return page.driver.execute_script(
+        "const tiles = [...document.querySelectorAll('.tile')].filter((tile) => tile.checkVisibility());"
+        "return Object.fromEntries(tiles.map((tile) => [...tile.children].map((part) => part.textContent)));"
+    )
+
+
 def test_live_numbers_follow_the_server(server: Server, page: Page) -> None:
     page.find("#tiles .spark")
     stats = server.client.get("/stats", headers={"Authorization": "Bearer secret"}).json()
-    shown = page.driver.execute_script(
-        "const tiles = [...document.querySelectorAll('.tile')];"
-        "return Object.fromEntries(tiles.map((tile) => [...tile.children].map((part) => part.textContent)));"
-    )
+    shown = shown_tiles(page)
     assert shown["Running"] == str(stats["running"])
     assert shown["Queued"] == str(stats["queued"])
     pages = stats["pages"]
     assert shown["Pages"] == f"{pages['used']} + {pages['cached']} cached of {pages['total']}"
-    assert shown["Tokens per verify"] == "–"
+    assert "Tokens per verify" not in shown
+    assert "Event loop lag" not in shown
+
+
+def test_drafts_and_the_event_loop_appear_when_there_is_something_to_tell(
+    server: Server, page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = 0
+
+    async def stats() -> EngineStats:  # 1.4 of 2 drafts in every verify
+        nonlocal times
+        times += 1
+        server.app.state.frontend.metrics.loop_lag.observe(0.004)
+        counts = {"num_drafted": [times * 100] * 2, "num_accepted": [times * 80, times * 60]}
+        return msgspec.structs.replace(STATS, num_verifies=times * 100, **counts)
+
+    server.app.state.frontend.live._samples.clear()
+    monkeypatch.setattr(server.engine, "stats", stats)
+    page.wait(lambda: shown_tiles(page).get("Tokens per verify") == "2.40, 70 % of drafts")
+    assert page.wait(lambda: shown_tiles(page).get("Event loop lag", "")).endswith(" ms")
 
 
 def test_it_fits_a_phone(page: Page) -> None:

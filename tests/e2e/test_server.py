@@ -218,7 +218,6 @@ BAD = [
             {"stop": ["x"] * 100},
             {"stream": "yes"},
             {"stream_options": {"include_usage": True}},
-            {"unknown_field": 1},
             {"logprobs": "yes"},
             {"tool_choice": "required"},
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -58,3 +60,43 @@ def test_few_entries_are_all_chosen_without_scores() -> None:
     nan = torch.full((1, 3, 2, 4), torch.nan)
     chosen = select_entries(nan, nan[..., 0], torch.full((1, 5, 4), torch.nan), torch.tensor([[0, 2, 5]]), 8)
     assert chosen.tolist() == [[[-1] * 5, [0, 1, -1, -1, -1], [0, 1, 2, 3, 4]]]
+
+
+class _Malloc(ctypes.Structure):
+    """struct mallinfo2 of glibc."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keep",
+        )
+    ]
+
+
+def test_new_shapes_leave_no_memory_behind():
+    """oneDNN would keep half a MiB for each, and a server sees another number of entries in every step."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallinfo2.restype = _Malloc
+
+    def num_bytes() -> int:
+        found = libc.mallinfo2()
+        return found.uordblks + found.hblkhd
+
+    def score(num_entries: int) -> None:
+        q, k = torch.ones(1, 1, 4, 128, dtype=torch.bfloat16), torch.ones(1, num_entries, 128, dtype=torch.bfloat16)
+        indexer_reference.index_scores(q, torch.ones(1, 1, 4, dtype=torch.bfloat16), k)
+
+    score(300)
+    before = num_bytes()
+    for num_entries in range(301, 331):
+        score(num_entries)
+    assert num_bytes() - before < 2 << 20

@@ -70,3 +70,26 @@ def test_who_shares_only_the_begin_of_a_long_prompt_does_not_wait_for_its_end() 
     assert bench.results["long"].token_ids == []
     bench.run()
     bench.check_results()
+
+
+def test_prefixes_are_shared_only_under_the_same_salt() -> None:
+    bench = Bench(num_slots=N, num_pages=64)
+    for turn in range(2):
+        for salt in ("", "a", "b"):
+            bench.add(f"{salt}{turn}", prompt(0, 600), max_tokens=5, salt=salt)
+        bench.run()
+    cached = {name: result.num_cached_tokens for name, result in bench.results.items()}
+    assert cached == {"0": 0, "a0": 0, "b0": 0, "1": 512, "a1": 512, "b1": 512}
+    bench.check_results()
+    bench.check_all_free()
+
+
+def test_what_an_answer_leaves_behind_is_under_its_salt() -> None:
+    bench = Bench(num_slots=N, num_pages=64)
+    bench.add("first", prompt(0, 250), max_tokens=20, salt="a")  # its tail is taken while it decodes
+    bench.run()
+    known = [*prompt(0, 250), *bench.results["first"].token_ids]
+    for salt, num_cached in (("", 0), ("a", 256), ("ab", 0)):
+        bench.add(f"next{salt}", known, salt=salt)
+        bench.run()
+        assert bench.results[f"next{salt}"].num_cached_tokens == num_cached

@@ -50,13 +50,20 @@ class Bench:
         self.last_step: SchedulerOutput | None = None
 
     def add(
-        self, request_id: str, prompt_ids: list[int], max_tokens: int = 4, priority: int = 0, **sampling: Any
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        max_tokens: int = 4,
+        priority: int = 0,
+        salt: str = "",
+        **sampling: Any,
     ) -> str:
         request = Request(
             request_id=request_id,
             prompt_ids=prompt_ids,
             sampling=SamplingParams(max_tokens=max_tokens, **{"ignore_eos": True, **sampling}),
             priority=priority,
+            cache_salt=salt,
         )
         self.scheduler.add(request)
         self.requests[request_id] = request

@@ -82,9 +82,10 @@ def open_page(url: str, width: int = 1280, height: int = 860) -> Iterator[Page]:
 
 def main(path: str) -> None:
     """Chat with the embedded model and save what the page looks like."""
-    with serve() as server, open_page(server.url, height=1380) as page:
+    with serve("--num-draft-tokens", "2") as server, open_page(server.url, height=1480) as page:
         page.write("#max_tokens", "120")
-        for text in ("How do I fold a paper boat?", "And a paper plane?"):
+        page.write("#temperature", "0")
+        for text in ("Hello! Who are you?", "What is the capital of Norway?"):
             page.write("#prompt", text)
             page.find("#thinking").click()  # off, then on
             page.find("#send").click()

@@ -17,7 +17,10 @@ const usage = (value) => {
     : `${value.used} + ${value.cached} cached of ${value.total}`;
 };
 
-// Name, the value's text, and either the number of its sparkline or the {used, cached, total} of its bar.
+const drafts = (value) => (value ? `${value.accept_length.toFixed(2)}, ${share(value.accept_rate)} of drafts` : NONE);
+
+// Name, the value's text, either the number of its sparkline or the {used, cached, total} of its bar, and whether the
+// tile appears only when there has been a value.
 const TILES = [
   ["Generated tokens", (s) => rate(s.generated_tokens_per_s), (s) => s.generated_tokens_per_s],
   ["Prompt tokens", (s) => rate(s.prompt_tokens_per_s), (s) => s.prompt_tokens_per_s],
@@ -29,19 +32,21 @@ const TILES = [
   ["Pages", (s) => usage(s.pages), (s) => s.pages],
   ["Tails", (s) => usage(s.tails), (s) => s.tails],
   ["Prefix hits", (s) => share(s.prefix_hit_rate), (s) => s.prefix_hit_rate],
-  ["Tokens per verify", (s) => s.acceptance?.accept_length.toFixed(2) ?? NONE, (s) => s.acceptance?.accept_length ?? null],
-].map(([name, text, value]) => {
+  ["Tokens per verify", (s) => drafts(s.acceptance), (s) => s.acceptance?.accept_length, true],
+  ["Event loop lag", (s) => latency(s.event_loop_lag_s), (s) => s.event_loop_lag_s?.p95, true],
+].map(([name, text, value, appears]) => {
   const picture = document.createElementNS(SVG, "svg");
   picture.setAttribute("viewBox", "0 0 100 26");
   picture.setAttribute("preserveAspectRatio", "none");
   picture.setAttribute("aria-hidden", "true"); // the text beside it says the same
   const shown = element("dd", "", NONE);
   const tile = element("div", "tile");
+  tile.hidden = Boolean(appears);
   const body = element("dd");
   body.append(picture);
   tile.append(element("dt", "", name), shown, body);
   $("tiles").append(tile);
-  return { text, value, shown, picture, points: [] };
+  return { tile, text, value, shown, picture, points: [] };
 });
 
 function shape(name, className, attributes) {
@@ -72,6 +77,7 @@ function showStats(stats) {
   for (const tile of TILES) {
     tile.shown.textContent = tile.text(stats);
     const value = tile.value(stats) ?? null;
+    if (value !== null) tile.tile.hidden = false;
     if (value !== null && typeof value === "object") {
       tile.picture.replaceChildren(...bar(value));
     } else {
