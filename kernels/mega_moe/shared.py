@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
-from dsv4_kernels.gemm.quantize import empty_rows, power_of_two, scale_exponent
+from dsv4_kernels.gemm.quantize import empty_rows
 from dsv4_kernels.gemm.triton import Tiles, linear_fp8
+from dsv4_kernels.quant.device import inverse_power_of_two, scale_exponent
 
 BLOCK_GROUPS = 4  # groups of one program
 
@@ -37,8 +38,8 @@ def _swiglu(
     gate = tl.where(gate > limit, limit, gate)  # and not minimum, which drops NaN
     up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     values = (gate / (1.0 + tl.exp(-gate)) * up).to(tl.bfloat16).to(tl.float32)
-    exponent = scale_exponent(tl.max(tl.abs(values), axis=1))
-    values = values * power_of_two(254 - exponent)[:, None]
+    exponent = scale_exponent(values, 1, False)
+    values = values * inverse_power_of_two(exponent)[:, None]
     tl.store(codes + row * width + column, values.to(tl.float8e4nv), mask=inside)
     at = exponents + row * row_step + group * group_step
     tl.store(at, exponent.to(tl.uint8), mask=group * 128 < width)
