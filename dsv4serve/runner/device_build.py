@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dsv4serve.config import EngineConfig, ModelConfig, Numerics
+from dsv4serve.config import EngineConfig, ExpertActivations, ModelConfig, Numerics
 from dsv4serve.constrained.vocabulary import read_vocabulary
 from dsv4serve.memory import CapacityPlan
 from dsv4serve.model.device import DeviceTransformer
@@ -66,8 +66,14 @@ def require_settings(config: EngineConfig) -> None:
         f"numerics {config.numerics.value!r}": config.numerics is not Numerics.OFFICIAL,
         f"num_draft_tokens {config.num_draft_tokens}": config.num_draft_tokens > 0,
         "check_numerics": config.check_numerics,
+        f"shadow_steps {config.shadow_steps}": config.shadow_steps > 0,
+        f"expert_activations {config.expert_activations.value!r}": config.expert_activations
+        is not ExpertActivations.FP8,
     }
-    allowed = "device 'cuda' takes numerics 'official', num_draft_tokens 0 and no check_numerics"
+    allowed = (
+        "device 'cuda' takes numerics 'official', expert_activations 'fp8', num_draft_tokens 0, shadow_steps 0 and no "
+        "check_numerics"
+    )
     for setting, is_wrong in wrong.items():
         if is_wrong:
             raise ConfigError(f"{setting} works on CPU only: {allowed}; change it or use --device cpu")

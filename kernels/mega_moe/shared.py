@@ -72,7 +72,7 @@ def swiglu_fp8(gate_up: Tensor, limit: float) -> Fp8Rows:
 
 
 def shared_expert(x: Fp8Rows, w13: Fp8Weight, w2: Fp8Weight, *, limit: float, tiles: Tiles | None = None) -> Tensor:
-    """w2 swiglu(w13 x) -> bfloat16 [T, D]: `reference.shared_expert` with "fp8" activations of x's values.
+    """w2 swiglu(w13 x) -> bfloat16 [T, D]: `reference.shared_expert` with `quantize` of x's values.
 
     Args:
         x: [T, D] as `quantize_rows` gives it; w13: [2I, D], gate (w1) rows first; w2: [D, I].

@@ -9,7 +9,7 @@ from support import triton_interpreter  # noqa: F401  # before any kernel
 from support.device_models import CONFIG, RAW
 
 from dsv4serve.cli.main import main
-from dsv4serve.config import Device, EngineConfig, LoadFormat, Numerics
+from dsv4serve.config import Device, EngineConfig, ExpertActivations, LoadFormat, Numerics
 from dsv4serve.runner import build_runner
 from dsv4serve.runner.device_build import RESERVE_BYTES, device_plan, require_kernels
 from dsv4serve.types import CapacityError, ConfigError, KernelUnavailable
@@ -39,6 +39,8 @@ def test_a_machine_without_a_gpu_says_so(folder, monkeypatch):
         ({"numerics": Numerics.EXACT}, "numerics 'exact'"),
         ({"num_draft_tokens": 1}, "num_draft_tokens 1"),
         ({"check_numerics": True}, "check_numerics"),
+        ({"shadow_steps": 9}, "shadow_steps 9"),
+        ({"expert_activations": ExpertActivations.FP4}, "expert_activations 'fp4'"),
     ],
 )
 def test_settings_of_the_cpu_engine_alone_are_refused(folder, settings, found):
