@@ -15,8 +15,15 @@ export MKL_NUM_THREADS ?= 1
 serve: .venv/installed  ## launch the embedded model on http://127.0.0.1:8000; options: make serve ARGS="--port 9000"
 	.venv/bin/dsv4serve launch $(ARGS)
 
+# Without ARGS in two halves side by side, kernels and the rest, because either keeps one core busy for minutes.
 test: .venv/installed-dev lint  ## lint, types and all tests; options: make test ARGS="tests/house -x"
+ifeq ($(strip $(ARGS)),)
+	@log=$$(mktemp); .venv/bin/pytest --durations=10 tests/kernels >$$log 2>&1 & kernels=$$!; \
+	.venv/bin/pytest --durations=10 --ignore=tests/kernels; rest=$$?; \
+	wait $$kernels; status=$$?; cat $$log; rm $$log; exit $$((rest + status))
+else
 	.venv/bin/pytest $(ARGS)
+endif
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check
