@@ -20,6 +20,7 @@ OTHER_VALUES = {
     "load_format": (["dummy"], LoadFormat.DUMMY),
     "device": (["cuda"], "cuda"),
     "numerics": (["exact"], "exact"),
+    "expert_activations": (["fp4"], "fp4"),
     "effort_contract": (["0731"], "0731"),
     "developer_role": (["user"], "user"),
     "host": (["0.0.0.0"], "0.0.0.0"),

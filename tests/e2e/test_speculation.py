@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import httpx
@@ -45,9 +46,12 @@ def test_answers_are_the_same_and_drafts_are_counted() -> None:
         }
         drafted, accepted = (families[f"dsv4serve:spec_{name}_tokens"] for name in ("draft", "accepted"))
         assert set(drafted) == set(accepted) == {"1", "2", "3"}
-        assert drafted["1"] == families["dsv4serve:spec_verifies"][None] > 50
+        assert drafted["1"] == families["dsv4serve:spec_verifies"][None] >= 110 / 4  # at most four tokens each
         assert all(accepted[position] <= drafted[position] for position in drafted)
-        acceptance = httpx.get(server.url + "/stats").json()["acceptance"]
+        deadline = time.monotonic() + 20
+        while (acceptance := httpx.get(server.url + "/stats").json()["acceptance"]) is None:  # of a window of time
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
         assert 0 <= acceptance["accept_rate"] <= 1
         assert acceptance["accept_length"] >= 1
         assert server.stop() == 0

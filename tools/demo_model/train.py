@@ -99,7 +99,7 @@ def train(out: Path, batches: Batches, steps: range, weights: dict[str, Tensor],
         log.add(step + 1, sums, STEP_TOKENS, rate=round(rate, 6), length=phase.length)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps.stop:
             save(trainer.weights, out / "weights.safetensors")
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
     if rank == 0:
         export(out / "weights.safetensors", out)
 
