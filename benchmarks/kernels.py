@@ -35,7 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dsv4serve.cli.record import append_record, make_record  # noqa: E402
+from dsv4serve.cli.record import append_record, make_record  # noqa: E402  # not installed on a GPU machine
 
 # What a decode step takes longest for comes first: it is measured even when time is short.
 OPS = (

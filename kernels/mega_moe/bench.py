@@ -10,6 +10,7 @@ The floor of the FLOPs is the bf16 rate, which is what Hopper multiplies with; s
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,19 +67,15 @@ def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = m
             moved = floor_bytes(shapes, num_tokens, hit)
             some += [routed_tokens(random, num_tokens, shapes) for _ in range(1, num_copies(moved))]
             for activations in chosen(name, num_tokens, weights["w13"]):
-                run: Callable[..., Tensor] = lambda more, rest=options | {"activations": activations} | weights: (  # noqa: E731
-                    mega_moe(**more, **rest)
-                )
+                run = partial(mega_moe, **options, **weights, activations=activations)
                 expected = add_routed(**tokens, **values, **options, activations=activations)
-                yield measure(
-                    [lambda one=one, run=run: run(one) for one in some], moved, flops(shapes, num_tokens)
-                ).as_line(
+                yield measure([partial(run, **one) for one in some], moved, flops(shapes, num_tokens)).as_line(
                     op="mega_moe",
                     implementation=f"triton {activations}",
                     shapes=name,
                     num_tokens=num_tokens,
                     num_hit=hit,
-                    relative_error=relative_error(run(tokens), expected),
+                    relative_error=relative_error(run(**tokens), expected),
                 )
         del weights, values
         torch.cuda.empty_cache()
