@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any, Protocol
 
 import orjson
@@ -53,6 +53,7 @@ class Answer(Response):
     def __init__(self, frontend: Frontend, call: Call, stream: bool) -> None:
         super().__init__()
         self._frontend, self._call, self._stream = frontend, call, stream
+        self._claim = ExitStack()  # of the call's id
 
     def message(self, replies: list[Reply]) -> dict[str, Any]:
         """The JSON of an answer that is not streamed; one reply per choice."""
@@ -64,7 +65,8 @@ class Answer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI answer. Raises, before anything is sent, what the engine answered instead of a first output."""
-        with self._frontend.open_call(self._call.request_id):
+        with self._claim:
+            self._claim.enter_context(self._frontend.open_call(self._call.request_id))
             await self._run(scope, receive, send)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,7 +87,7 @@ class Answer(Response):
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = self._call
         replies = [Reply() for _ in call.choices]
-        async with aclosing(run(self._frontend, call)) as events:
+        async with aclosing(self._events()) as events:
             async for event in events:
                 replies[event.choice.index].add(event.delta)
 
@@ -96,8 +98,21 @@ class Answer(Response):
         response = await self._frontend.in_thread(answer) if is_large else answer()
         await response(scope, receive, send)
 
+    async def _events(self) -> AsyncGenerator[Event, None]:
+        """The call's events. A client that has seen the end, or a failure, may use the id again at once."""
+        num_open = len(self._call.choices)
+        try:
+            async with aclosing(run(self._frontend, self._call)) as events:
+                async for event in events:
+                    num_open -= event.is_last
+                    if not num_open:
+                        self._claim.close()
+                    yield event
+        finally:
+            self._claim.close()
+
     async def _streamed(self, send: Send) -> None:
-        async with aclosing(run(self._frontend, self._call)) as events:
+        async with aclosing(self._events()) as events:
             first = await anext(events)
             await send(_start(self._call))
             async with aclosing(self.chunks(first, events)) as chunks:

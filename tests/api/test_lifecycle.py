@@ -1,6 +1,7 @@
 """Keys, probes, disconnects, drain: what surrounds a request."""
 
 import asyncio
+import json
 import socket
 import threading
 
@@ -251,3 +252,24 @@ def test_keys_come_from_files_too(serve, tmp_path):
         EngineConfig(api_key_file=(path,)).read_api_keys()
     assert "three" not in repr(server.app.state.frontend.config)
     assert "boss" not in repr(server.app.state.frontend.config)
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"n": 2}, {"n": 2, "stream": True}])
+def test_an_id_is_free_before_the_client_has_the_end_of_the_answer(server, fields):
+    """A client that sends its next request at once may use the id again; the server may clean up later."""
+    frontend, free = server.app.state.frontend, []
+    body = json.dumps({"prompt": "Hi", "rid": "mine", **fields}).encode()
+    arriving = [{"type": "http.request", "body": body}]
+
+    async def receive():
+        return arriving.pop() if arriving else await asyncio.Event().wait()
+
+    async def send(message):
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            with frontend.open_call("mine"):
+                free.append(True)
+
+    path = "/v1/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
+    asyncio.run(server.app(scope | {"headers": [(b"content-type", b"application/json")]}, receive, send))
+    assert free == [True]
