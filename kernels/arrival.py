@@ -1,0 +1,43 @@
+"""The last of several programs to arrive goes on alone: what would be a second launch becomes the end of the first.
+
+Programs that share a result (splits of a sum along K, slices of a row) store their parts, count themselves, and the last
+one, who sees that all have arrived, reads the parts in a fixed order: which program is last does not change the bits.
+Why: docs/adr/0007-the-last-program-finishes.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NUM_COUNTERS = 65536
+
+_counters: dict[torch.device, Tensor] = {}
+
+
+def counters(device: torch.device, num: int) -> Tensor:
+    """At least `num` int32 zeros on `device`, the same memory at each call.
+
+    Kernels leave them zero and run one after the other on one stream, so all of them share these. The first call on a
+    device allocates; make it before a CUDA graph is captured. Raises ValueError above NUM_COUNTERS.
+    """
+    if num > NUM_COUNTERS:
+        raise ValueError(f"counters: {num} wanted; at most {NUM_COUNTERS} results may be shared between programs")
+    if device not in _counters:
+        _counters[device] = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+    return _counters[device]
+
+
+@triton.jit
+def is_last(counter, total):
+    """Count this program at `counter`; whether it is the last of `total`, which may read what the others stored.
+
+    All threads of the program call it, after their stores. The counter is zero again behind the last.
+    """
+    tl.debug_barrier()  # one thread counts for all: the stores of the others come first
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == total - 1
+    if last:
+        tl.store(counter, 0)
+    return last
