@@ -1,7 +1,7 @@
 """The last of several programs to arrive goes on alone: what would be a second launch becomes the end of the first.
 
-Programs that share a result (splits of a sum along K, slices of a row) store their parts, count themselves, and the last
-one, who sees that all have arrived, reads the parts in a fixed order: which program is last does not change the bits.
+Programs that share a result (splits of a sum along K, slices of a row) store their parts and count themselves. The last
+one sees that all have arrived and reads the parts in a fixed order: which program is last does not change the bits.
 Why: docs/adr/0007-the-last-program-finishes.md.
 """
 
