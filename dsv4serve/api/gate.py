@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dsv4serve.api.errors import error_response
 from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.routes_page import FILES
+from dsv4serve.api.turnstile import Turnstile
 from dsv4serve.obs.requests import arrived, traceparent
 from dsv4serve.types import Dsv4Error, ShuttingDown
 
@@ -33,6 +34,7 @@ class Gate:
     def __init__(self, app: ASGIApp, frontend: Frontend) -> None:
         self._app, self._frontend = app, frontend
         self._keys = frontend.keys
+        self._turnstile = Turnstile()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
@@ -73,6 +75,7 @@ class Gate:
 
         frontend.num_active += 1
         try:
+            await self._turnstile.enter()
             await self._app(scope, receive, counting)
         except Exception:
             count(500)  # the answer is made outside of this door

@@ -106,7 +106,7 @@ def main() -> int:
     """Exit code 0 after a drain, 2 for a wrong configuration or checkpoint."""
     spec = ProcessSpec.from_environment()
     die_with_parent(spec.parent_pid)
-    configure("frontend", spec.config["log_level"], spec.config["log_format"])
+    configure("frontend", spec.config["log_level"], spec.config["log_format"], in_thread=True)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

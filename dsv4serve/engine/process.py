@@ -31,7 +31,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     config = spec.engine_config()
-    configure("engine", config.log_level, config.log_format)
+    configure("engine", config.log_level, config.log_format, in_thread=True)
     # Read by the tensor library when the runner's module imports it.
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(config.threads)
     try:

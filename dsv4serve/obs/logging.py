@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
+import queue
 import sys
 import time
 from contextvars import ContextVar
+from logging.handlers import QueueHandler, QueueListener
+
+MAX_LINES = 10_000  # that wait for a slow reader of stderr
 
 # The id, as the client knows it, of the request that is being answered.
 request_id: ContextVar[str] = ContextVar("request_id", default="")
@@ -53,12 +58,48 @@ class JsonFormatter(LineFormatter):
         return json.dumps({**line, **getattr(record, "fields", {})}, default=str)
 
 
-def configure(process: str, level: str, form: str = "text") -> None:
+class LineQueue(QueueHandler):
+    """Formats a record where it is made, which knows the request; a thread writes the line. Lines beyond MAX_LINES are
+    counted and lost, because nobody may wait for whoever reads the log."""
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        self._lines: queue.Queue[logging.LogRecord] = queue.Queue(MAX_LINES)
+        super().__init__(self._lines)
+        self.setFormatter(formatter)
+        self._num_lost = 0
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Leave a formatted record to the thread."""
+        if self._num_lost and self._lines.qsize() < MAX_LINES // 2:
+            lost, self._num_lost = self._num_lost, 0
+            logging.getLogger(__name__).warning("%d lines of this log were lost: stderr was not read", lost)
+        try:
+            self._lines.put_nowait(record)
+        except queue.Full:
+            self._num_lost += 1
+
+
+class LineWriter(QueueListener):
+    """The thread; a full queue is written out before it ends."""
+
+    def enqueue_sentinel(self) -> None:
+        """Ask the thread to end."""
+        self.queue.put(self._sentinel)  # type: ignore[attr-defined]
+
+
+def configure(process: str, level: str, form: str = "text", in_thread: bool = False) -> None:
     """Send this process's logs to stderr under the name `process`, from `level` (debug ... error) up.
 
-    `form` is text or json.
+    `form` is text or json. With `in_thread` a slow reader of stderr holds up a thread and not the caller.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
     line = f"%(asctime)s %(levelname)-7s {process}[{os.getpid()}] %(name)s: %(message)s"
-    handler.setFormatter(JsonFormatter(process) if form == "json" else LineFormatter(line))
+    formatter = JsonFormatter(process) if form == "json" else LineFormatter(line)
+    if in_thread:
+        writer, handler = handler, LineQueue(formatter)
+        lines = LineWriter(handler.queue, writer)
+        lines.start()
+        atexit.register(lines.stop)
+    else:
+        handler.setFormatter(formatter)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -2,6 +2,8 @@ import json
 import logging
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -57,3 +59,32 @@ def test_a_line_of_text_has_the_request_it_belongs_to(log_to, capsys):
     request_id.set("mine\n")
     logging.getLogger("some.part").info("failed")
     assert capsys.readouterr().err.endswith(r" some.part: [mine\n] failed" + "\n")
+
+
+def test_nobody_waits_for_a_reader_of_stderr_and_what_it_missed_is_said():
+    """A pipe that is not read takes 64 KiB; the process logs more than the queue holds and is not stopped by it."""
+    code = """
+import logging, sys
+from dsv4serve.obs.logging import MAX_LINES, configure
+configure("frontend", "info", in_thread=True)
+for number in range(2 * MAX_LINES):
+    logging.getLogger("x").info("line %06d", number)
+print("done", flush=True)
+sys.stdin.readline()
+logging.getLogger("x").info("the last")
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout.readline() == "done\n"
+        lines = [process.stderr.readline()]
+        while not lines[-1].endswith("line 009000\n"):
+            lines.append(process.stderr.readline())
+        process.stdin.write("\n")
+        process.stdin.flush()
+        lines += process.stderr.readlines()
+    numbers = [int(line[-7:]) for line in lines if " x: line " in line]
+    assert numbers == sorted(set(numbers))
+    assert 10_000 <= len(numbers) < 20_000
+    lost = 20_000 - len(numbers)
+    assert f"{lost} lines of this log were lost" in lines[-2]
+    assert lines[-1].endswith(" x: the last\n")
