@@ -1,8 +1,11 @@
 """The step loop: receive, schedule, execute, update, reply.
 
 One thread does everything, so there is nothing to lock and a liveness probe that is answered proves that steps
-move on. A frontend is known by its ZMQ identity; it owns the requests it submitted, and two frontends may use the
-same request id.
+move on. While a GPU computes a step the next one is planned and submitted, if the runner can hold that many: the
+scheduler counts on what is planned, and the token between the two never visits the host.
+
+A frontend is known by its ZMQ identity; it owns the requests it submitted, and two frontends may use the same request
+id.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import asdict
 from time import perf_counter
@@ -44,6 +48,7 @@ from dsv4serve.types import (
     InvalidRequest,
     Request,
     RequestOutput,
+    SchedulerOutput,
     StepOutput,
 )
 
@@ -88,6 +93,8 @@ class EngineCore:
         self._requests: dict[bytes, dict[str, str]] = {}
         # Open requests whose constraint is being prepared, by the scheduler's id.
         self._preparing: dict[str, tuple[Future[None], Request]] = {}
+        self._submitted: deque[tuple[SchedulerOutput, Callable[[], StepOutput], float]] = deque()  # and when
+        self._finished_at = 0.0
         self._watch = watch
         self._num_nonfinite_drafts, self._num_nonfinite_steps = 0, 0
         self._num_shadow_rows, self._num_shadow_flips, self._shadow_drift = 0, 0, 0.0
@@ -125,23 +132,30 @@ class EngineCore:
         self._runner.shutdown()
 
     def _step(self) -> None:
+        """Plan and submit a step, and take the result of the oldest one when no more may run ahead of it."""
         begin = perf_counter()
         planned = self._scheduler.schedule()
-        if planned is None:
-            return
-        scheduled = perf_counter()
-        result = self._runner.execute(planned)
-        executed = perf_counter()
-        self._scheduler.took(planned, executed - scheduled)
+        if planned is not None:
+            now = perf_counter()
+            self._step_times["schedule"].observe(now - begin)
+            self._submitted.append((planned, self._runner.submit(planned), now))
+        if len(self._submitted) > (0 if planned is None else self._runner.steps_ahead):
+            self._finish(*self._submitted.popleft())
+
+    def _finish(self, planned: SchedulerOutput, take_result: Callable[[], StepOutput], submitted_at: float) -> None:
+        result = take_result()
+        now = perf_counter()
+        took = now - max(submitted_at, self._finished_at)  # alone: a step that ran ahead waited for the one before
+        self._finished_at = now
+        self._scheduler.took(planned, took)
         self._reply(self._scheduler.update(planned, result))
         if planned.verifies or result.first_nonfinite or result.num_shadow_rows:
             self._look_at(result)
         times = self._step_times
-        times["schedule"].observe(scheduled - begin)
         times["prepare"].observe(result.prepare_s)
-        times["execute"].observe(executed - scheduled - result.prepare_s - result.sample_s)
+        times["execute"].observe(max(0.0, took - result.prepare_s - result.sample_s))
         times["sample"].observe(result.sample_s)
-        times["update"].observe(perf_counter() - executed)
+        times["update"].observe(perf_counter() - now)
 
     def _look_at(self, result: StepOutput) -> None:
         """Whether what the step computed is what it should be."""
@@ -162,7 +176,7 @@ class EngineCore:
 
     def _receive(self) -> None:
         """Handle what has arrived; wait for a message when there is nothing to run."""
-        if not self._scheduler.has_requests:
+        if not self._scheduler.has_requests and not self._submitted:
             self._poller.poll()
             with contextlib.suppress(BlockingIOError):
                 self._wake_receiver.recv(4096)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -17,13 +18,16 @@ class Runner(Protocol):
     max_model_len: int
     vocab_size: int
     eos_token_id: int
+    steps_ahead: int
+    """Steps that may be submitted while the result of an earlier one is still to come."""
 
     def prepare(self, constraint: Constraint, /) -> Future[None]:
         """Begin to make ready for a request with this constraint, beside the steps. The result raises InvalidRequest
         when it cannot be served. Requests without one need no preparation."""
 
-    def execute(self, output: SchedulerOutput, /) -> StepOutput:
-        """Run one step to its end. Any exception means that the runner's state is lost."""
+    def submit(self, output: SchedulerOutput, /) -> Callable[[], StepOutput]:
+        """Begin a step. What it returns waits for the result; results are asked for once each, in the order of the
+        steps. Any exception of both means that the runner's state is lost."""
 
     def shutdown(self) -> None:
         """Give back what it holds; it is not used afterwards."""

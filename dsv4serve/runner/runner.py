@@ -39,6 +39,8 @@ class Runner:
         shadow_steps: every so many steps one is compared with the reference kernels; 0 = none.
     """
 
+    steps_ahead = 0
+
     def __init__(
         self,
         transformer: Transformer,
@@ -63,6 +65,11 @@ class Runner:
         self._chain = None
         if plan.layout.num_draft_tokens:
             self._chain = MtpChain(transformer, self.pools, self._mtp_step)
+
+    def submit(self, output: SchedulerOutput) -> Callable[[], StepOutput]:
+        """Begin a step; see engine.runner_protocol. Here it runs to its end at once."""
+        result = self.execute(output)
+        return lambda: result
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> StepOutput:

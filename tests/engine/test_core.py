@@ -59,9 +59,9 @@ class Frontend:
         return got
 
 
-@pytest.fixture
-def runner():
-    return CountingRunner()
+@pytest.fixture(params=[0, 1], ids=["one step at a time", "one step ahead"])
+def runner(request):
+    return CountingRunner(request.param)
 
 
 @pytest.fixture
@@ -243,3 +243,40 @@ def test_a_runner_that_raises_ends_every_request_with_an_error(loop, context, en
         assert "NaN in the logits" in end.error
     loop.join(10)
     assert isinstance(loop.error, FloatingPointError)
+
+
+def settled(frontend, runner):
+    """The events of the runner once every step has ended."""
+    for _ in range(200):
+        frontend.ask(GetStats())
+        kinds = [kind for kind, _ in runner.events]
+        if kinds.count("submit") == kinds.count("result"):
+            break
+    assert kinds.count("submit") == kinds.count("result")
+    return list(runner.events)
+
+
+def test_the_next_step_is_submitted_before_the_result_of_the_last_one_where_the_runner_can(
+    loop, context, endpoint, runner
+):
+    frontend = Frontend(context, endpoint)
+    frontend.send(Submit(request("a", max_tokens=6)))
+    outputs = frontend.outputs_until_end("a")["a"]
+    assert tokens(outputs) == [4, 5, 6, 7, 8, 9]
+    events, ahead = settled(frontend, runner), runner.steps_ahead
+    steps = [step for kind, step in events if kind == "submit"]
+    assert [step for kind, step in events if kind == "result"] == steps == list(range(6))
+    for step in steps[: len(steps) - ahead]:
+        assert events.index(("result", step)) > events.index(("submit", step + ahead))
+        if step + ahead + 1 < len(steps):
+            assert events.index(("result", step)) < events.index(("submit", step + ahead + 1))
+
+
+def test_a_step_whose_requests_were_all_aborted_still_ends(loop, context, endpoint, runner):
+    frontend = Frontend(context, endpoint)
+    for name in ("a", "b"):
+        frontend.send(Submit(request(name, max_tokens=4000)))
+        frontend.receive()
+        frontend.send(Abort([name]))
+        frontend.outputs_until_end(name)
+    settled(frontend, runner)

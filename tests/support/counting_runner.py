@@ -6,6 +6,7 @@ The first prompt token gives orders: see the constants.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from dsv4serve.config import EngineConfig
 from dsv4serve.types import CheckpointError, SchedulerOutput, StepOutput
@@ -19,12 +20,24 @@ class CountingRunner:
     num_slots, num_pages, num_tails = 8, 64, 8
     max_model_len, vocab_size, eos_token_id = 4096, VOCAB, EOS
 
-    def __init__(self):
+    def __init__(self, steps_ahead=0):
+        self.steps_ahead = steps_ahead
         self.position = {}
         self.was_shut_down = False
+        self.events = []  # ("submit" or "result", step)
 
-    def execute(self, output: SchedulerOutput) -> StepOutput:
-        time.sleep(STEP_S)
+    def submit(self, output: SchedulerOutput) -> Callable[[], StepOutput]:
+        self.events.append(("submit", output.step_id))
+        result = self._run(output)
+
+        def take_result():
+            time.sleep(STEP_S)
+            self.events.append(("result", output.step_id))
+            return result
+
+        return take_result
+
+    def _run(self, output: SchedulerOutput) -> StepOutput:
         for start in output.starts:
             self.position[start.slot] = start.num_computed_tokens
         sampled = list(output.decodes)
