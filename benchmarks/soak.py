@@ -4,17 +4,21 @@
 
 A closed loop of --streams clients; each request asks for a random number of tokens, and some clients hang up in the
 middle. Before and after, idle: used slots and requests, pages (the prefix cache keeps some), file descriptors and
-memory of every process. During the load: how late the frontend's event loop was. Exits 1 when a slot, a request or a
-descriptor is left, or a request ended wrong.
+memory of every process. During the load: how late the frontend's event loop was, and beside it how late a process is
+that does nothing but sleep: what the machine, often a virtual one, holds up by itself. Exits 1 when a slot, a request
+or a descriptor is left, or a request ended wrong.
 
 So that growth of memory means a leak: the cache is small and the warm-up, the same load, uses all of it, because the
 system counts memory from the first touch on; and malloc is told to give back what is freed, instead of keeping holes.
 """
 
+from __future__ import annotations
+
 import argparse
 import asyncio
 import os
 import random
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -33,6 +37,16 @@ from dsv4serve.obs.metrics import LOOP_LAG
 OUT = Path(__file__).parent / "results/soak.jsonl"
 SPARE_DESCRIPTORS = 2  # of a process: log files and timers come and go
 CACHE_BYTES = 64 << 20
+LATE_S = 0.05
+SLEEPER = """
+import sys, time
+while True:
+    begin = time.perf_counter()
+    time.sleep(0.01)
+    late = time.perf_counter() - begin - 0.01
+    if late > float(sys.argv[1]):
+        print(late, flush=True)
+"""
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc
 
 
@@ -101,6 +115,19 @@ def idle_state(url: str, key: str, launcher: psutil.Process) -> dict[str, Any]:
             return {"stats": stats, "processes": processes(launcher)}
 
 
+class Sleeper:
+    """A process that is late only when the machine is; `late` has its seconds, of those above LATE_S, afterwards."""
+
+    def __enter__(self) -> Sleeper:
+        command = [sys.executable, "-c", SLEEPER, str(LATE_S)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self.late = [round(float(line), 3) for line in self._process.communicate()[0].splitlines()]
+
+
 def lag_counts(url: str) -> dict[float, float]:
     """Probes of the frontends' event loops so far, by how late they were at most (seconds)."""
     lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
@@ -113,7 +140,7 @@ def lag_between(before: dict[float, float], after: dict[float, float]) -> dict[s
     counts = {bound: count - before.get(bound, 0.0) for bound, count in after.items()}
     quantiles = {f"p{share}": round(quantile(counts, share / 100), 5) for share in (50, 99, 100)}
     total = counts[float("inf")]
-    return {**quantiles, "num_probes": total, "num_above_50_ms": total - counts[0.05]}
+    return {**quantiles, "num_probes": total, "num_above_50_ms": total - counts[LATE_S]}
 
 
 def main() -> int:
@@ -139,10 +166,16 @@ def main() -> int:
         asyncio.run(load(server.url, server.api_key, warm_up))
         before = idle_state(server.url, server.api_key, launcher)
         lag = lag_counts(server.url)
-        ends = asyncio.run(load(server.url, server.api_key, args))
+        with Sleeper() as sleeper:
+            ends = asyncio.run(load(server.url, server.api_key, args))
         lag_s = lag_between(lag, lag_counts(server.url))
         after = idle_state(server.url, server.api_key, launcher)
-    results = {"ends": dict(ends), "event_loop_lag_s": lag_s, "load_average": os.getloadavg()[0]}
+    results = {
+        "ends": dict(ends),
+        "event_loop_lag_s": lag_s,
+        "sleeper_late_s": sleeper.late,
+        "load_average": os.getloadavg()[0],
+    }
     results |= {"before": before, "after": after}
     settings = {
         "seconds": args.seconds,
@@ -163,7 +196,7 @@ def main() -> int:
     wrong = {end: count for end, count in ends.items() if end not in ("length", "stop", "disconnected")}
     for name, found in after["processes"].items():
         print(name, before["processes"].get(name), "->", found)
-    print("event loop lag", lag_s)
+    print("event loop lag", lag_s, "a sleeper was late", sleeper.late)
     print("ends", dict(ends), "requests left", left, "descriptors grew in", grown, "wrong ends", wrong)
     return 1 if grown or left or wrong else 0
 

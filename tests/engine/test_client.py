@@ -1,6 +1,7 @@
 """EngineClient against real engine processes that are killed, stopped and stuck."""
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -276,5 +277,23 @@ def test_any_frontend_can_abort_a_call_and_flush(engine):
             num_cached = (await other.stats()).num_cached_pages
             assert await other.flush_cache() == num_cached > 0
             assert (await other.stats()).num_cached_pages == (await other.stats()).num_cached_tails == 0
+
+    asyncio.run(main())
+
+
+def test_a_message_of_the_engine_leaves_nothing_to_the_garbage_collector(engine):
+    """Whose pauses would hold up all streams."""
+    engine.start()
+
+    async def main():
+        async with connected(engine.endpoint) as client:
+            await collect(client, request("before"))
+            gc.collect()
+            gc.disable()
+            try:
+                await collect(client, request("measured", max_tokens=50))
+                assert gc.collect() < 50
+            finally:
+                gc.enable()
 
     asyncio.run(main())
