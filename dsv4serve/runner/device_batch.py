@@ -31,12 +31,12 @@ class BatchOutput:
 
     tokens: Tensor  # int64 [requests]; -1 = its logits were NaN or infinite
     logits: Tensor  # float32 [requests, vocab], behind the last row of each request
-    rows: Streams  # of all rows, for the logits of prompt tokens
+    rows: Streams | None  # of all rows, for the logits of prompt tokens, where they were to be kept
 
 
-def host_inputs(bucket: int, pinned: bool) -> Tensor:
-    """INPUTS int64 [8, bucket] on the host, all requests empty."""
-    inputs = torch.zeros(len(INPUTS), bucket, dtype=torch.int64, pin_memory=pinned)
+def empty_inputs(num_requests: int, pinned: bool) -> Tensor:
+    """INPUTS int64 [8, num_requests] on the host, all requests empty."""
+    inputs = torch.zeros(len(INPUTS), num_requests, dtype=torch.int64, pin_memory=pinned)
     inputs[INPUTS.index("slot")] = -1
     return inputs
 
@@ -65,8 +65,11 @@ class DeviceForward:
         # One more, where padding is written to.
         self._last_tokens = torch.zeros(pools.num_slots + 1, dtype=torch.int64, device=self.device)
         self.page_table = torch.zeros(pools.num_slots, max_pages, dtype=torch.int32, device=self.device)
+        # One for all steps: each graph having its own would take gigabytes.
+        vocab_size = transformer.config.vocab_size
+        self._logits = torch.zeros(bucket_of(pools.num_slots), vocab_size, dtype=torch.float32, device=self.device)
 
-    def __call__(self, inputs: Tensor, token_ids: Tensor) -> BatchOutput:
+    def __call__(self, inputs: Tensor, token_ids: Tensor, keeps_rows: bool) -> BatchOutput:
         """Run the requests of `inputs` int64 [8, R], those with count 0 being padding, and sample for each.
 
         Args:
@@ -83,7 +86,7 @@ class DeviceForward:
         sampling = streams
         if len(token_ids) != inputs.shape[1]:
             sampling = streams[(counts.cumsum(0) - 1).clamp_min(0)]
-        logits = self.transformer.logits(sampling)
+        logits = self._logits[: inputs.shape[1]].copy_(self.transformer.logits(sampling))
         floats = {name: numbers[name].view(torch.float64) for name in FLOATS}
         tokens, is_bad = sample(
             logits,
@@ -95,17 +98,22 @@ class DeviceForward:
         )
         # Also of chunks that do not sample: what they leave is replaced before the slot's next decode.
         self._last_tokens.index_copy_(0, torch.where(counts > 0, slots, spare).long(), tokens)
-        return BatchOutput(torch.where(is_bad, -1, tokens), logits, streams)
+        return BatchOutput(torch.where(is_bad, -1, tokens), logits, streams if keeps_rows else None)
 
     def set_last_tokens(self, slots: list[int], token_ids: list[int]) -> None:
         """What these slots sampled was decided by the host."""
-        index, values = torch.tensor([slots, token_ids], device=self.device)
+        index, values = self._send([slots, token_ids])
         self._last_tokens[index] = values
 
     def append_pages(self, places: list[int], pages: list[int]) -> None:
         """Write `pages` to the flat `places` of the page table."""
-        index, values = torch.tensor([places, pages], device=self.device)
+        index, values = self._send([places, pages])
         self.page_table.view(-1)[index] = values.int()
+
+    def _send(self, values: list[list[int]]) -> Tensor:
+        """To the device, without waiting for what it is doing."""
+        pinned = torch.tensor(values, pin_memory=self.device.type == "cuda")
+        return pinned.to(self.device, non_blocking=True)
 
 
 def bucket_of(size: int) -> int:

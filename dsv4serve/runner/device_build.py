@@ -10,7 +10,6 @@ from dsv4serve.memory import CapacityPlan
 from dsv4serve.model.device import DeviceTransformer
 from dsv4serve.runner.build import cache_plan
 from dsv4serve.runner.device_runner import DeviceRunner
-from dsv4serve.runner.graphs import warm_prefill
 from dsv4serve.types import CapacityError, ConfigError, KernelUnavailable
 from dsv4serve.weights.device import device_bytes, require_device_memory
 from dsv4serve.weights.device_loader import load_device_weights
@@ -34,10 +33,10 @@ def build_device_runner(config: EngineConfig, model: ModelConfig, progress: bool
     runner = DeviceRunner(
         DeviceTransformer(model, weights),
         plan,
+        max_step_tokens=config.max_step_tokens,
         read_vocabulary=lambda: read_vocabulary(config.model, model.vocab_size),
     )
-    warm_prefill(runner.forward, config.max_step_tokens, plan.num_slots, progress)
-    runner.decode_steps.capture(progress)
+    runner.graphs.capture(progress)
     return runner
 
 

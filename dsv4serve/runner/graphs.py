@@ -1,84 +1,135 @@
-"""CUDA graphs of decode steps, one per batch bucket, captured at start-up so that no request waits for a compiler."""
+"""CUDA graphs of steps, one per bucket, captured at start-up so that no request waits for a compiler."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
-from dsv4serve.runner.device_batch import LAST_TOKEN, BatchOutput, DeviceForward, bucket_of, host_inputs
+from dsv4serve.runner.device_batch import (
+    LAST_TOKEN,
+    BatchOutput,
+    DeviceForward,
+    bucket_of,
+    empty_inputs,
+    fill_inputs,
+)
+
+HOST_BUFFERS = 2  # of a bucket: one is filled while the copy of the step before may not have been read
 
 
-def decode_buckets(num_slots: int) -> list[int]:
-    """Batch sizes that decodes are padded to, ascending."""
-    return sorted({bucket_of(size) for size in range(1, num_slots + 1)})
+class Bucket(NamedTuple):
+    """What a step is padded to. As many rows as requests: nothing but decodes."""
+
+    num_rows: int
+    num_requests: int
 
 
-def token_buckets(max_step_tokens: int) -> list[int]:
-    """Numbers of rows that steps with prefill are padded to, ascending."""
-    return sorted({bucket_of(size) for size in range(1, max_step_tokens + 1)})
+def buckets(num_slots: int, max_rows: int) -> list[Bucket]:
+    """Of steps with up to `num_slots` requests and `max_rows` rows, ascending: decodes, then steps with chunks."""
+    requests = sorted({bucket_of(size) for size in range(1, num_slots + 1)})
+    most = requests[-1]
+    rows = sorted({bucket_of(size) for size in range(most + 1, max(max_rows, most + 1) + 1)})
+    return [Bucket(size, size) for size in requests] + [Bucket(size, most) for size in rows]
 
 
-class DecodeSteps:
-    """Decodes of up to `num_slots` requests: replayed graphs on CUDA, the same forward run eagerly elsewhere.
+def bucket_for(num_rows: int, num_requests: int, num_slots: int) -> Bucket:
+    """The bucket of a step. One with chunks has more rows than requests, so that the two are never mixed up."""
+    if num_rows == num_requests:
+        return Bucket(bucket_of(num_rows), bucket_of(num_requests))
+    most = bucket_of(num_slots)
+    return Bucket(bucket_of(max(num_rows, most + 1)), most)
 
-    All graphs share one memory pool, because one runs at a time: what a step leaves is valid until the next.
+
+class StepGraphs:
+    """Steps of up to `num_slots` requests and `max_rows` rows: replayed graphs on CUDA, the same forward run eagerly
+    elsewhere and where nothing was captured.
+
+    All graphs share one memory pool and one buffer for logits, because one runs at a time: what a step leaves is valid
+    until the next is begun.
     """
 
-    def __init__(self, forward: DeviceForward, num_slots: int) -> None:
-        self._forward = forward
-        self.buckets = decode_buckets(num_slots)
-        self._graphs: dict[int, Callable[[], None]] = {}
-        self._outputs: dict[int, BatchOutput] = {}
-        is_cuda = forward.device.type == "cuda"
-        self.host = {bucket: host_inputs(bucket, pinned=is_cuda) for bucket in self.buckets}
-        self._inputs = {bucket: inputs.to(forward.device) for bucket, inputs in self.host.items()}
-        self._token_ids = {
-            bucket: torch.full((bucket,), LAST_TOKEN, dtype=torch.int64, device=forward.device)
-            for bucket in self.buckets
-        }
+    def __init__(self, forward: DeviceForward, num_slots: int, max_rows: int) -> None:
+        self._forward, self._num_slots = forward, num_slots
+        self._is_cuda = forward.device.type == "cuda"
+        self.buckets = buckets(num_slots, max_rows)
+        self._host: dict[Bucket, list[tuple[Tensor, Tensor]]] = {}  # the next one to be filled is the first
+        self._inputs: dict[Bucket, tuple[Tensor, Tensor]] = {}
+        self._replays: dict[Bucket, tuple[Callable[[], None], BatchOutput]] = {}
 
     @torch.inference_mode()
     def capture(self, progress: bool = False) -> None:
         """Capture all buckets, the largest first, whose memory the others then use. Padding only: writes nothing."""
         pool = torch.cuda.graph_pool_handle()
-        for bucket in track(self.buckets[::-1], "capturing decode graphs", progress):
+        for bucket in track(self.buckets[::-1], "capturing graphs", progress):
             self.eager(bucket)  # compiles
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                self._outputs[bucket] = self._forward(self._inputs[bucket], self._token_ids[bucket])
-            self._graphs[bucket] = graph.replay
+                output = self._forward(*self._inputs[bucket], keeps_rows=False)
+            self._replays[bucket] = graph.replay, output
 
-    def run(self, bucket: int) -> BatchOutput:
-        """One step with the numbers in `host[bucket]`."""
-        if bucket not in self._graphs:
-            return self.eager(bucket)
-        self._inputs[bucket].copy_(self.host[bucket], non_blocking=True)
-        self._graphs[bucket]()
-        return self._outputs[bucket]
+    def run(
+        self, columns: dict[str, Sequence[int | float]], token_ids: Sequence[int], keeps_rows: bool = False
+    ) -> BatchOutput:
+        """One step.
 
-    def eager(self, bucket: int) -> BatchOutput:
-        """The same without a graph."""
-        self._inputs[bucket].copy_(self.host[bucket], non_blocking=True)
-        return self._forward(self._inputs[bucket], self._token_ids[bucket])
+        Args:
+            columns: INPUTS of its requests.
+            token_ids: of its rows; LAST_TOKEN = what the request's slot sampled last.
+            keeps_rows: the rows' streams are wanted too; such a step runs eagerly.
+        """
+        bucket = bucket_for(len(token_ids), len(columns["slot"]), self._num_slots)
+        self.fill(bucket, columns, token_ids)
+        return self.replay(bucket) if bucket in self._replays and not keeps_rows else self.eager(bucket, keeps_rows)
+
+    def fill(self, bucket: Bucket, columns: dict[str, Sequence[int | float]], token_ids: Sequence[int]) -> None:
+        """Bring a step's numbers to the device, without waiting for it."""
+        host = self._buffers(bucket)
+        inputs, ids = host[0]
+        host.append(host.pop(0))
+        fill_inputs(inputs, columns)
+        ids[: len(token_ids)] = torch.tensor(token_ids)
+        for target, source in zip(self._inputs[bucket], (inputs, ids), strict=True):
+            target.copy_(source, non_blocking=True)
+
+    def inputs(self, bucket: Bucket) -> Tensor:
+        """INPUTS int64 [8, requests] of the bucket's last step, on the device."""
+        return self._inputs[bucket][0]
+
+    def replay(self, bucket: Bucket) -> BatchOutput:
+        """The captured step with the numbers that were filled in last."""
+        graph, output = self._replays[bucket]
+        graph()
+        return output
+
+    def eager(self, bucket: Bucket, keeps_rows: bool = False) -> BatchOutput:
+        """The same without a graph; padding alone if nothing was filled in."""
+        self._buffers(bucket)
+        return self._forward(*self._inputs[bucket], keeps_rows=keeps_rows)
+
+    def _buffers(self, bucket: Bucket) -> list[tuple[Tensor, Tensor]]:
+        if bucket not in self._host:
+            self._host[bucket] = [
+                (
+                    empty_inputs(bucket.num_requests, pinned=self._is_cuda),
+                    torch.full((bucket.num_rows,), LAST_TOKEN, dtype=torch.int64, pin_memory=self._is_cuda),
+                )
+                for _ in range(HOST_BUFFERS)
+            ]
+            inputs, ids = (tensor.to(self._forward.device, copy=True) for tensor in self._host[bucket][0])
+            self._inputs[bucket] = inputs, ids
+        return self._host[bucket]
 
 
-def track(buckets: list[int], label: str, wanted: bool) -> Iterator[int]:
-    """The buckets, with a bar on stderr; silent unless it is wanted and stderr is a terminal."""
+def track(items: list[Bucket], label: str, wanted: bool) -> Iterator[Bucket]:
+    """The items, with a bar on stderr; silent unless it is wanted and stderr is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     disable = not (wanted and sys.stderr.isatty())
     with Progress(*columns, console=Console(stderr=True), disable=disable, transient=True) as bar:
-        yield from bar.track(buckets, description=label)
-
-
-def warm_prefill(forward: DeviceForward, max_step_tokens: int, num_slots: int, progress: bool = False) -> None:
-    """Run every number of rows once, with padding only, so that all kernels of eager steps are compiled."""
-    inputs: Tensor = host_inputs(bucket_of(num_slots), pinned=False).to(forward.device)
-    with torch.inference_mode():
-        for bucket in track(token_buckets(max_step_tokens), "compiling prefill kernels", progress):
-            forward(inputs, torch.zeros(bucket, dtype=torch.int64, device=forward.device))
+        yield from bar.track(items, description=label)

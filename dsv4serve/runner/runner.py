@@ -66,14 +66,12 @@ class Runner:
         if plan.layout.num_draft_tokens:
             self._chain = MtpChain(transformer, self.pools, self._mtp_step)
 
-    def submit(self, output: SchedulerOutput) -> Callable[[], StepOutput]:
-        """Begin a step; see engine.runner_protocol. Here it runs to its end at once."""
-        result = self.execute(output)
-        return lambda: result
-
     @torch.inference_mode()
-    def execute(self, output: SchedulerOutput) -> StepOutput:
-        """Run one step. Raises NonFiniteLogits when a row that samples has NaN or infinite logits."""
+    def submit(self, output: SchedulerOutput) -> Callable[[], StepOutput]:
+        """Begin a step; what it returns gives its result (engine.runner_protocol).
+
+        Both raise NonFiniteLogits when a row that samples has NaN or infinite logits.
+        """
         begin = perf_counter()
         slots = self._slots
         for start in output.starts:
@@ -85,12 +83,21 @@ class Runner:
                 self.pools.init_slot(start.slot)
         for append in output.page_appends:
             self._append(append)
+        take_result = self._begin(output, begin)
+        for snapshot in output.snapshots:
+            self.pools.snapshot(snapshot.slot, snapshot.tail)
+        return take_result
+
+    def execute(self, output: SchedulerOutput) -> StepOutput:
+        """Run one step to its end."""
+        return self.submit(output)()
+
+    def _begin(self, output: SchedulerOutput, begin: float) -> Callable[[], StepOutput]:
+        """The forward of a step, here to its end."""
         result = self._forward(output, begin) if output.num_tokens else StepOutput(step_id=output.step_id)
         if isinstance(self._observer, Sentinel):
             result.first_nonfinite, self._observer.first = self._observer.first, ""
-        for snapshot in output.snapshots:
-            self.pools.snapshot(snapshot.slot, snapshot.tail)
-        return result
+        return lambda: result
 
     def _append(self, append: PageAppend) -> None:
         self._slots.append(append)

@@ -16,6 +16,8 @@ from support.device_models import CONFIG, both, checkpoint
 from support.engine import Engine, greedy
 from support.models import random_ids
 
+from dsv4serve.runner.graphs import bucket_for
+
 SLOTS = 8
 
 
@@ -51,7 +53,7 @@ def test_a_crowd_gets_the_reference_tokens_with_graphs_and_without(networks):
     for uses_graphs in (True, False):
         engine = Engine(network, num_slots=SLOTS, num_pages=32, on_device=True)
         if uses_graphs:
-            engine.runner.decode_steps.capture()
+            engine.runner.graphs.capture()
         outputs.append(engine.run(requests(), arrivals))
     check_generation(reference, requests(), outputs[0])
     tokens = [{name: output.token_ids for name, output in each.items()} for each in outputs]
@@ -61,22 +63,28 @@ def test_a_crowd_gets_the_reference_tokens_with_graphs_and_without(networks):
 @pytest.mark.parametrize("num_decodes", [1, 3, 8])
 def test_a_replayed_graph_has_the_bits_of_the_eager_step(networks, num_decodes):
     engine = Engine(networks[1], num_slots=SLOTS, num_pages=32, on_device=True)
-    engine.runner.decode_steps.capture()
+    engine.runner.graphs.capture()
     for request in requests()[:num_decodes]:
         engine.add(request)
-    for _ in range(6):
+    engine.step()
+    rows = sum(len(request.prompt_ids) for request in requests()[:num_decodes])
+    check_replay(engine.runner, bucket_for(min(rows, 512), num_decodes, SLOTS))
+    for _ in range(8):
         engine.step()
-    check_replay(engine.runner, num_decodes)
+    check_replay(engine.runner, bucket_for(num_decodes, num_decodes, SLOTS))
 
 
-def test_a_step_does_not_wait_for_the_device_before_its_tokens_are_read(networks):
-    """Nothing between the host's numbers and the sampled tokens asks the device for a value."""
-    engine = Engine(networks[1], num_slots=SLOTS, on_device=True)
-    steps = engine.runner.decode_steps
-    steps.eager(4)
+def test_a_step_is_submitted_without_waiting_for_the_device(networks):
+    """Nothing between the plan and the sampled tokens asks the device for a value, pages and tails included."""
+    engine = Engine(networks[1], num_slots=SLOTS, num_pages=32, on_device=True)
+    engine.runner.graphs.capture()
+    for request in requests():
+        engine.add(request)
+    for _ in range(3):
+        engine.step()
+    planned = engine.scheduler.schedule()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.inference_mode():
-            steps.eager(4)
+        engine.runner.submit(planned)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -8,8 +8,8 @@ from support.device_models import CONFIG, both, checkpoint
 from support.engine import Engine, greedy
 from support.models import random_ids
 
-from dsv4serve.runner.device_batch import INPUTS, bucket_of, fill_inputs, host_inputs
-from dsv4serve.runner.graphs import decode_buckets, token_buckets
+from dsv4serve.runner.device_batch import INPUTS, bucket_of, empty_inputs, fill_inputs
+from dsv4serve.runner.graphs import bucket_for, buckets
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,21 @@ def test_a_sampled_request_draws_what_the_reference_sampler_draws(networks):
     assert tokens[0] == tokens[1]
 
 
+def test_a_step_that_ran_ahead_of_a_stop_leaves_nothing_to_the_next_request_of_the_slot(networks):
+    """One slot. The step behind the stop is submitted before the stop is known; the next request takes its place."""
+    _, network = networks
+    requests = [greedy(f"r{n}", random_ids(CONFIG, 5, n), 4, return_logits=False) for n in range(2)]
+    alone = [Engine(network, on_device=True).run([each])[each.request_id].token_ids for each in requests]
+    stopped = greedy("stopped", requests[0].prompt_ids, 4, return_logits=False, stop_token_ids=[alone[0][1]])
+    engine = Engine(network, num_slots=1, on_device=True)
+    outputs = engine.run([stopped, requests[1]])
+    assert outputs["stopped"].token_ids == alone[0][: alone[0].index(alone[0][1]) + 1]
+    assert outputs["r1"].token_ids == alone[1]
+    assert engine.scheduler.stats().num_steps > len(outputs["stopped"].token_ids) + len(alone[1])
+
+
 def test_numbers_of_a_step_keep_their_bits():
-    inputs = host_inputs(4, pinned=False)
+    inputs = empty_inputs(4, pinned=False)
     fill_inputs(inputs, {"slot": [3, 0], "count": [1, 1], "temperature": [0.7, 0.0], "uniform": [1 - 2**-53, 0.5]})
     columns = dict(zip(INPUTS, inputs, strict=True))
     assert columns["slot"].tolist() == [3, 0, -1, -1]
@@ -70,5 +83,9 @@ def test_numbers_of_a_step_keep_their_bits():
 
 def test_sizes_are_padded_to_few_buckets():
     assert [bucket_of(size) for size in (1, 2, 3, 9, 255, 256, 257, 1000)] == [1, 2, 4, 16, 256, 256, 512, 1024]
-    assert decode_buckets(20) == [1, 2, 4, 8, 16, 32]
-    assert token_buckets(700) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 768]
+    assert buckets(20, 700) == [(size, size) for size in (1, 2, 4, 8, 16, 32)] + [
+        (size, 32) for size in (64, 128, 256, 512, 768)
+    ]
+    assert {bucket_for(rows, requests, 20) for requests in range(1, 21) for rows in range(requests, 701)} == set(
+        buckets(20, 700)
+    )

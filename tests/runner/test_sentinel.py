@@ -63,13 +63,13 @@ def test_a_sound_model_is_not_reported(caplog: pytest.LogCaptureFixture) -> None
 def test_a_broken_mtp_block_is_named_and_costs_speed_but_no_answer(caplog: pytest.LogCaptureFixture) -> None:
     broken = engine("mtp.0.attn.wo_a.weight", num_draft_tokens=2)
     results: list[StepOutput] = []
-    execute = broken.runner.execute
+    submit = broken.runner.submit
 
     def recorded(step):
-        results.append(execute(step))
-        return results[-1]
+        results.append(submit(step)())
+        return lambda result=results[-1]: result
 
-    broken.runner.execute = recorded
+    broken.runner.submit = recorded
     with caplog.at_level(logging.ERROR):
         outputs = broken.run([REQUEST])
     assert outputs["r"].token_ids == engine().run([REQUEST])["r"].token_ids

@@ -24,13 +24,13 @@ def checked(**settings) -> tuple[Engine, list[StepOutput]]:
     engine = Engine(TRANSFORMER, max_step_tokens=256, **settings)
     runner, results = engine.runner, []
     runner._shadow = ShadowCheck(TRANSFORMER, runner.pools, every=1)
-    execute = runner.execute
+    submit = runner.submit
 
-    def executed(planned):
-        results.append(execute(planned))
-        return results[-1]
+    def submitted(planned):
+        results.append(submit(planned)())
+        return lambda result=results[-1]: result
 
-    runner.execute = executed
+    runner.submit = submitted
     return engine, results
 
 

@@ -24,9 +24,10 @@ from dsv4serve.memory import CacheLayout, CachePools
 from dsv4serve.model.device import DeviceTransformer, Streams
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.model.whole import WholeSequence
-from dsv4serve.runner.device_batch import INPUTS, bucket_of
+from dsv4serve.runner.device_batch import INPUTS
 from dsv4serve.runner.device_runner import DeviceRunner
 from dsv4serve.runner.device_step import PagedDeviceStep
+from dsv4serve.runner.graphs import Bucket
 from dsv4serve.runner.paged import PagedStep
 from dsv4serve.types import PAGE_TOKENS, Request, RequestOutput
 
@@ -206,21 +207,21 @@ def check_generation(reference: Transformer, requests: list[Request], outputs: d
 
 
 @torch.inference_mode()
-def check_replay(runner: DeviceRunner, num_decodes: int) -> None:
-    """The last decode step again, by its graph and eagerly, from the same cache: tokens, logits, cache, bit for bit."""
-    steps, forward = runner.decode_steps, runner.forward
-    bucket = bucket_of(num_decodes)
-    assert int((steps.host[bucket][INPUTS.index("count")] == 1).sum()) == num_decodes
+def check_replay(runner: DeviceRunner, bucket: Bucket) -> None:
+    """The bucket's last step again, by its graph and eagerly, from the same cache: all its bits."""
+    graphs, forward = runner.graphs, runner.forward
+    num_requests = int((graphs.inputs(bucket)[INPUTS.index("count")] > 0).sum())
+    assert num_requests
     state = [forward._last_tokens]
     for layer in runner.pools.layers:
         state += _planes(layer) + ([] if layer.c128_state is None else [layer.c128_state])
     before = [tensor.clone() for tensor in state]
     results = []
-    for run in (steps.run, steps.eager):
+    for run in (graphs.replay, graphs.eager):
         for tensor, saved in zip(state, before, strict=True):
             tensor.copy_(saved)
         output = run(bucket)
-        own = [output.tokens[:num_decodes], output.logits[:num_decodes], forward._last_tokens[:-1], *state[1:]]
+        own = [output.tokens[:num_requests], output.logits[:num_requests], forward._last_tokens[:-1], *state[1:]]
         results.append([tensor.clone() for tensor in own])
     for replayed, eager in zip(*results, strict=True):
         assert torch.equal(replayed.view(torch.uint8), eager.view(torch.uint8))

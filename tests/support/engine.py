@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from dsv4serve.runner import Runner
 from dsv4serve.runner.drafts import Drafts
 from dsv4serve.scheduler import Scheduler
 from dsv4serve.scheduler.drafts import DraftPolicy
-from dsv4serve.types import Request, RequestOutput, SamplingParams
+from dsv4serve.types import Request, RequestOutput, SamplingParams, SchedulerOutput, StepOutput
 
 TOLERANCE = 2e-4  # of float32 logits with standard deviation about 2
 
@@ -84,12 +85,13 @@ class Engine:
         if on_device:
             from dsv4serve.runner.device_runner import DeviceRunner
 
-            self.runner = DeviceRunner(transformer, plan, read_vocabulary)
+            self.runner = DeviceRunner(transformer, plan, max_step_tokens, read_vocabulary)
         else:
             self.runner = Runner(transformer, plan, observer, read_vocabulary)
         if inject is not None:
             self.runner._sampler.start_drafts = lambda batch, counts: InjectedDrafts(self, batch, counts, inject)
         self.outputs: dict[str, RequestOutput] = {}
+        self._submitted: deque[tuple[SchedulerOutput, Callable[[], StepOutput]]] = deque()
         self.scheduler = Scheduler(
             num_slots=num_slots,
             num_pages=num_pages,
@@ -156,7 +158,7 @@ class Engine:
         arrivals, aborts = arrivals or {}, dict(aborts or {})
         pending = sorted(requests, key=lambda request: arrivals.get(request.request_id, 0))
         step = 0
-        while pending or self.scheduler.has_requests:
+        while pending or self.scheduler.has_requests or self._submitted:
             while pending and arrivals.get(pending[0].request_id, 0) <= step:
                 self.add(pending.pop(0))
             for name in [name for name, when in aborts.items() if when <= step]:
@@ -179,14 +181,17 @@ class Engine:
             _merge(self.outputs[name], ended)
 
     def step(self) -> None:
-        """One step, if there is anything to run."""
+        """Submit a step, if there is anything to run, and take a result when no more may run ahead of it."""
         self._poison()
         if self.runner.pools.layout.num_draft_tokens:
             self._poison_uncommitted()
         planned = self.scheduler.schedule()
-        if planned is None:
+        if planned is not None:
+            self._submitted.append((planned, self.runner.submit(planned)))
+        if len(self._submitted) <= (0 if planned is None else self.runner.steps_ahead):
             return
-        result = self.runner.execute(planned)
+        planned, take_result = self._submitted.popleft()
+        result = take_result()
         self.scheduler.took(planned, 1.0 + 0.05 * planned.num_tokens)
         for output in self.scheduler.update(planned, result):
             _merge(self.outputs[output.request_id], output)
