@@ -13,8 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import asdict
 from time import perf_counter
@@ -37,6 +36,7 @@ from dsv4serve.engine.messages import (
     decode_from_frontend,
     encode,
 )
+from dsv4serve.engine.pipeline import Pipeline
 from dsv4serve.engine.runner_protocol import Runner
 from dsv4serve.obs.acceptance import AcceptanceWatch
 from dsv4serve.obs.histogram import StepHistogram
@@ -48,7 +48,6 @@ from dsv4serve.types import (
     InvalidRequest,
     Request,
     RequestOutput,
-    SchedulerOutput,
     StepOutput,
 )
 
@@ -72,6 +71,7 @@ class EngineCore:
         watch: AcceptanceWatch | None = None,
     ) -> None:
         self._scheduler, self._runner, self._info = scheduler, runner, info
+        self._pipeline = Pipeline(scheduler, runner)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         # Unbounded, because dropping a reply would lose an end; what is open bounds what can pile up.
@@ -93,8 +93,6 @@ class EngineCore:
         self._requests: dict[bytes, dict[str, str]] = {}
         # Open requests whose constraint is being prepared, by the scheduler's id.
         self._preparing: dict[str, tuple[Future[None], Request]] = {}
-        self._submitted: deque[tuple[SchedulerOutput, Callable[[], StepOutput], float]] = deque()  # and when
-        self._finished_at = 0.0
         self._watch = watch
         self._num_nonfinite_drafts, self._num_nonfinite_steps = 0, 0
         self._num_shadow_rows, self._num_shadow_flips, self._shadow_drift = 0, 0, 0.0
@@ -132,30 +130,19 @@ class EngineCore:
         self._runner.shutdown()
 
     def _step(self) -> None:
-        """Plan and submit a step, and take the result of the oldest one when no more may run ahead of it."""
-        begin = perf_counter()
-        planned = self._scheduler.schedule()
-        if planned is not None:
-            now = perf_counter()
-            self._step_times["schedule"].observe(now - begin)
-            self._submitted.append((planned, self._runner.submit(planned), now))
-        if len(self._submitted) > (0 if planned is None else self._runner.steps_ahead):
-            self._finish(*self._submitted.popleft())
-
-    def _finish(self, planned: SchedulerOutput, take_result: Callable[[], StepOutput], submitted_at: float) -> None:
-        result = take_result()
-        now = perf_counter()
-        took = now - max(submitted_at, self._finished_at)  # alone: a step that ran ahead waited for the one before
-        self._finished_at = now
-        self._scheduler.took(planned, took)
-        self._reply(self._scheduler.update(planned, result))
-        if planned.verifies or result.first_nonfinite or result.num_shadow_rows:
+        step = self._pipeline.step()
+        if step is None:
+            return
+        begin, result = perf_counter(), step.result
+        self._reply(self._scheduler.update(step.planned, result))
+        if step.planned.verifies or result.first_nonfinite or result.num_shadow_rows:
             self._look_at(result)
         times = self._step_times
+        times["schedule"].observe(step.schedule_s)
         times["prepare"].observe(result.prepare_s)
-        times["execute"].observe(max(0.0, took - result.prepare_s - result.sample_s))
+        times["execute"].observe(max(0.0, step.seconds - result.prepare_s - result.sample_s))
         times["sample"].observe(result.sample_s)
-        times["update"].observe(perf_counter() - now)
+        times["update"].observe(perf_counter() - begin)
 
     def _look_at(self, result: StepOutput) -> None:
         """Whether what the step computed is what it should be."""
@@ -176,7 +163,7 @@ class EngineCore:
 
     def _receive(self) -> None:
         """Handle what has arrived; wait for a message when there is nothing to run."""
-        if not self._scheduler.has_requests and not self._submitted:
+        if not self._pipeline.has_work:
             self._poller.poll()
             with contextlib.suppress(BlockingIOError):
                 self._wake_receiver.recv(4096)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from dsv4_kernels.kv_store import Planes
 from dsv4serve.config import Numerics
 from dsv4serve.constrained.vocabulary import Vocabulary, no_vocabulary
+from dsv4serve.engine.pipeline import Pipeline
 from dsv4serve.memory import CacheLayout, CapacityPlan
 from dsv4serve.model.context import Observer
 from dsv4serve.model.transformer import Transformer
@@ -20,7 +20,7 @@ from dsv4serve.runner import Runner
 from dsv4serve.runner.drafts import Drafts
 from dsv4serve.scheduler import Scheduler
 from dsv4serve.scheduler.drafts import DraftPolicy
-from dsv4serve.types import Request, RequestOutput, SamplingParams, SchedulerOutput, StepOutput
+from dsv4serve.types import Request, RequestOutput, SamplingParams
 
 TOLERANCE = 2e-4  # of float32 logits with standard deviation about 2
 
@@ -91,7 +91,6 @@ class Engine:
         if inject is not None:
             self.runner._sampler.start_drafts = lambda batch, counts: InjectedDrafts(self, batch, counts, inject)
         self.outputs: dict[str, RequestOutput] = {}
-        self._submitted: deque[tuple[SchedulerOutput, Callable[[], StepOutput]]] = deque()
         self.scheduler = Scheduler(
             num_slots=num_slots,
             num_pages=num_pages,
@@ -103,6 +102,7 @@ class Engine:
             max_waiting=10_000,
             drafts=DraftPolicy(num_draft_tokens, adaptive) if num_draft_tokens else None,
         )
+        self._pipeline = Pipeline(self.scheduler, self.runner)
 
     def _poison(self) -> None:
         """Overwrite what is free: byte 255 is NaN in float32, E4M3 and E8M0."""
@@ -158,7 +158,7 @@ class Engine:
         arrivals, aborts = arrivals or {}, dict(aborts or {})
         pending = sorted(requests, key=lambda request: arrivals.get(request.request_id, 0))
         step = 0
-        while pending or self.scheduler.has_requests or self._submitted:
+        while pending or self._pipeline.has_work:
             while pending and arrivals.get(pending[0].request_id, 0) <= step:
                 self.add(pending.pop(0))
             for name in [name for name, when in aborts.items() if when <= step]:
@@ -185,15 +185,10 @@ class Engine:
         self._poison()
         if self.runner.pools.layout.num_draft_tokens:
             self._poison_uncommitted()
-        planned = self.scheduler.schedule()
-        if planned is not None:
-            self._submitted.append((planned, self.runner.submit(planned)))
-        if len(self._submitted) <= (0 if planned is None else self.runner.steps_ahead):
+        step = self._pipeline.step()
+        if step is None:
             return
-        planned, take_result = self._submitted.popleft()
-        result = take_result()
-        self.scheduler.took(planned, 1.0 + 0.05 * planned.num_tokens)
-        for output in self.scheduler.update(planned, result):
+        for output in self.scheduler.update(step.planned, step.result):
             _merge(self.outputs[output.request_id], output)
 
 

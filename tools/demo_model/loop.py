@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dsv4serve.config import EngineConfig
+from dsv4serve.engine.pipeline import Pipeline
 from dsv4serve.engine.process import build_scheduler
 from dsv4serve.runner import Runner
 from dsv4serve.types import Request, SamplingParams
@@ -38,6 +39,7 @@ class Loop:
 
     def __init__(self, config: EngineConfig, runner: Runner, clock: Callable[[], float] = time.perf_counter) -> None:
         self.runner, self.scheduler = runner, build_scheduler(config, runner)
+        self._pipeline = Pipeline(self.scheduler, runner, clock)
         self.steps: list[tuple[int, int, float]] = []  # of steps that only decode: requests, most drafts, seconds
         self._clock = clock
         self._slots: dict[int, str] = {}
@@ -46,7 +48,7 @@ class Loop:
         """All prompts, `concurrency` of them at any time."""
         served = [Served() for _ in prompts]
         num_open, waiting = 0, list(enumerate(prompts))[::-1]
-        while num_open or waiting:
+        while waiting or self._pipeline.has_work:
             while waiting and num_open < concurrency:
                 index, (ids, max_tokens) = waiting.pop()
                 sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=ignore_eos)
@@ -56,14 +58,12 @@ class Loop:
         return served
 
     def _step(self, served: list[Served]) -> int:
-        """One step; returns how many requests it ended."""
-        begin = self._clock()
-        planned = self.scheduler.schedule()
-        assert planned is not None
+        """Submit a step and digest the one that is finished, if any; returns how many requests it ended."""
+        step = self._pipeline.step()
+        if step is None:
+            return 0
+        planned, result = step.planned, step.result
         self._slots |= {start.slot: start.request_id for start in planned.starts}
-        scheduled = self._clock()
-        result = self.runner.execute(planned)
-        self.scheduler.took(planned, self._clock() - scheduled)
         num_new = dict(zip(result.slots, map(len, result.token_ids), strict=True))
         for verify in planned.verifies:
             one = served[int(self._slots[verify.slot])]
@@ -73,7 +73,7 @@ class Loop:
         now = self._clock()
         if not planned.chunks:
             most = max((verify.num_draft_tokens for verify in planned.verifies), default=0)
-            self.steps.append((len(result.slots), most, now - begin))
+            self.steps.append((len(result.slots), most, step.schedule_s + step.seconds))
         for output in outputs:
             one = served[int(output.request_id)]
             one.last_at = now
