@@ -24,16 +24,18 @@ SLICES = {"pro-slice": ("pro", 4), "flash-slice": ("flash", 12)}
 MODELS = ("demo", *SLICES)
 
 
+def engine_config(name: str, **settings: Any) -> EngineConfig:
+    """Of one of MODELS on the GPU, unless `settings` say otherwise."""
+    settings = {"device": Device.CUDA, **settings}
+    if name == "demo":
+        return EngineConfig(model=default_model(), **settings)
+    return EngineConfig(model=_slice_folder(*SLICES[name]), load_format=LoadFormat.DUMMY, **settings)
+
+
 def build(name: str, **settings: Any) -> Driver:
     """The device engine of one of MODELS, kernels compiled and graphs captured."""
-    if name == "demo":
-        config = EngineConfig(model=default_model(), device=Device.CUDA, **settings)
-    else:
-        config = EngineConfig(
-            model=_slice_folder(*SLICES[name]), load_format=LoadFormat.DUMMY, device=Device.CUDA, **settings
-        )
     begin = time.perf_counter()
-    driver = Driver(build_runner(config))
+    driver = Driver(build_runner(engine_config(name, **settings)))
     torch.cuda.synchronize()
     driver.start_s = time.perf_counter() - begin
     return driver

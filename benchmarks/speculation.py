@@ -107,7 +107,7 @@ def run(loop: Loop, prompts: Sequence[Prompt], concurrency: int, clock: Callable
     begin = clock()
     served = loop.serve(prompts, concurrency)
     seconds = clock() - begin
-    users = [(len(one.ids) - 1) / (one.last_at - one.first_at) for one in served if one.last_at > one.first_at]
+    users = [(len(one.ids) - 1) / (one.times[-1] - one.times[0]) for one in served if len(one.times) > 1]
     return median(users), sum(len(one.ids) for one in served) / seconds
 
 

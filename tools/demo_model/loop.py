@@ -30,8 +30,8 @@ class Served:
 
     ids: list[int] = field(default_factory=list)  # EOS included
     verifies: list[Verified] = field(default_factory=list)
-    first_at: float = 0.0  # on the loop's clock, s: its first token and its last one
-    last_at: float = 0.0
+    added_at: float = 0.0  # on the loop's clock, s
+    times: list[float] = field(default_factory=list)  # of its outputs, which are one token each without drafts
 
 
 class Loop:
@@ -53,6 +53,7 @@ class Loop:
                 index, (ids, max_tokens) = waiting.pop()
                 sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=ignore_eos)
                 self.scheduler.add(Request(request_id=str(index), prompt_ids=ids, sampling=sampling))
+                served[index].added_at = self._clock()
                 num_open += 1
             num_open -= self._step(served)
         return served
@@ -76,8 +77,7 @@ class Loop:
             self.steps.append((len(result.slots), most, step.schedule_s + step.seconds))
         for output in outputs:
             one = served[int(output.request_id)]
-            one.last_at = now
-            one.first_at = one.first_at or one.last_at
+            one.times.append(now)
             one.ids += output.token_ids
             num_ended += output.finish_reason is not None
         return num_ended
