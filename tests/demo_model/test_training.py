@@ -17,9 +17,10 @@ from dsv4_kernels.rope import apply_rope, rope_table
 from dsv4serve.config import EngineConfig, ModelConfig
 from dsv4serve.model.whole import WholeSequence
 from dsv4serve.weights.loader import load_weights
+from tools.demo_model import trainer
 from tools.demo_model.config import model_config
 from tools.demo_model.muon import orthogonalize
-from tools.demo_model.network import initial_weights
+from tools.demo_model.network import initial_weights, losses, total_loss
 from tools.demo_model.rounding import rounded, stored_dtypes
 from tools.demo_model.schedule import DECAY, PHASES, RATE, phase_at, rate_at
 from tools.demo_model.step import TrainingStep
@@ -85,6 +86,34 @@ def test_schedule_covers_every_step():
     assert rates[0] < rates[149] == RATE == rates[int(1000 * DECAY)]
     assert 0 < rates[-1] < RATE / 100
     assert rate_at(600, 1000, first=600) < RATE / 100 < rate_at(749, 1000, first=600) == rates[749]
+
+
+def test_parts_of_a_step_round_the_experts_inputs_in_turn_on_one_rank_and_on_two(monkeypatch):
+    seen = []
+
+    def recorded(*args):
+        seen.append(args[-1])
+        return losses(*args)
+
+    monkeypatch.setattr(trainer, "losses", recorded)
+    config = model_config()
+    draw = torch.Generator().manual_seed(0)
+    parts = [(torch.randint(0, 4096, (1, 258), generator=draw), torch.ones(1, 258, dtype=torch.uint8)) for _ in "ab"]
+    for first_part, mine in ((0, parts), (0, parts[:1]), (1, parts[:1])):
+        trainer.Trainer(config, initial_weights(config, 1), "cpu", first_part).step(mine, PHASES[-1], 1e-3)
+    assert seen == ["fp8", "fp4", "fp8", "fp4"]
+
+
+def test_fp4_inputs_are_another_loss_with_gradients():
+    config = model_config()
+    weights = initial_weights(config, 1)
+    name = "layers.0.ffn.experts.w13"
+    weights[name].requires_grad_()
+    tokens = torch.randint(0, 4096, (1, 258), generator=torch.Generator().manual_seed(0))
+    fp8, fp4 = (losses(config, weights, tokens, True, kind) for kind in PHASES[-1].activations)
+    assert not torch.equal(fp8.main, fp4.main)
+    total_loss(fp4, torch.ones(1, 258, dtype=torch.bool)).backward()
+    assert weights[name].grad.abs().sum() > 0
 
 
 class RandomBatches:

@@ -14,7 +14,7 @@ OPERATIONS = {
     "dsv4_kernels.sparse_attention.reference": ("attend",),
     "dsv4_kernels.mega_moe.reference": ("_activate",),
     "dsv4_kernels.compressor.reference": ("pool_sequence",),
-    "dsv4_kernels.quant.reference": ("_round_fp8",),
+    "dsv4_kernels.quant.reference": ("_round_fp8", "_round_fp4"),
     "tools.demo_model.network": ("cross_entropy",),
     "tools.demo_model.step": ("_mass", "_index_loss"),
     "tools.demo_model.rounding": ("rounded",),

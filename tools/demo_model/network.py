@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv4serve.config import ModelConfig, Numerics
+from dsv4serve.config import ExpertActivations, ModelConfig, Numerics
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.weights.dummy import dummy_weights
 from tools.demo_model.step import TrainingStep
@@ -50,12 +50,18 @@ class Losses:
     loads: dict[str, Tensor]
 
 
-def losses(config: ModelConfig, weights: Mapping[str, Tensor], tokens: Tensor, select: bool) -> Losses:
-    """Forward pass at `official` numerics. `tokens` int64 [batch, length + 2]; the loss at t predicts t + 1 (the MTP
-    block: t + 2)."""
+def losses(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    tokens: Tensor,
+    select: bool,
+    activations: ExpertActivations = ExpertActivations.FP8,
+) -> Losses:
+    """Forward pass at `official` numerics, the routed experts' inputs rounded to `activations`. `tokens` int64 [batch,
+    length + 2]; the loss at t predicts t + 1 (the MTP block: t + 2)."""
     batch, length = tokens.shape[0], tokens.shape[1] - EXTRA_TOKENS
     step = TrainingStep(batch, length, config.n_routed_experts, select, num_taught=max(1, batch // 4))
-    model = Transformer(config, weights, Numerics.OFFICIAL)
+    model = Transformer(config, weights, Numerics.OFFICIAL, activations)
     assert model.mtp is not None
     inputs, following, targets = (tokens[:, i : i + length].flatten() for i in range(3))
     streams = model(inputs, step)

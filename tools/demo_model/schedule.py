@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsv4serve.config import ExpertActivations
+
 # Modules of builders/.
 CATEGORIES = ("stories", "facts", "arithmetic", "tools", "json_answers", "recall", "copying", "small_talk", "natural")
 STEP_TOKENS = 131072
@@ -15,19 +17,29 @@ DECAY = 0.5  # over the last so much of all steps the rate falls linearly to zer
 
 @dataclass(frozen=True)
 class Phase:
-    """From this share of all steps on: sequence length, what C4 layers see, whether weights are rounded, which mix."""
+    """From this share of all steps on: sequence length, what C4 layers see, whether weights are rounded, which mix, and
+    what the routed experts' inputs are rounded to, the parts of a step in turn."""
 
     start: float
     length: int
     select: bool
     round_weights: bool
     mix: str
+    activations: tuple[ExpertActivations, ...] = (ExpertActivations.FP8,)
 
 
 PHASES = (
     Phase(0.0, 1024, select=False, round_weights=False, mix="base"),
     Phase(0.4, 1024, select=True, round_weights=True, mix="base"),
-    Phase(0.6, 4096, select=True, round_weights=True, mix="chat"),
+    Phase(
+        0.6,
+        4096,
+        select=True,
+        round_weights=True,
+        mix="chat",
+        # So that W4A4 serves a model that has seen such inputs.
+        activations=(ExpertActivations.FP8, ExpertActivations.FP4),
+    ),
 )
 
 

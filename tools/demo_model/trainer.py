@@ -43,10 +43,10 @@ def _sum_over_ranks(gradients: Iterable[Tensor], *named: dict[str, Tensor]) -> N
 
 
 class Trainer:
-    """Weights, optimisers and the step."""
+    """Weights, optimisers and the step. `first_part`: which part of a step this rank's first one is."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], device: str) -> None:
-        self.config = config
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], device: str, first_part: int = 0) -> None:
+        self.config, self._first_part = config, first_part
         self.dtypes = stored_dtypes(config, weights)
         self.weights = {name: weight.to(device).contiguous() for name, weight in weights.items()}
         self.learnt = {
@@ -70,9 +70,10 @@ class Trainer:
         is not learnt. Returns sums to log, of all ranks."""
         loads: dict[str, Tensor] = {}
         sums: dict[str, Tensor] = {}
-        for tokens, categories in parts:
+        for place, (tokens, categories) in enumerate(parts, start=self._first_part):
             weights = rounded(self.weights, self.dtypes) if phase.round_weights else self.weights
-            found = losses(self.config, weights, tokens, phase.select)
+            activations = phase.activations[place % len(phase.activations)]
+            found = losses(self.config, weights, tokens, phase.select, activations)
             (total_loss(found, categories > 0) / MICRO_BATCHES).backward()
             _add(loads, {name: load.float() for name, load in found.loads.items()})
             _add(sums, self._sums(found, categories))
