@@ -6,6 +6,7 @@ One JSON line for each launch of `launches/<operation>.py`, whose public functio
 launch compiles instead. A process of its own: TRITON_INTERPRET must not be set, and the stub driver stays.
 """
 
+import functools
 import importlib
 import json
 import re
@@ -22,6 +23,9 @@ from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MATRIX = ("HMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
+CONVERSION = re.compile(r"\b(F2F|F2FP|F2I|I2F|I2FP)\b")
+LABEL = re.compile(r"^(\.L\w+):", re.MULTILINE)
+BRANCH = re.compile(r"\bBRA\b.*`\((\.L\w+)\)")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -76,15 +80,35 @@ def record_launches(capability: int) -> list:
     return compiled
 
 
-def describe(kernel, run: str) -> dict:
-    """Resources and matrix instructions of a compiled kernel."""
+def conversions(sass: str) -> int | None:
+    """Instructions that change a number's format, in the innermost loops around matrix instructions; None without."""
+    labels = {label[1]: label.start() for label in LABEL.finditer(sass)}
+    branches = ((labels[branch[1]], branch.end()) for branch in BRANCH.finditer(sass) if branch[1] in labels)
+    # A wait that is tried again stands behind the last EXIT and jumps back: no loop.
+    loops = [(start, end) for start, end in branches if start < end and "EXIT" not in sass[start:end]]
+    found = set()
+    for matrix in re.finditer(rf"\b({'|'.join(MATRIX)})\b", sass):
+        around = [(end - start, start) for start, end in loops if start <= matrix.start() < end]
+        found |= {min(around)} if around else set()
+    return sum(len(CONVERSION.findall(sass, start, start + size)) for size, start in found) if found else None
+
+
+@functools.cache
+def disassembled(cubin: bytes) -> tuple[str, str]:
+    """Resources and machine code, as the tools print them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = subprocess.run(
             [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
         sass = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+    return usage, sass
+
+
+def describe(kernel, run: str) -> dict:
+    """Resources and matrix instructions of a compiled kernel."""
+    usage, sass = disassembled(kernel.asm["cubin"])
     registers, stack, _, local = map(int, RESOURCES.search(usage).groups())
     matrix = {name: len(re.findall(rf"\b{name}\b", sass)) for name in MATRIX}
     return {
@@ -97,6 +121,7 @@ def describe(kernel, run: str) -> dict:
         "tensor_memory_columns": getattr(kernel.metadata, "tmem_size", 0) or 0,
         "warps": kernel.metadata.num_warps,
         "stages": kernel.metadata.num_stages,
+        "loop_conversions": conversions(sass),
         "matrix_instructions": {name: count for name, count in matrix.items() if count},
     }
 

@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 import triton
 
-from dsv4_kernels.cases import FLASH, PRO
+from dsv4_kernels.cases import FLASH, PRO, Shapes
 from dsv4_kernels.mega_moe import triton as moe
 from dsv4_kernels.mega_moe.parallel.expert_map import ExpertMap
 from dsv4_kernels.mega_moe.parallel.symmetric import Planes, Step, SymmetricExperts
@@ -17,18 +17,31 @@ from dsv4_kernels.mega_moe.reference import Activations
 from dsv4_kernels.mega_moe.shared import swiglu_fp8
 from dsv4_kernels.mega_moe.weights import Fp4Weight
 
-SIZES = {"pro, 8 tokens": (PRO, 8), "pro, 1024 tokens": (PRO, 1024), "pro, 2048 tokens": (PRO, 2048)}
-SIZES |= {"pro, 8192 tokens": (PRO, 8192), "flash, 8 tokens": (FLASH, 8), "flash, 8192 tokens": (FLASH, 8192)}
-RUNS = {
-    f"{name}, {activations}": (*size, activations)
-    for name, size in SIZES.items()
-    for activations in get_args(Activations)
-}
+BATCHES = (1, 8, 64, 256, 1024, 2048, 8192)  # tokens
+
+
+def runs() -> dict[str, tuple[Shapes, int, Activations]]:
+    """Of the batches the largest of each tile: a kernel depends on the number of tokens through its tile alone."""
+    found = {}
+    for name, shapes in (("pro", PRO), ("flash", FLASH)):
+        for activations in get_args(Activations):
+            largest = {}
+            for num_tokens in BATCHES:
+                tile = moe.choose_tile(num_tokens, shapes.num_experts_per_tok, shapes.n_routed_experts, activations)
+                largest[tile] = num_tokens
+            found |= {
+                f"{name}, {batch} tokens, {activations}": (shapes, batch, activations) for batch in largest.values()
+            }
+    return found
+
+
+RUNS = runs()
 KERNELS = {
     *("_fill_tiles", "_gate_up", "_down", "_combine", "_quantize", "_swiglu"),
     *("dispatch", "widen", "give_back"),
 }
-FEW = 8  # tokens; so many are sent between ranks too
+UNCONVERTED = {"_gate_up", "_down"}  # operands go into the tensor cores without a change of format
+FEW = 256  # tokens; so many are sent between ranks too
 
 
 def weight(num_experts: int, num_rows: int, depth: int, unpacked: bool) -> Fp4Weight:
