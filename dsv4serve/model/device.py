@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dsv4_kernels.gemm.fp8 import Fp8Weight
-from dsv4_kernels.gemm.quantize import quantize_rows
+from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.triton import linear_bf16, linear_fp8
 from dsv4_kernels.mega_moe.shared import shared_expert
 from dsv4_kernels.mega_moe.triton import mega_moe
@@ -38,7 +37,7 @@ class Streams:
     """Rows between two sublayers: streams, and what the last sublayer has still to add to them (None before any)."""
 
     streams: Tensor  # bf16 [rows, c, hidden]
-    output: Tensor | None = None  # bf16 [rows, hidden]
+    output: Tensor | None = None  # bf16 [rows, hidden], or its parts [rows, parts, hidden]
     post: Tensor | None = None  # f32 [rows, c]
     comb: Tensor | None = None  # f32 [rows, c, c]
 
@@ -87,10 +86,10 @@ class DeviceAttention:
         )  # position bias and norm
         self.index_weight_scale = (config.index_head_dim * config.index_n_heads) ** -0.5
 
-    def __call__(self, x: Tensor, step: DeviceStep) -> Tensor:
-        """x bf16 [rows, hidden] normed input -> bf16 [rows, hidden]."""
+    def __call__(self, x: Tensor, x_fp8: Fp8Rows, step: DeviceStep) -> Tensor:
+        """x bf16 [rows, hidden] normed input and the same in E4M3 -> bf16 [rows, hidden]."""
         rank, eps = self.config.q_lora_rank, self.config.rms_norm_eps
-        latent = linear_fp8(quantize_rows(x), self.w_latent)
+        latent = linear_fp8(x_fp8, self.w_latent)
         queries = linear_fp8(rms_norm_fp8(latent[:, :rank], self.q_norm, eps), self.w_query)
         raw = None if self.w_raw is None else linear_bf16(x, self.w_raw)
         output = step.attend(self, queries, latent[:, rank:], raw)
@@ -110,8 +109,8 @@ class DeviceMoE:
         self.shared_w13: Fp8Weight = weights[shared + "w13"]
         self.shared_w2: Fp8Weight = weights[shared + "w2.weight"]
 
-    def __call__(self, x: Tensor, token_ids: Tensor, step: DeviceStep) -> Tensor:
-        """x bf16 [rows, hidden] normed input, token_ids int64 [rows] -> bf16 [rows, hidden]."""
+    def __call__(self, x: Tensor, x_fp8: Fp8Rows, token_ids: Tensor, step: DeviceStep) -> Tensor:
+        """x bf16 [rows, hidden] normed input, the same in E4M3, token_ids int64 [rows] -> bf16 [rows, hidden]."""
         config = self.config
         weights, expert_ids = route(
             x,
@@ -123,7 +122,7 @@ class DeviceMoE:
             scale=config.routed_scaling_factor,
             positions=step.positions,
         )
-        shared = shared_expert(quantize_rows(x), self.shared_w13, self.shared_w2, limit=config.swiglu_limit)
+        shared = shared_expert(x_fp8, self.shared_w13, self.shared_w2, limit=config.swiglu_limit)
         return mega_moe(x, expert_ids, weights, self.w13, self.w2, shared, limit=config.swiglu_limit, activations="fp8")
 
 
@@ -141,12 +140,14 @@ class DeviceBlock:
 
     def __call__(self, rows: Streams, token_ids: Tensor, step: DeviceStep) -> Streams:
         """The rows after both sublayers; the second one's output is not added yet."""
-        streams, x, post, comb = self._boundary(rows, self.attn_hc, self.attn_norm)
-        rows = Streams(streams, self.attention(x, step), post, comb)
-        streams, x, post, comb = self._boundary(rows, self.ffn_hc, self.ffn_norm)
-        return Streams(streams, self.moe(x, token_ids, step), post, comb)
+        streams, x, x_fp8, post, comb = self._boundary(rows, self.attn_hc, self.attn_norm)
+        rows = Streams(streams, self.attention(x, x_fp8, step), post, comb)
+        streams, x, x_fp8, post, comb = self._boundary(rows, self.ffn_hc, self.ffn_norm)
+        return Streams(streams, self.moe(x, x_fp8, token_ids, step), post, comb)
 
-    def _boundary(self, rows: Streams, hc: HyperConnection, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _boundary(
+        self, rows: Streams, hc: HyperConnection, norm: Tensor
+    ) -> tuple[Tensor, Tensor, Fp8Rows, Tensor, Tensor]:
         config = self.config
         return mhc_boundary(
             rows.streams,

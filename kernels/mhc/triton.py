@@ -1,71 +1,218 @@
-"""Hyper-connections in Triton: the boundary between two sublayers in two launches, and the final collapse.
+"""Hyper-connections in Triton: the boundary between two sublayers, and the final collapse.
 
-Equal to `mhc_post`, `mhc_pre` and `rms_norm` of the references, one after the other.
+Equal to `mhc_post`, `mhc_pre`, `rms_norm` and `quantize_rows` of the references, one after the other.
 
-Launch 1 (`_mix`) forms the new streams, slice by slice of the hidden size, and the partial sums of their mix logits.
-The slices do not depend on the number of tokens, so with tiles of one size a token has the same bits in any batch.
-Launch 2 (`_finish`) adds the slices, runs Sinkhorn in registers, merges the streams and applies the RMSNorm. What it
-reads of the streams was just written: 57 KB a token on Pro, from L2.
+`_mix` adds up the parts of a sublayer's output and forms the new streams, slice by slice of the hidden size, and the
+partial sums of their mix logits. What follows needs whole rows (`_finish_token`): it adds the slices, runs Sinkhorn,
+merges the streams, applies the RMSNorm and quantises. What it reads of the streams was just written: 57 KB a token on
+Pro, from L2. For one or two tokens the last program of a token's `_mix` does it; for more a second launch, `_finish`,
+with a program for each token, because the last program of a tile would do its tokens one after the other.
+
+Tiles depend on the number of tokens and the hidden size; with fixed ones (`tiles=`) a token has the same bits in any
+batch.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_kernels.arrival import counters, is_last
+from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows
+from dsv4_kernels.gemm.quantize import empty_rows
+from dsv4_kernels.quant.device import inverse_power_of_two, scale_exponent
+
 STREAMS = 4  # c of every released model; the kernels are written out for it
-MIX_LANES = 32  # 2c + c * c = 24 mixes and, in lane 24, the sum of squares; padded to a power of two
-SLICE = 512  # hidden dims of one program of `_mix`
-BLOCK_D = 32  # of them in one product
+LANES = 32  # 2c + c * c = 24 mixes and, in lane 24, the sum of squares; padded to a power of two
+BLOCK_D = 32  # hidden dims of one product
+PROGRAMS = 132  # programs of `_mix`, at most, while its slices can grow: one for each multiprocessor
+MAX_SLICE = 512
+
+
+class Tiles(NamedTuple):
+    """What one program of `_mix` takes; all results of equal tiles are equal in their bits."""
+
+    tokens: int  # 1, 16 or 64; 1: the last program of a token finishes it, without a second launch
+    dims: int  # of the hidden size, a multiple of 32
+
+
+def tiles_for(num_tokens: int, hidden: int) -> Tiles:
+    """The smallest slices with which each multiprocessor has no more than one program."""
+    tokens = 1 if num_tokens <= 2 else 16 if num_tokens <= 64 else 64
+    dims = BLOCK_D
+    while dims < MAX_SLICE and triton.cdiv(num_tokens, tokens) * triton.cdiv(hidden, dims) > PROGRAMS:
+        dims *= 2
+    return Tiles(tokens, dims)
+
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _add(streams, output, post, comb, token, inside, at, keep, hidden, J: tl.constexpr):
+def _once(values):
+    """The values themselves. The compiler would compute them twice, for a store and a product that read them."""
+    if INTERPRETED:
+        return values
+    PACK: tl.constexpr = 32 // values.dtype.primitive_bitwidth
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=values.dtype, is_pure=False, pack=PACK)
+
+
+@triton.jit
+def _add(s0, s1, s2, s3, output, post, comb, token, inside, J: tl.constexpr):
     """New stream J of a tile [tokens, dims]: post_J * output + sum_i comb[i, J] * stream_i, float32."""
-    value = tl.load(post + token * 4 + J, mask=inside, other=0.0)[:, None] * output
-    for i in tl.static_range(4):
-        weight = tl.load(comb + token * 16 + i * 4 + J, mask=inside, other=0.0)[:, None]
-        value += weight * tl.load(streams + at + i * hidden, mask=keep, other=0.0).to(tl.float32)
-    return value
+    post += token * 4 + J
+    comb += token * 16 + J
+    value = tl.load(post, mask=inside, other=0.0)[:, None] * output
+    value += tl.load(comb, mask=inside, other=0.0)[:, None] * s0
+    value += tl.load(comb + 4, mask=inside, other=0.0)[:, None] * s1
+    value += tl.load(comb + 8, mask=inside, other=0.0)[:, None] * s2
+    return value + tl.load(comb + 12, mask=inside, other=0.0)[:, None] * s3
 
 
 @triton.jit
-def _mix(
+def _entry(table, index, at: tl.constexpr):
+    """One number of a table."""
+    return tl.sum(tl.sum(tl.where(index == at, table, 0.0), axis=1), axis=0)
+
+
+@triton.jit
+def _finish_token(
+    token,  # int64
     streams,  # [tokens, 4, hidden]
-    output,  # [tokens, hidden], with HAS_OUTPUT
+    partials,  # f32 [tokens, slices, 32]
+    base,
+    scale,
+    norm,  # f32 [hidden]
+    x,  # [tokens, hidden]
+    codes,  # e4m3 [tokens, hidden]
+    exponents,  # uint8 [tokens, hidden / 128], strides 1 and exponent_step
     post,  # f32 [tokens, 4]
     comb,  # f32 [tokens, 4, 4]
-    fn,  # f32 [mixes, 4 * hidden], strides fn_row and fn_column
-    new_streams,  # like streams, with HAS_OUTPUT
-    partials,  # f32 [tokens, slices, 32]
-    num_tokens,
     hidden,
-    num_mixes,
+    num_slices,
+    exponent_step,
+    hc_eps,
+    norm_eps,
+    ITERATIONS: tl.constexpr,  # of Sinkhorn; 0 = the final collapse, which gives x alone
+    SLICES: tl.constexpr,  # num_slices padded to a power of two
+    GROUPS: tl.constexpr,  # of 128 hidden dims, padded to a power of two
+):
+    """All that needs a whole row."""
+    group = tl.arange(0, GROUPS)
+    dim = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = dim < hidden
+    # All of this comes while Sinkhorn runs, which takes longer.
+    at = streams + token * 4 * hidden + dim
+    s0 = tl.load(at, mask=inside, other=0.0)
+    s1 = tl.load(at + hidden, mask=inside, other=0.0)
+    s2 = tl.load(at + 2 * hidden, mask=inside, other=0.0)
+    s3 = tl.load(at + 3 * hidden, mask=inside, other=0.0)
+
+    weight = tl.load(norm + dim, mask=inside, other=0.0)
+    # As rows of four: pre, post, four of comb, the sum of squares and three zeros, four zeros.
+    index = tl.arange(0, 8)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    is_mix = index < (24 if ITERATIONS > 0 else 4)
+    factor = tl.load(scale + index, mask=is_mix, other=0.0)
+    offset = tl.load(base + index, mask=is_mix, other=0.0)
+    part = tl.arange(0, SLICES)[:, None]
+    lane = tl.arange(0, 32)[None, :]
+    sums = tl.load(partials + (token * num_slices + part) * 32 + lane, mask=part < num_slices, other=0.0)
+    sums = tl.reshape(tl.sum(sums, axis=0), (8, 4))
+    inverse = 1.0 / tl.sqrt(_entry(sums, index, 24) / (4 * hidden) + norm_eps)
+    mixes = sums * inverse * factor + offset
+    gates = tl.sigmoid(mixes)
+    if ITERATIONS > 0:
+        tl.store(post + token * 4 + index - 4, 2.0 * gates, mask=(index >= 4) & (index < 8))
+        in_comb = (index >= 8) & (index < 24)
+        mixing = tl.exp(mixes - tl.max(mixes, axis=1)[:, None])
+        mixing = tl.where(in_comb, mixing / tl.sum(mixing, axis=1)[:, None] + hc_eps, 0.0)
+        mixing = mixing / (tl.sum(mixing, axis=0)[None, :] + hc_eps)
+        for _ in range(ITERATIONS - 1):
+            mixing = mixing / (tl.sum(mixing, axis=1)[:, None] + hc_eps)
+            mixing = mixing / (tl.sum(mixing, axis=0)[None, :] + hc_eps)
+        tl.store(comb + token * 16 + index - 8, mixing, mask=in_comb)
+
+    merged = (_entry(gates, index, 0) + hc_eps) * s0.to(tl.float32)
+    merged += (_entry(gates, index, 1) + hc_eps) * s1.to(tl.float32)
+    merged += (_entry(gates, index, 2) + hc_eps) * s2.to(tl.float32)
+    merged += (_entry(gates, index, 3) + hc_eps) * s3.to(tl.float32)
+    merged = merged.to(streams.dtype.element_ty).to(tl.float32)
+    variance = tl.sum(tl.sum(merged * merged, axis=1), axis=0) / hidden
+    normed = merged * (1.0 / tl.sqrt(variance + norm_eps)) * weight
+    normed = normed.to(x.dtype.element_ty)
+    tl.store(x + token * hidden + dim, normed, mask=inside)
+    if ITERATIONS > 0:
+        values = normed.to(tl.float32)
+        exponent = scale_exponent(values, 1, FP4=False)
+        values = values * inverse_power_of_two(exponent)[:, None]
+        tl.store(codes + token * hidden + dim, values.to(codes.dtype.element_ty), mask=inside)
+        tl.store(exponents + token + group * exponent_step, exponent.to(tl.uint8), mask=group * 128 < hidden)
+
+
+# Not compiled anew for other numbers of tokens.
+@triton.jit(do_not_specialize=["num_tokens", "exponent_step"])
+def _mix(
+    streams,  # [tokens, 4, hidden]
+    output,  # [tokens, PARTS, hidden], with PARTS > 0
+    old_post,  # f32 [tokens, 4]
+    old_comb,  # f32 [tokens, 4, 4]
+    fn,  # f32 [mixes, 4 * hidden], strides fn_row and fn_column
+    new_streams,  # like streams, with PARTS > 0
+    num_tokens,
     fn_row,
     fn_column,
-    HAS_OUTPUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    counts,  # int32 [tiles], zero
+    partials,  # from here on of `_finish_token`
+    base,
+    scale,
+    norm,
+    x,
+    codes,
+    exponents,
+    post,
+    comb,
+    hidden,
+    exponent_step,
+    hc_eps,
+    norm_eps,
+    PARTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DIMS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SLICE_D: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    SLICES: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    part = tl.program_id(1)
-    inside = token < num_tokens
+    ROWS: tl.constexpr = max(TOKENS, 16)  # of a product, at least
+    row = tl.arange(0, ROWS)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + row
+    inside = (row < TOKENS) & (token < num_tokens)
+    part, num_slices = tl.program_id(1), tl.num_programs(1)
     lane = tl.arange(0, 32)
-    sums = tl.zeros([BLOCK_T, 32], tl.float32)
-    squares = tl.zeros([BLOCK_T], tl.float32)
-    for block in range(SLICE_D // BLOCK_D):
-        dim = part * SLICE_D + block * BLOCK_D + tl.arange(0, BLOCK_D)
+    sums = tl.zeros([ROWS, 32], tl.float32)
+    squares = tl.zeros([ROWS], tl.float32)
+    for block in range(DIMS // BLOCK_D):
+        dim = part * DIMS + block * BLOCK_D + tl.arange(0, BLOCK_D)
         keep = inside[:, None] & (dim < hidden)[None, :]
         at = token[:, None] * 4 * hidden + dim[None, :]
-        if HAS_OUTPUT:
-            added = tl.load(output + token[:, None] * hidden + dim[None, :], mask=keep, other=0.0).to(tl.float32)
+        if PARTS > 0:
+            s0 = tl.load(streams + at, mask=keep, other=0.0).to(tl.float32)
+            s1 = tl.load(streams + at + hidden, mask=keep, other=0.0).to(tl.float32)
+            s2 = tl.load(streams + at + 2 * hidden, mask=keep, other=0.0).to(tl.float32)
+            s3 = tl.load(streams + at + 3 * hidden, mask=keep, other=0.0).to(tl.float32)
+            added = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            for n in tl.static_range(PARTS):
+                part_at = (token * PARTS + n)[:, None] * hidden + dim[None, :]
+                added += tl.load(output + part_at, mask=keep, other=0.0).to(tl.float32)
+            added = added.to(output.dtype.element_ty).to(tl.float32)
         for j in tl.static_range(4):
-            if HAS_OUTPUT:
-                value = _add(streams, added, post, comb, token, inside, at, keep, hidden, j)
-                value = value.to(streams.dtype.element_ty)
+            if PARTS > 0:
+                value = _add(s0, s1, s2, s3, added, old_post, old_comb, token, inside, j)
+                value = _once(value.to(streams.dtype.element_ty))
                 tl.store(new_streams + at + j * hidden, value, mask=keep)
             else:
                 value = tl.load(streams + at + j * hidden, mask=keep, other=0.0)
@@ -74,75 +221,45 @@ def _mix(
             column = (j * hidden + dim).to(tl.int64)
             weights = tl.load(
                 fn + lane[None, :] * fn_row + column[:, None] * fn_column,
-                mask=(dim < hidden)[:, None] & (lane < num_mixes)[None, :],
+                mask=(dim < hidden)[:, None] & (lane < (24 if ITERATIONS > 0 else 4))[None, :],
                 other=0.0,
             )
             sums = tl.dot(value, weights, sums, input_precision="tf32x3")
     sums = tl.where((lane == 24)[None, :], squares[:, None], sums)
-    row = partials + (token * tl.num_programs(1) + part)[:, None] * 32
-    tl.store(row + lane[None, :], sums, mask=inside[:, None])
+    tl.store(partials + (token * num_slices + part)[:, None] * 32 + lane[None, :], sums, mask=inside[:, None])
+    if TOKENS == 1:  # noqa: SIM102  # `and` would count where nobody shall
+        if is_last(counts + tl.program_id(0), num_slices):
+            _finish_token(
+                tl.program_id(0).to(tl.int64), new_streams, partials, base, scale, norm, x, codes, exponents, post,
+                comb, hidden, num_slices, exponent_step, hc_eps, norm_eps, ITERATIONS, SLICES, GROUPS,
+            )  # fmt: skip
 
 
-@triton.jit
-def _gate(partial, keep, inverse, scale, base, index):
-    """One mix logit: the sum of its slices, normalised, scaled and shifted."""
-    return tl.sum(tl.load(partial + index, mask=keep, other=0.0)) * inverse * tl.load(scale + index) + tl.load(
-        base + index
-    )
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["exponent_step"])
 def _finish(
-    streams,  # [tokens, 4, hidden]
-    partials,  # f32 [tokens, slices, 32]
+    streams,
+    partials,
     base,
     scale,
-    norm,  # f32 [hidden]
-    x,  # [tokens, hidden]
-    post,  # f32 [tokens, 4]
-    comb,  # f32 [tokens, 4, 4]
+    norm,
+    x,
+    codes,
+    exponents,
+    post,
+    comb,
     hidden,
     num_slices,
+    exponent_step,
     hc_eps,
     norm_eps,
-    ITERATIONS: tl.constexpr,  # of Sinkhorn; 0 = the final collapse, which has neither post nor comb
-    SLICES: tl.constexpr,  # num_slices padded to a power of two
-    BLOCK: tl.constexpr,  # hidden padded to a power of two
+    ITERATIONS: tl.constexpr,
+    SLICES: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, SLICES)
-    keep = part < num_slices
-    partial = partials + (token * num_slices + part) * 32
-    mean = tl.sum(tl.load(partial + 24, mask=keep, other=0.0)) / (4 * hidden)
-    inverse = 1.0 / tl.sqrt(mean + norm_eps)
-    dim = tl.arange(0, BLOCK)
-    inside = dim < hidden
-    merged = tl.zeros([BLOCK], tl.float32)
-    for i in tl.static_range(4):
-        weight = tl.sigmoid(_gate(partial, keep, inverse, scale, base, i)) + hc_eps
-        merged += weight * tl.load(streams + token * 4 * hidden + i * hidden + dim, mask=inside, other=0.0).to(
-            tl.float32
-        )
-    merged = merged.to(streams.dtype.element_ty).to(tl.float32)
-    variance = tl.sum(merged * merged) / hidden
-    normed = merged * (1.0 / tl.sqrt(variance + norm_eps)) * tl.load(norm + dim, mask=inside, other=0.0)
-    tl.store(x + token * hidden + dim, normed.to(x.dtype.element_ty), mask=inside)
-    if ITERATIONS > 0:
-        for i in tl.static_range(4):
-            tl.store(post + token * 4 + i, 2.0 * tl.sigmoid(_gate(partial, keep, inverse, scale, base, 4 + i)))
-        row, column = tl.arange(0, 4)[:, None], tl.arange(0, 4)[None, :]
-        index = 8 + row * 4 + column
-        logits = tl.zeros([4, 4], tl.float32)
-        for slice_ in range(num_slices):
-            logits += tl.load(partials + (token * num_slices + slice_) * 32 + index)
-        logits = logits * inverse * tl.load(scale + index) + tl.load(base + index)
-        mixing = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-        mixing = mixing / tl.sum(mixing, axis=1)[:, None] + hc_eps
-        mixing = mixing / (tl.sum(mixing, axis=0)[None, :] + hc_eps)
-        for _ in range(ITERATIONS - 1):
-            mixing = mixing / (tl.sum(mixing, axis=1)[:, None] + hc_eps)
-            mixing = mixing / (tl.sum(mixing, axis=0)[None, :] + hc_eps)
-        tl.store(comb + token * 16 + row * 4 + column, mixing)
+    _finish_token(
+        tl.program_id(0).to(tl.int64), streams, partials, base, scale, norm, x, codes, exponents, post, comb, hidden,
+        num_slices, exponent_step, hc_eps, norm_eps, ITERATIONS, SLICES, GROUPS,
+    )  # fmt: skip
 
 
 def mhc_boundary(
@@ -158,26 +275,35 @@ def mhc_boundary(
     output: Tensor | None = None,
     post: Tensor | None = None,
     comb: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor, Fp8Rows, Tensor, Tensor]:
     """The end of one sublayer and the start of the next.
 
     Args:
         streams: [T, 4, D] contiguous, bfloat16 or float32; fn, base, scale: of `mhc_pre`, fn of any strides.
         norm: f32 [D], weight of the RMSNorm of the sublayer's input.
-        output, post, comb: the finished sublayer's output [T, D] and what `mhc_pre` gave for it; None at the start.
+        output: of the finished sublayer, in the streams' dtype, contiguous: [T, D], or [T, N, D], N parts that are
+            added in their order in float32 and rounded once. None at the start.
+        post, comb: what this function gave for that sublayer.
+        tiles: chosen from the shapes by default.
 
     Returns:
-        New streams (the given ones without `output`), normed input x [T, D], post f32 [T, 4], comb f32 [T, 4, 4].
+        New streams (the given ones without `output`), normed input x [T, D], `quantize_rows(x)`, post f32 [T, 4],
+        comb f32 [T, 4, 4].
 
-    Raises ValueError for other numbers of streams.
+    Raises ValueError for other numbers of streams, and unless D is a multiple of 128.
     """
-    new_streams = streams if output is None else torch.empty_like(streams)
-    partials = _partials(streams, fn, new_streams, output, post, comb)
-    num_tokens = streams.shape[0]
+    num_tokens, _, hidden = streams.shape
+    if hidden % GROUP:
+        raise ValueError(f"mhc: streams are {list(streams.shape)}; expected D a multiple of {GROUP}")
+    rows = empty_rows(num_tokens, hidden, streams.device)
     new_post = torch.empty(num_tokens, STREAMS, device=streams.device, dtype=torch.float32)
     new_comb = torch.empty(num_tokens, STREAMS, STREAMS, device=streams.device, dtype=torch.float32)
-    x = _merge(new_streams, partials, base, scale, norm, new_post, new_comb, sinkhorn_iters, hc_eps, norm_eps)
-    return new_streams, x, new_post, new_comb
+    new_streams, x = _launch(
+        streams, fn, base, scale, norm, output, post, comb, (rows, new_post, new_comb), sinkhorn_iters, hc_eps,
+        norm_eps, tiles,
+    )  # fmt: skip
+    return new_streams, x, rows, new_post, new_comb
 
 
 def mhc_head(
@@ -195,79 +321,79 @@ def mhc_head(
 ) -> Tensor:
     """The final collapse and its RMSNorm [T, D]: `reference.mhc_head` with `fn` [c, c * D], then `rms_norm`.
 
-    output, post, comb: of the last sublayer, which `mhc_post` has not added to the streams yet; None if it has.
+    output, post, comb: of the last sublayer, as `mhc_boundary` takes them; None if `mhc_post` has added it already.
     """
-    new_streams = streams if output is None else torch.empty_like(streams)
-    partials = _partials(streams, fn, new_streams, output, post, comb)
-    weights = scale.expand(STREAMS).contiguous()
-    return _merge(new_streams, partials, base, weights, norm, None, None, 0, hc_eps, norm_eps)
+    scale = scale.expand(STREAMS).contiguous()
+    return _launch(streams, fn, base, scale, norm, output, post, comb, None, 0, hc_eps, norm_eps, None)[1]
 
 
-def _partials(
-    streams: Tensor, fn: Tensor, new_streams: Tensor, output: Tensor | None, post: Tensor | None, comb: Tensor | None
-) -> Tensor:
-    num_tokens, num_streams, hidden = streams.shape
-    if num_streams != STREAMS or not streams.is_contiguous():
-        raise ValueError(f"mhc: streams are {list(streams.shape)}; the Triton kernels take contiguous [T, 4, D]")
-    num_slices = triton.cdiv(hidden, SLICE)
-    partials = torch.empty(num_tokens, num_slices, MIX_LANES, device=streams.device, dtype=torch.float32)
-    if num_tokens:
-        # The largest tiles that keep everything in registers (tests/kernels/test_compile_gate.py).
-        block, num_warps, num_stages = (16, 4, 3) if num_tokens <= 64 else (64, 8, 2)
-        _mix[(triton.cdiv(num_tokens, block), num_slices)](
-            streams,
-            streams if output is None else output,
-            partials if post is None else post,
-            partials if comb is None else comb,
-            fn,
-            new_streams,
-            partials,
-            num_tokens,
-            hidden,
-            fn.shape[0],
-            fn.stride(0),
-            fn.stride(1),
-            HAS_OUTPUT=output is not None,
-            BLOCK_T=block,
-            BLOCK_D=BLOCK_D,
-            SLICE_D=min(SLICE, triton.cdiv(hidden, BLOCK_D) * BLOCK_D),
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
-    return partials
-
-
-def _merge(
+def _launch(
     streams: Tensor,
-    partials: Tensor,
+    fn: Tensor,
     base: Tensor,
     scale: Tensor,
     norm: Tensor,
+    output: Tensor | None,
     post: Tensor | None,
     comb: Tensor | None,
+    results: tuple[Fp8Rows, Tensor, Tensor] | None,  # quantised x, post and comb, to be written; None for the head
     sinkhorn_iters: int,
     hc_eps: float,
     norm_eps: float,
-) -> Tensor:
-    num_tokens, _, hidden = streams.shape
+    tiles: Tiles | None,
+) -> tuple[Tensor, Tensor]:
+    """New streams and x."""
+    num_tokens, num_streams, hidden = streams.shape
+    if num_streams != STREAMS or not streams.is_contiguous():
+        raise ValueError(f"mhc: streams are {list(streams.shape)}; the Triton kernels take contiguous [T, 4, D]")
+    new_streams = streams if output is None else torch.empty_like(streams)
     x = torch.empty(num_tokens, hidden, device=streams.device, dtype=streams.dtype)
-    if num_tokens:
+    if not num_tokens:
+        return new_streams, x
+    tiles = tiles or tiles_for(num_tokens, hidden)
+    num_tiles, num_slices = triton.cdiv(num_tokens, tiles.tokens), triton.cdiv(hidden, tiles.dims)
+    partials = torch.empty(num_tokens, num_slices, LANES, device=streams.device, dtype=torch.float32)
+    outs = (x, x, x, x) if results is None else (results[0].codes, results[0].exponents, *results[1:])
+    sizes = {
+        "ITERATIONS": sinkhorn_iters,
+        "SLICES": triton.next_power_of_2(num_slices),
+        "GROUPS": triton.next_power_of_2(triton.cdiv(hidden, GROUP)),
+    }
+    # What keeps everything in registers (tests/kernels/test_compile_gate.py).
+    num_warps, num_stages = {1: (8, 3), 16: (8, 3), 64: (8, 2)}[tiles.tokens]
+    _mix[(num_tiles, num_slices)](
+        streams,
+        streams if output is None else output,
+        streams if post is None else post,
+        streams if comb is None else comb,
+        fn,
+        new_streams,
+        num_tokens,
+        fn.stride(0),
+        fn.stride(1),
+        counters(streams.device, num_tiles) if tiles.tokens == 1 else partials,
+        partials,
+        base,
+        scale,
+        norm,
+        x,
+        *outs,
+        hidden,
+        num_tokens,
+        hc_eps,
+        norm_eps,
+        PARTS=0 if output is None else output.numel() // (num_tokens * hidden),
+        TOKENS=tiles.tokens,
+        DIMS=tiles.dims,
+        BLOCK_D=BLOCK_D,
+        **sizes,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        maxnreg=255,  # left alone, the assembler spills to let more programs run side by side than there are
+    )
+    if tiles.tokens > 1:
         _finish[(num_tokens,)](
-            streams,
-            partials,
-            base,
-            scale,
-            norm,
-            x,
-            partials if post is None else post,
-            partials if comb is None else comb,
-            hidden,
-            partials.shape[1],
-            hc_eps,
-            norm_eps,
-            ITERATIONS=sinkhorn_iters,
-            SLICES=triton.next_power_of_2(partials.shape[1]),
-            BLOCK=triton.next_power_of_2(hidden),
-            num_warps=8,
-        )
-    return x
+            new_streams, partials, base, scale, norm, x, *outs, hidden, num_slices, num_tokens, hc_eps, norm_eps,
+            **sizes, num_warps=8,
+        )  # fmt: skip
+    return new_streams, x

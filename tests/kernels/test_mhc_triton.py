@@ -4,7 +4,10 @@ import pytest
 import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
 
+from dsv4_kernels.arrival import counters
 from dsv4_kernels.cases import Shapes
+from dsv4_kernels.gemm.fp8 import Fp8Rows
+from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.mhc import reference, triton
 from dsv4_kernels.mhc.bench import floor_bytes, flops
 from dsv4_kernels.mhc.cases import Case
@@ -14,14 +17,15 @@ BOUND = {
     torch.float32: 1e-6,
     torch.bfloat16: 1e-3,
 }  # relative norm; float32 sums decide a bfloat16 rounding now and then
-SIZES = [(0, 128), (1, 128), (17, 384), (3, 1100), (65, 128)]  # tokens, hidden; 65 takes the large tiles
+SIZES = [(0, 128), (1, 128), (2, 1152), (17, 384), (3, 1152), (65, 128)]  # tokens, hidden; all three tiles
 
 
-def make(num_tokens, hidden, dtype):
+def make(num_tokens, hidden, dtype, num_parts=None):
     shapes = Shapes(hidden, *(1,) * 9, 4, 1, 1.0, 1.0)
     inputs = Case("random", num_tokens, shapes).make(7, dtype)
     draw = torch.Generator().manual_seed(8)
-    return inputs, torch.rand(hidden, generator=draw) + 0.5, torch.randn(num_tokens, hidden, generator=draw).to(dtype)
+    size = (num_tokens, hidden) if num_parts is None else (num_tokens, num_parts, hidden)
+    return inputs, torch.rand(hidden, generator=draw) + 0.5, torch.randn(size, generator=draw).to(dtype)
 
 
 def assert_close(found, expected, bound):
@@ -30,17 +34,28 @@ def assert_close(found, expected, bound):
     assert (found.double() - expected.double()).norm() <= bound * expected.double().norm()
 
 
+def assert_same_bits(found, expected):
+    """Of two results of `mhc_boundary`."""
+    for one, other in zip(found, expected, strict=True):
+        if isinstance(one, Fp8Rows):
+            assert torch.equal(one.codes.view(torch.uint8), other.codes.view(torch.uint8))
+            assert torch.equal(one.exponents, other.exponents)
+        else:
+            assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("num_tokens", "hidden"), SIZES)
-def test_boundary_equals_post_pre_and_norm(num_tokens, hidden, dtype):
+def test_boundary_equals_post_pre_and_norm_and_quantises_x(num_tokens, hidden, dtype):
     inputs, norm, output = make(num_tokens, hidden, dtype)
     _, post, comb = reference.mhc_pre(**inputs)
-    found = triton.mhc_boundary(norm=norm, output=output, post=post, comb=comb, **inputs)
-    inputs["streams"] = streams = reference.mhc_post(output, inputs["streams"], post, comb)
+    streams, x, x_fp8, *found = triton.mhc_boundary(norm=norm, output=output, post=post, comb=comb, **inputs)
+    inputs["streams"] = reference.mhc_post(output, inputs["streams"], post, comb)
     merged, new_post, new_comb = reference.mhc_pre(**inputs)
-    expected = streams, rms_norm(merged, norm, 1e-6), new_post, new_comb
-    for one, other in zip(found, expected, strict=True):
+    expected = inputs["streams"], rms_norm(merged, norm, 1e-6), new_post, new_comb
+    for one, other in zip((streams, x, *found), expected, strict=True):
         assert_close(one, other, BOUND[dtype])
+    assert_same_bits([x_fp8], [quantize_rows(x)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -48,14 +63,29 @@ def test_without_an_output_the_streams_stay_and_columns_may_be_contiguous(dtype)
     inputs, norm, _ = make(5, 384, dtype)
     merged, post, comb = reference.mhc_pre(**inputs)
     inputs["fn"] = inputs["fn"].t().contiguous().t()
-    streams, *found = triton.mhc_boundary(norm=norm, **inputs)
+    streams, x, _, *found = triton.mhc_boundary(norm=norm, **inputs)
     assert streams is inputs["streams"]
-    for one, other in zip(found, (rms_norm(merged, norm, 1e-6), post, comb), strict=True):
+    for one, other in zip((x, *found), (rms_norm(merged, norm, 1e-6), post, comb), strict=True):
         assert_close(one, other, BOUND[dtype])
 
 
-def test_head_equals_the_collapse_and_norm():
-    inputs, norm, _ = make(5, 384, torch.bfloat16)
+@pytest.mark.parametrize("num_parts", [1, 3, 7])
+@pytest.mark.parametrize("num_tokens", [1, 5, 66])
+def test_parts_of_an_output_are_added_in_order_and_rounded_once(num_parts, num_tokens):
+    inputs, norm, output = make(num_tokens, 256, torch.bfloat16, num_parts)
+    output[0, 0] *= 1e3  # so that another order, or a rounding in between, would show
+    _, post, comb = reference.mhc_pre(**inputs)
+    total = torch.zeros(num_tokens, 256)
+    for part in output.unbind(1):
+        total += part.float()
+    arguments = {"norm": norm, "post": post, "comb": comb} | inputs
+    found = triton.mhc_boundary(output=output, **arguments)
+    assert_same_bits(found, triton.mhc_boundary(output=total.bfloat16(), **arguments))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_head_equals_the_collapse_and_norm(num_tokens):
+    inputs, norm, _ = make(num_tokens, 1100, torch.bfloat16)
     head = {key: inputs[key] for key in ("streams", "hc_eps", "norm_eps")}
     head |= {"fn": inputs["fn"][:4], "base": inputs["base"][:4], "scale": inputs["scale"][:1]}
     expected = rms_norm(reference.mhc_head(**head), norm, 1e-6)
@@ -72,20 +102,40 @@ def test_head_adds_the_last_output_itself():
     assert_close(found, triton.mhc_head(streams, **head), BOUND[torch.bfloat16])
 
 
-def test_a_token_has_the_same_bits_alone_and_in_a_batch_of_the_same_tiles():
-    inputs, norm, _ = make(20, 384, torch.bfloat16)
-    together = triton.mhc_boundary(norm=norm, **inputs)
-    alone = triton.mhc_boundary(norm=norm, **(inputs | {"streams": inputs["streams"][13:14].contiguous()}))
-    assert all(torch.equal(many[13:14], one) for many, one in zip(together, alone, strict=True))
+@pytest.mark.parametrize("tiles", [triton.Tiles(1, 64), triton.Tiles(16, 128), triton.Tiles(64, 32)], ids=str)
+def test_with_fixed_tiles_a_token_has_the_same_bits_alone_and_in_any_batch(tiles):
+    inputs, norm, output = make(20, 384, torch.bfloat16, 3)
+    _, post, comb = reference.mhc_pre(**inputs)
+    rows = {"output": output, "post": post, "comb": comb, "streams": inputs.pop("streams")}
+    together = triton.mhc_boundary(norm=norm, tiles=tiles, **inputs, **rows)
+    rows = {key: value[13:14].contiguous() for key, value in rows.items()}
+    alone = triton.mhc_boundary(norm=norm, tiles=tiles, **inputs, **rows)
+    assert_same_bits([Fp8Rows(value.codes[13:14], value.exponents[13:14]) if isinstance(value, Fp8Rows)
+                      else value[13:14] for value in together], alone)  # fmt: skip
 
 
-def test_nan_in_one_token_stays_there():
-    inputs, norm, _ = make(3, 128, torch.bfloat16)
+def test_the_last_program_leaves_its_counter_at_zero():
+    inputs, norm, _ = make(2, 384, torch.bfloat16)
+    first, again = (triton.mhc_boundary(norm=norm, **inputs) for _ in range(2))
+    assert not counters(norm.device, 2).any()
+    assert_same_bits(first, again)
+
+
+def test_slices_are_as_small_as_one_program_for_each_multiprocessor_allows():
+    sizes = [1, 2, 3, 16, 17, 64, 65, 256, 512, 8192]
+    expected = [(1, 64), (1, 128), (16, 64), (16, 64), (16, 128), (16, 256), (64, 128), (64, 256), (64, 512), (64, 512)]
+    assert [triton.tiles_for(num_tokens, 7168) for num_tokens in sizes] == expected
+
+
+@pytest.mark.parametrize("num_tokens", [2, 3])
+def test_nan_in_one_token_stays_there(num_tokens):
+    inputs, norm, _ = make(num_tokens, 128, torch.bfloat16)
     inputs["streams"][1, 2, 5] = torch.nan
-    _, x, post, comb = triton.mhc_boundary(norm=norm, **inputs)
+    _, x, x_fp8, post, comb = triton.mhc_boundary(norm=norm, **inputs)
     for values in (x, post, comb):
         assert values[1].isnan().any()
-        assert values[[0, 2]].isfinite().all()
+        assert values[::2].isfinite().all()
+    assert x_fp8.exponents.flatten().eq(255).tolist() == [False, True, False][:num_tokens]
 
 
 def test_other_numbers_of_streams_are_refused():
@@ -95,6 +145,13 @@ def test_other_numbers_of_streams_are_refused():
         triton.mhc_boundary(norm=norm, **inputs)
 
 
+def test_a_hidden_size_that_has_no_whole_groups_is_refused():
+    inputs, norm, _ = make(2, 200, torch.float32)
+    with pytest.raises(ValueError, match=r"\[2, 4, 200\]; expected D a multiple of 128"):
+        triton.mhc_boundary(norm=norm, **inputs)
+
+
 def test_the_floor_of_a_pro_decode_step():
-    assert floor_bytes(1, 7168) == 143_360 + 2_752_512  # the mix matrix is 95 % of it
-    assert flops(1, 7168) == 232 * 7168
+    assert floor_bytes(1, 7168, 1) == 143_360 + 7_224 + 2_752_512  # the mix matrix is 95 % of it
+    assert floor_bytes(1, 7168, 7) - floor_bytes(1, 7168, 1) == 6 * 14_336
+    assert flops(1, 7168, 1) == 233 * 7168

@@ -16,12 +16,14 @@ import torch
 from support.models import oracle_logits, random_ids
 from torch import Tensor
 
+from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.kv_store import decode
 from dsv4_kernels.metadata import Rows, StepMetadata
 from dsv4_kernels.mhc import mhc_post
 from dsv4serve.config import Numerics
 from dsv4serve.memory import CacheLayout, CachePools
-from dsv4serve.model.device import DeviceTransformer, Streams
+from dsv4serve.model.block import HyperConnection
+from dsv4serve.model.device import DeviceBlock, DeviceTransformer, Streams
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.model.whole import WholeSequence
 from dsv4serve.runner.device_batch import INPUTS
@@ -63,22 +65,32 @@ def check_layers(reference: Transformer, network: DeviceTransformer, length: int
     streams = seen["embedding"].contiguous()
     for ours, theirs in zip(network.blocks, reference.blocks, strict=True):
         x, post, comb = theirs._enter(streams, theirs.attn_hc, theirs.attn_norm)
-        found = ours._boundary(Streams(streams.to(device)), ours.attn_hc, ours.attn_norm)
-        for one, other in zip(found[1:], (x, post, comb), strict=True):
+        _, *found = _boundary(ours, Streams(streams.to(device)), ours.attn_hc, ours.attn_norm)
+        for one, other in zip(found, (x, post, comb), strict=True):
             assert relative(one, other) <= LAYER_BOUND
-        output = seen[f"{theirs.prefix}attn.output"]
-        assert relative(ours.attention(x.to(device), step), output) <= LAYER_BOUND, theirs.prefix
+        output, x = seen[f"{theirs.prefix}attn.output"], x.to(device)
+        assert relative(ours.attention(x, quantize_rows(x), step), output) <= LAYER_BOUND, theirs.prefix
         before = Streams(*(value.to(device) for value in (streams, output, post, comb)))
         streams = mhc_post(output, streams, post, comb)
         x, post, comb = theirs._enter(streams, theirs.ffn_hc, theirs.ffn_norm)
-        found = ours._boundary(before, ours.ffn_hc, ours.ffn_norm)
+        found = _boundary(ours, before, ours.ffn_hc, ours.ffn_norm)
         for one, other in zip(found, (streams, x, post, comb), strict=True):
             assert relative(one, other) <= LAYER_BOUND
-        output = seen[f"{theirs.prefix}ffn.output"]
-        assert relative(ours.moe(x.to(device), ids.to(device), step), output) <= LAYER_BOUND, theirs.prefix
+        output, x = seen[f"{theirs.prefix}ffn.output"], x.to(device)
+        found = ours.moe(x, quantize_rows(x), ids.to(device), step)
+        assert relative(found, output) <= LAYER_BOUND, theirs.prefix
         before = Streams(*(value.to(device) for value in (streams, output, post, comb)))
         streams = seen[f"{theirs.prefix}streams"].contiguous()
     assert relative(network.logits(before), reference.logits(streams)) <= LAYER_BOUND
+
+
+def _boundary(block: DeviceBlock, rows: Streams, hc: HyperConnection, norm: Tensor) -> tuple[Tensor, ...]:
+    """Streams, x, post and comb; what x is in E4M3 is what it quantises to."""
+    streams, x, x_fp8, post, comb = block._boundary(rows, hc, norm)
+    expected = quantize_rows(x)
+    assert torch.equal(x_fp8.codes.view(torch.uint8), expected.codes.view(torch.uint8))
+    assert torch.equal(x_fp8.exponents, expected.exponents)
+    return streams, x, post, comb
 
 
 class Cache:

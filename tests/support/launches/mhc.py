@@ -6,7 +6,12 @@ from dsv4_kernels.cases import FLASH, PRO
 from dsv4_kernels.mhc import triton as mhc
 from dsv4_kernels.mhc.cases import Case
 
-RUNS = {"pro, 1 token": ("pro", PRO, 1), "flash, 128 tokens": ("flash", FLASH, 128)}
+RUNS = {
+    "pro, 1 token": ("pro", PRO, 1),
+    "flash, 1 token": ("flash", FLASH, 1),
+    "pro, 64 tokens": ("pro", PRO, 64),
+    "pro, 256 tokens": ("pro", PRO, 256),
+}
 KERNELS = {"_mix", "_finish"}
 
 
@@ -16,14 +21,17 @@ def launch(run: str) -> None:
     inputs = Case(name, num_tokens, shapes).make(0, torch.bfloat16)
     streams, norm = inputs["streams"], torch.ones(shapes.hidden_size)
     post, comb = torch.ones(num_tokens, 4), torch.ones(num_tokens, 4, 4)
-    mhc.mhc_boundary(norm=norm, output=streams[:, 0].contiguous(), post=post, comb=comb, **inputs)
+    for num_parts in (1, shapes.num_experts_per_tok + 1):  # attention; routed experts and the shared one
+        output = streams[:, :1].expand(-1, num_parts, -1).contiguous()
+        mhc.mhc_boundary(norm=norm, output=output, post=post, comb=comb, **inputs)
     mhc.mhc_boundary(norm=norm, **inputs)
     head = {key: inputs[key] for key in ("streams", "hc_eps", "norm_eps")}
-    mhc.mhc_head(fn=inputs["fn"][:4], base=inputs["base"][:4], scale=inputs["scale"][:1], norm=norm, **head)
+    head |= {"fn": inputs["fn"][:4], "base": inputs["base"][:4], "scale": inputs["scale"][:1], "norm": norm}
+    mhc.mhc_head(**head, output=output, post=post, comb=comb)
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
     """What the machine code must multiply matrices with. Few tokens fill no warpgroup tile."""
     if kernel != "_mix":
         return set()
-    return {{90: "HGMMA", 103: "UTCHMMA"}[capability] if run == "flash, 128 tokens" else "HMMA"}
+    return {{90: "HGMMA", 103: "UTCHMMA"}[capability] if run == "pro, 256 tokens" else "HMMA"}
