@@ -18,8 +18,9 @@ from torch import Tensor
 from dsv4_kernels.gemm.fp8 import Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.gemm.triton import linear_bf16, linear_fp8
-from dsv4_kernels.mega_moe.shared import shared_expert
-from dsv4_kernels.mega_moe.triton import mega_moe
+from dsv4_kernels.mega_moe.combine import combine
+from dsv4_kernels.mega_moe.tiles import empty_tiles
+from dsv4_kernels.mega_moe.triton import choose_tile, expert_parts
 from dsv4_kernels.mega_moe.weights import Fp4Weight
 from dsv4_kernels.mhc.triton import mhc_boundary, mhc_head
 from dsv4_kernels.norm.triton import rms_norm_fp8
@@ -112,19 +113,37 @@ class DeviceMoE:
 
     def __call__(self, x: Tensor, token_ids: Tensor, step: DeviceStep) -> Tensor:
         """x bf16 [rows, hidden] normed input, token_ids int64 [rows] -> bf16 [rows, hidden]."""
-        config = self.config
+        config, (num_tokens, top_k) = self.config, (len(x), self.config.num_experts_per_tok)
+        tile_tokens = choose_tile(num_tokens, top_k, self.w13.num_experts, "fp8")
+        tiles = empty_tiles(num_tokens * top_k, self.w13.num_experts, tile_tokens, x.device)
+        rounded = torch.empty_like(x) if self.w13.unpacked else None
         weights, expert_ids = route(
             x,
             self.gate_weight,
             bias=self.bias,
             tid2eid=self.tid2eid,
             token_ids=token_ids,
-            top_k=config.num_experts_per_tok,
+            top_k=top_k,
             scale=config.routed_scaling_factor,
             positions=step.positions,
+            tiles=tiles,
+            rounded=rounded,
         )
-        shared = shared_expert(quantize_rows(x), self.shared_w13, self.shared_w2, limit=config.swiglu_limit)
-        return mega_moe(x, expert_ids, weights, self.w13, self.w2, shared, limit=config.swiglu_limit, activations="fp8")
+        rows = quantize_rows(x)
+        parts = expert_parts(
+            *((rows.codes, rows.exponents) if rounded is None else (rounded, rounded)),
+            rows,
+            weights,
+            tiles,
+            self.w13,
+            self.w2,
+            self.shared_w13,
+            self.shared_w2,
+            limit=config.swiglu_limit,
+            activations="fp8",
+        )
+        # The next boundary takes one output; it could add the parts itself, in their order.
+        return combine(parts[:, :top_k], parts[:, top_k], expert_ids)
 
 
 class DeviceBlock:

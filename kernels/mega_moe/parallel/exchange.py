@@ -127,7 +127,7 @@ class ExpertParallel:
         outputs = torch.empty(len(x) * top_k, x.shape[1], dtype=x.dtype, device=x.device)
         outputs[token[row] * top_k + place] = said
         if isinstance(w13, Fp4Weight):
-            return _triton().combine(outputs, shared, expert_ids)
+            return _triton().combine(outputs.view(*expert_ids.shape, x.shape[1]), shared, expert_ids)
         order = sort_pairs(expert_ids)
         return combine(shared, outputs[order], order // top_k)
 

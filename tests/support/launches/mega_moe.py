@@ -9,12 +9,12 @@ import torch
 import triton
 
 from dsv4_kernels.cases import FLASH, PRO
+from dsv4_kernels.gemm.fp8 import Fp8Weight
 from dsv4_kernels.mega_moe import triton as moe
 from dsv4_kernels.mega_moe.parallel.expert_map import ExpertMap
 from dsv4_kernels.mega_moe.parallel.symmetric import Planes, Step, SymmetricExperts
 from dsv4_kernels.mega_moe.parallel.wire import RowFormat
 from dsv4_kernels.mega_moe.reference import Activations
-from dsv4_kernels.mega_moe.shared import swiglu_fp8
 from dsv4_kernels.mega_moe.weights import Fp4Weight
 
 SIZES = {"pro, 8 tokens": (PRO, 8), "pro, 1024 tokens": (PRO, 1024), "pro, 2048 tokens": (PRO, 2048)}
@@ -25,7 +25,7 @@ RUNS = {
     for activations in get_args(Activations)
 }
 KERNELS = {
-    *("_fill_tiles", "_gate_up", "_down", "_combine", "_quantize", "_swiglu"),
+    *("_fill_tiles", "_gate_up", "_down", "_combine", "_quantize", "_swiglu", "_product"),
     *("dispatch", "widen", "give_back"),
 }
 FEW = 8  # tokens; so many are sent between ranks too
@@ -33,11 +33,11 @@ FEW = 8  # tokens; so many are sent between ranks too
 
 def weight(num_experts: int, num_rows: int, depth: int, unpacked: bool) -> Fp4Weight:
     """One expert seen as many."""
-    values = torch.empty(num_rows, depth // 8, dtype=torch.int32)
+    values = torch.empty(depth // 128, num_rows, 16, dtype=torch.int32)
     if not unpacked:
         values = values.view(torch.uint8)
     scales = torch.empty(depth // 128, num_rows, 4, dtype=torch.uint8)
-    return Fp4Weight(values.expand(num_experts, -1, -1), scales.expand(num_experts, -1, -1, -1), unpacked)
+    return Fp4Weight(values.expand(num_experts, -1, -1, -1), scales.expand(num_experts, -1, -1, -1), unpacked)
 
 
 def launch(run: str) -> None:
@@ -46,19 +46,25 @@ def launch(run: str) -> None:
     unpacked = activations == "bf16" or triton.runtime.driver.active.get_current_target().arch < 100
     hidden, width, top_k = shapes.hidden_size, shapes.moe_intermediate_size, shapes.num_experts_per_tok
     x = torch.empty(num_tokens, hidden, dtype=torch.bfloat16)
-    swiglu_fp8(torch.empty(num_tokens, 2 * width, dtype=torch.bfloat16), shapes.swiglu_limit)
     moe.mega_moe(
         x,
         torch.zeros(num_tokens, top_k, dtype=torch.int64),
         torch.ones(num_tokens, top_k),
         weight(shapes.n_routed_experts, 2 * width, hidden, unpacked),
         weight(shapes.n_routed_experts, hidden, width, unpacked),
-        x,
+        shared_weight(2 * width, hidden),
+        shared_weight(hidden, width),
         limit=shapes.swiglu_limit,
         activations=activations,
     )
     if num_tokens == FEW:
         launch_parallel(x, top_k, shapes.n_routed_experts, activations)
+
+
+def shared_weight(num_rows: int, depth: int) -> Fp8Weight:
+    """Of the shared expert."""
+    codes = torch.empty(num_rows, depth, dtype=torch.float8_e4m3fn)
+    return Fp8Weight(codes, torch.empty(num_rows // 128, depth // 128, dtype=torch.uint8))
 
 
 class Anywhere:
@@ -85,8 +91,17 @@ def launch_parallel(x: torch.Tensor, top_k: int, num_experts: int, activations: 
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
-    """Hopper multiplies bf16; GB300 what the activations are, FP4 by FP4 and E4M3 by FP4 with their scales."""
+    """Hopper multiplies bf16; GB300 what the activations are, FP4 by FP4 and E4M3 by FP4 with their scales.
+
+    The shared expert, FP8 by FP8, is in the same kernels where tiles are small.
+    """
+    shared = "QGMMA" if capability == 90 else "UTCQMMA"
+    if kernel == "_product":
+        return {shared}
     if kernel not in ("_gate_up", "_down"):
         return set()
+    shapes, num_tokens, activations = RUNS[run]
     native = {"bf16": "UTCHMMA", "fp8": "UTCQMMA", "fp4": "UTCOMMA"}
-    return {"HGMMA" if capability == 90 else native[RUNS[run][2]]}
+    routed = "HGMMA" if capability == 90 else native[activations]
+    tile = moe.choose_tile(num_tokens, shapes.num_experts_per_tok, shapes.n_routed_experts, activations)
+    return {routed, shared} if tile == moe.TILES[0] else {routed}
