@@ -114,7 +114,7 @@ class DeviceMoE:
     def __call__(self, x: Tensor, token_ids: Tensor, step: DeviceStep) -> Tensor:
         """x bf16 [rows, hidden] normed input, token_ids int64 [rows] -> bf16 [rows, hidden]."""
         config, (num_tokens, top_k) = self.config, (len(x), self.config.num_experts_per_tok)
-        tile_tokens = choose_tile(num_tokens, top_k, self.w13.num_experts, "fp8")
+        tile_tokens = choose_tile(num_tokens, top_k, self.w13.num_experts, self.w13.unpacked)
         tiles = empty_tiles(num_tokens * top_k, self.w13.num_experts, tile_tokens, x.device)
         rounded = torch.empty_like(x) if self.w13.unpacked else None
         weights, expert_ids = route(

@@ -85,7 +85,7 @@ def prepared(tokens: dict[str, Tensor], weights: dict[str, Any], activations: Ac
         "rows": quantize_rows(tokens["x"]),
         "weights": tokens["weights"],
         "tiles": make_tiles(
-            tokens["expert_ids"], num_experts, choose_tile(num_tokens, top_k, num_experts, activations)
+            tokens["expert_ids"], num_experts, choose_tile(num_tokens, top_k, num_experts, weights["w13"].unpacked)
         ),
         "activations": activations,
     }

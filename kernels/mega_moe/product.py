@@ -15,6 +15,9 @@ What a routed expert multiplies:
 The shared expert's weights are E4M3 with a scale per 128 x 128, its inputs E4M3 per 128 (gemm/triton.py says why each
 128 is a sum of its own on Hopper).
 The order of the sums over K inside a tensor core is its own; everything before and after is as in the reference.
+
+DEPTH is a constant so that no loop may be empty: a way around it, on which sums are zero, makes the compiler wait for
+each product of Hopper's (tests/kernels/test_compile_gate.py).
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ def multiply_fp4(
     scale_step,
     input_row,  # int64 [BLOCK_N]
     keep,  # bool [BLOCK_N]
-    depth,
+    DEPTH: tl.constexpr,
     FORMAT: tl.constexpr,  # of inputs: "bf16", "e4m3", "e2m1"
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -91,13 +94,13 @@ def multiply_fp4(
     group = tl.arange(0, BLOCK_K // 32)
     weights += row[:, None] * (128 // WORD) + word[None, :]
     scales += row[:, None] * 4 + group[None, :]
-    inputs += input_row[None, :] * (depth // PACK) + column[:, None]
+    inputs += input_row[None, :] * (DEPTH // PACK) + column[:, None]
     if FORMAT == "e4m3":
         input_scales += input_row[:, None] * scale_row + (group // 4)[None, :] * scale_step
     if FORMAT == "e2m1":
         input_scales += input_row[:, None] * scale_row + group[None, :] * scale_step
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(0, depth, BLOCK_K):
+    for _ in range(0, DEPTH, BLOCK_K):
         weight = tl.load(weights)
         scale = tl.load(scales)
         values = tl.load(inputs, mask=keep[None, :], other=ZERO)
@@ -131,16 +134,16 @@ def multiply_fp8(
     exponent_row,
     exponent_step,
     input_row,  # int64 [BLOCK_N]
-    depth,
+    DEPTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """f32 [BLOCK_M, BLOCK_N]: rows of an FP8 weight times rows of the inputs."""
     k = tl.arange(0, 128)
-    blocks = depth // 128
-    weights += row.to(tl.int64)[:, None] * depth + k[None, :]
-    inputs += input_row[None, :] * depth + k[:, None]
+    blocks: tl.constexpr = DEPTH // 128
+    weights += row.to(tl.int64)[:, None] * DEPTH + k[None, :]
+    inputs += input_row[None, :] * DEPTH + k[:, None]
     exponents += row // 128 * blocks
     input_exponents += input_row * exponent_row
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

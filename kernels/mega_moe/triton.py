@@ -1,12 +1,7 @@
-"""The experts of a layer in Triton, in two launches: `_gate_up` and `_down`.
+"""The experts of a layer in Triton, in two launches: `gate_up` and `down` (experts.py).
 
-Equal to `mega_moe` of the reference at every rounding point. A launch has a program for each tile of a product
-(product.py): some rows of one expert's weight times up to BLOCK_N tokens, gathered by index. Which tokens an expert has
-is in `Tiles`. In decode the shared expert is one more expert that all tokens have: its tiles are the first programs,
-because they read most. In prefill its products have tiles of their own, so they are launches of their own (shared.py).
-
-A tile of `_gate_up` holds 128 gate rows and the 128 up rows that belong to them: the group of 128 hidden values that
-shares an FP8 scale is then in one program, and is rounded there.
+Equal to `mega_moe` of the reference at every rounding point. In decode the shared expert stands in the same launches;
+in prefill its products have tiles of their own, so they are launches of their own (shared.py).
 
 What comes out are parts, one for each expert of a token and one for the shared expert, bfloat16 as the reference rounds
 them. Whoever takes them adds them: the next hyper-connection, or `combine`.
@@ -18,179 +13,25 @@ from typing import get_args
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.mega_moe.combine import combine
-from dsv4_kernels.mega_moe.product import multiply_fp4, multiply_fp8
+from dsv4_kernels.mega_moe.experts import down, gate_up
 from dsv4_kernels.mega_moe.reference import Activations
 from dsv4_kernels.mega_moe.shared import shared_expert
 from dsv4_kernels.mega_moe.tiles import Tiles, make_tiles
 from dsv4_kernels.mega_moe.weights import Fp4Weight
 from dsv4_kernels.quant import triton as quant
-from dsv4_kernels.quant.triton import store_quantized
-
-
-@triton.jit
-def _swiglu_tile(acc, limit):
-    """f32 [tokens, rows / 2] of f32 [rows, tokens], gate rows first: rounded to bf16, clamped, not rounded again."""
-    both = tl.reshape(acc.to(tl.bfloat16), (2, acc.shape[0] // 2, acc.shape[1]))
-    gate, up = tl.split(tl.permute(both, (2, 1, 0)))
-    gate, up = gate.to(tl.float32), up.to(tl.float32)
-    gate = tl.where(gate > limit, limit, gate)  # and not minimum, which drops NaN
-    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    return gate / (1.0 + tl.exp(-gate)) * up
-
-
-@triton.jit(do_not_specialize=["num_tokens", "exponent_step", "scale_step"])
-def _gate_up(
-    weights,  # w13, see weights.py
-    scales,
-    inputs,  # [tokens, ..], see product.py
-    input_scales,  # strides scale_row and scale_step
-    pairs,
-    tile_experts,
-    tile_firsts,
-    tile_counts,
-    routing,  # f32 [pairs]
-    hidden,  # [pairs, width], in the order of `pairs`; in the form of `inputs`
-    hidden_scales,
-    shared_weights,  # e4m3 [2 * width, depth]
-    shared_exponents,
-    shared_inputs,  # e4m3 [tokens, depth]
-    shared_input_exponents,  # strides exponent_row and exponent_step
-    shared_hidden,  # e4m3 [tokens, width]
-    shared_hidden_exponents,  # uint8 [tokens, width / 128]
-    depth,
-    width,
-    limit,
-    num_tokens,
-    scale_row,
-    scale_step,
-    exponent_row,
-    exponent_step,
-    TOP_K: tl.constexpr,
-    FORMAT: tl.constexpr,
-    ROUND: tl.constexpr,  # "bf16", "fp8", "fp4": of the hidden values
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SHARED_N: tl.constexpr,  # tokens of a tile of the shared expert, 0 = it is not here
-    SHARED_STAGES: tl.constexpr,
-):
-    """SwiGLU of one tile of pairs, or of tokens for the shared expert; BLOCK_M / 2 hidden values each."""
-    HALF: tl.constexpr = BLOCK_M // 2
-    column = tl.program_id(0) * HALF
-    lane = tl.arange(0, BLOCK_M)
-    row = column + lane % HALF + (lane // HALF) * width
-    tile = tl.program_id(1)
-    if SHARED_N > 0:
-        tile -= tl.cdiv(num_tokens, SHARED_N)
-        if tile < 0:
-            token = tl.program_id(1).to(tl.int64) * SHARED_N + tl.arange(0, SHARED_N)
-            acc = multiply_fp8(
-                shared_weights, shared_exponents, row, shared_inputs, shared_input_exponents, exponent_row,
-                exponent_step, tl.minimum(token, num_tokens - 1), depth, BLOCK_M, SHARED_N, SHARED_STAGES,
-            )  # fmt: skip
-            value = _swiglu_tile(acc, limit).to(tl.bfloat16).to(tl.float32)
-            store_quantized(
-                value, shared_hidden, shared_hidden_exponents, token, token < num_tokens, column, width,
-                width // 128, 1, 128, False, True,
-            )  # fmt: skip
-            return
-    expert = tl.load(tile_experts + tile).to(tl.int64)
-    if expert < 0:
-        return
-    first = tl.load(tile_firsts + tile)
-    pair_in_tile = tl.arange(0, BLOCK_N)
-    keep = pair_in_tile < tl.load(tile_counts + tile)
-    pair = tl.load(pairs + first + pair_in_tile, mask=keep, other=0)
-    acc = multiply_fp4(
-        weights + expert * width * (depth // (4 if FORMAT == "bf16" else 1)),
-        scales + expert * width * (depth // 16),
-        row, 2 * width, inputs, input_scales, scale_row, scale_step, (pair // TOP_K).to(tl.int64), keep, depth,
-        FORMAT, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    value = _swiglu_tile(acc, limit) * tl.load(routing + pair, mask=keep, other=0.0)[:, None]
-    value = value.to(tl.bfloat16)
-    place = (first + pair_in_tile).to(tl.int64)
-    if ROUND == "bf16":
-        at = place[:, None] * width + (column + tl.arange(0, HALF))[None, :]
-        tl.store(hidden + at, value, mask=keep[:, None])
-    else:
-        GROUP: tl.constexpr = 128 if ROUND == "fp8" else 32
-        store_quantized(
-            value.to(tl.float32), hidden, hidden_scales, place, keep, column, width, width // GROUP, 1, GROUP,
-            ROUND == "fp4", FORMAT != "bf16",
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def _down(
-    weights,  # w2, see weights.py
-    scales,
-    hidden,  # [pairs, ..], in the order of `pairs`, see product.py
-    hidden_scales,
-    pairs,
-    tile_experts,
-    tile_firsts,
-    tile_counts,
-    shared_weights,  # e4m3 [num_rows, depth]
-    shared_exponents,
-    shared_hidden,  # e4m3 [tokens, depth]
-    shared_hidden_exponents,  # uint8 [tokens, depth / 128]
-    parts,  # bf16 [tokens, PARTS, num_rows]
-    depth,
-    num_rows,
-    num_tokens,
-    scale_row,
-    TOP_K: tl.constexpr,
-    PARTS: tl.constexpr,
-    FORMAT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SHARED_N: tl.constexpr,
-    SHARED_STAGES: tl.constexpr,
-):
-    """The second product of one tile of pairs, or of tokens for the shared expert; BLOCK_M output dims each."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tile = tl.program_id(1)
-    if SHARED_N > 0:
-        tile -= tl.cdiv(num_tokens, SHARED_N)
-        if tile < 0:
-            token = tl.program_id(1).to(tl.int64) * SHARED_N + tl.arange(0, SHARED_N)
-            acc = multiply_fp8(
-                shared_weights, shared_exponents, row, shared_hidden, shared_hidden_exponents, depth // 128, 1,
-                tl.minimum(token, num_tokens - 1), depth, BLOCK_M, SHARED_N, SHARED_STAGES,
-            )  # fmt: skip
-            at = (token * PARTS + TOP_K)[None, :] * num_rows + row[:, None]
-            tl.store(parts + at, acc.to(tl.bfloat16), mask=(token < num_tokens)[None, :])
-            return
-    expert = tl.load(tile_experts + tile).to(tl.int64)
-    if expert < 0:
-        return
-    first = tl.load(tile_firsts + tile)
-    pair_in_tile = tl.arange(0, BLOCK_N)
-    keep = pair_in_tile < tl.load(tile_counts + tile)
-    acc = multiply_fp4(
-        weights + expert * num_rows * (depth // (8 if FORMAT == "bf16" else 2)),
-        scales + expert * num_rows * (depth // 32),
-        row, num_rows, hidden, hidden_scales, scale_row, 1, (first + pair_in_tile).to(tl.int64), keep, depth,
-        FORMAT, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    pair = tl.load(pairs + first + pair_in_tile, mask=keep, other=0).to(tl.int64)
-    part = pair // TOP_K * PARTS + pair % TOP_K
-    tl.store(parts + part[None, :] * num_rows + row[:, None], acc.to(tl.bfloat16), mask=keep[None, :])
-
 
 TILES = (16, 32, 64, 128)  # pairs of a tile
 SHARED_TOKENS = 16  # of a tile of the shared expert, where it stands beside tiles of TILES[0] pairs
 
 
-def choose_tile(num_tokens: int, top_k: int, num_experts: int, activations: str) -> int:
+def choose_tile(num_tokens: int, top_k: int, num_experts: int, unpacked: bool) -> int:
     """Half as many pairs again as an expert has on average, so that most experts fit into one tile."""
-    tiles = TILES[:-1] if activations == "bf16" else TILES  # no form of the largest works for bf16 on both targets
+    tiles = TILES[:-1] if unpacked else TILES  # the weight's registers leave no room for the sums of the largest
     return next((tile for tile in tiles if 2 * tile * num_experts >= 3 * num_tokens * top_k), tiles[-1])
 
 
@@ -215,14 +56,14 @@ def mega_moe(
         shared_w13, shared_w2: [2I, D], gate rows first, and [D, I].
         limit: swiglu clamp.
         activations: "bf16", "fp8" or "fp4" of the routed experts; "bf16" needs the unpacked form of their weights.
-        tile_tokens: 16, 32, 64 or (not for "bf16") 128 pairs a tile; by default chosen from the shapes. With one value,
-            a token's result does not depend on its batch.
+        tile_tokens: 16, 32, 64 or (not for unpacked weights) 128 pairs a tile; by default chosen from the shapes. With
+            one value, a token's result does not depend on its batch.
 
     Rows without any expert are padding and are not written. Raises ValueError for anything else.
     """
     _check(x, expert_ids, weights, w13, w2, activations, tile_tokens)
     num_experts, (num_tokens, top_k) = w13.num_experts, expert_ids.shape
-    tile_tokens = tile_tokens or choose_tile(num_tokens, top_k, num_experts, activations)
+    tile_tokens = tile_tokens or choose_tile(num_tokens, top_k, num_experts, w13.unpacked)
     parts = expert_parts(
         *rounded_inputs(x, activations, w13.unpacked), quantize_rows(x), weights,
         make_tiles(expert_ids, num_experts, tile_tokens), w13, w2, shared_w13, shared_w2,
@@ -284,7 +125,7 @@ def pair_outputs(
     For ranks that hold some of the experts. Arguments as in `expert_parts` and `mega_moe`; nothing is checked.
     """
     num_tokens, top_k = expert_ids.shape
-    tile_tokens = tile_tokens or choose_tile(num_tokens, top_k, w13.num_experts, activations)
+    tile_tokens = tile_tokens or choose_tile(num_tokens, top_k, w13.num_experts, w13.unpacked)
     tiles = make_tiles(expert_ids, w13.num_experts, tile_tokens)
     outputs = torch.empty(num_tokens * top_k, w13.depth, dtype=torch.bfloat16, device=inputs.device)
     parts = outputs.view(num_tokens, top_k, w13.depth)
@@ -327,7 +168,7 @@ def _products(
         exponent_steps, shared_tiles = rows.exponents.stride(), triton.cdiv(num_tokens, SHARED_TOKENS)
     # What keeps everything in registers (tests/kernels/test_compile_gate.py). Native FP4 needs 4 or 8 warps.
     tile_tokens, table = tiles.tile_tokens, (tiles.pairs, tiles.experts, tiles.firsts, tiles.counts)
-    large, num_tiles = tile_tokens == 128, shared_tiles + len(tiles.experts)
+    num_tiles = shared_tiles + len(tiles.experts)
     blocks = {
         "TOP_K": top_k,
         "FORMAT": form,
@@ -336,14 +177,16 @@ def _products(
         "SHARED_STAGES": 3,
         "num_stages": 4 if tile_tokens < 64 else 3,
     }
-    _gate_up[(width // 128, num_tiles)](
+    gate_up[(width // 128, num_tiles)](
         w13.values, w13.scales, inputs, input_scales, *table, weights, middle, middle_scales, *shared_up,
-        *shared_middle, hidden, width, limit, num_tokens, *input_scales.stride(), *exponent_steps,
-        ROUND=activations, BLOCK_M=256, num_warps=16 if large and w13.unpacked else 8, **blocks,
+        *shared_middle, width, limit, num_tokens, *input_scales.stride(), *exponent_steps,
+        DEPTH=hidden, ROUND=activations, BLOCK_M=256, num_warps=8,
+        maxnreg=128 if tile_tokens == TILES[0] else None,  # two programs on a multiprocessor
+        **blocks,
     )  # fmt: skip
-    _down[(hidden // 128, num_tiles)](
-        w2.values, w2.scales, middle, middle_scales, *table, *shared_down, parts, width, hidden, num_tokens, scale_row,
-        PARTS=parts.shape[1], BLOCK_M=128, num_warps=8 if large else 4, **blocks,
+    down[(hidden // 128, num_tiles)](
+        w2.values, w2.scales, middle, middle_scales, *table, *shared_down, parts, hidden, num_tokens, scale_row,
+        DEPTH=width, PARTS=parts.shape[1], BLOCK_M=128, num_warps=8 if tile_tokens == TILES[-1] else 4, **blocks,
     )  # fmt: skip
 
 
@@ -367,8 +210,8 @@ def _check(
 ) -> None:
     if activations not in get_args(Activations):
         raise ValueError(f"mega_moe: activations is {activations!r}; allowed: {', '.join(get_args(Activations))}")
-    if tile_tokens not in (None, *TILES) or (activations == "bf16" and tile_tokens == TILES[-1]):
-        raise ValueError(f"mega_moe: tile_tokens is {tile_tokens}; allowed: {TILES}, the last not with bf16")
+    if tile_tokens not in (None, *TILES) or (w13.unpacked and tile_tokens == TILES[-1]):
+        raise ValueError(f"mega_moe: tile_tokens is {tile_tokens}; allowed: {TILES}, the last not for unpacked weights")
     if w13.unpacked != w2.unpacked or (activations == "bf16" and not w13.unpacked):
         raise ValueError(
             f"mega_moe: w13.unpacked is {w13.unpacked}, w2.unpacked {w2.unpacked}, activations {activations!r}; "

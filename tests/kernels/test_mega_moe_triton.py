@@ -70,7 +70,7 @@ def test_all_tokens_on_the_same_experts_fill_several_tiles(activations, unpacked
 
 
 def test_the_largest_tile():
-    inputs, given = make(90, DEMO, "fp8", True)
+    inputs, given = make(90, DEMO, "fp8", False)
     inputs["expert_ids"] = given["expert_ids"] = torch.tensor([[7, 2]]).expand(90, -1).contiguous()
     assert_close(moe.mega_moe(**inputs, tile_tokens=128), reference.mega_moe(**given))
 
@@ -258,17 +258,17 @@ def test_no_ids_need_more_tiles_than_there_are():
 
 
 def test_tiles_fit_the_tokens_of_an_expert():
-    def chosen(num_tokens, activations="fp8"):
-        return moe.choose_tile(num_tokens, 6, 384, activations)
+    def chosen(num_tokens, unpacked=False):
+        return moe.choose_tile(num_tokens, 6, 384, unpacked)
 
     assert [chosen(tokens) for tokens in (1, 256, 682, 683, 2048, 8192)] == [16, 16, 16, 32, 64, 128]
-    assert chosen(8192, "bf16") == 64
+    assert chosen(8192, unpacked=True) == 64
 
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"activations": "int8"}, "activations is 'int8'; allowed: bf16, fp8, fp4"),
     ({"tile_tokens": 48}, r"tile_tokens is 48; allowed: \(16, 32, 64, 128\)"),
-    ({"activations": "bf16", "tile_tokens": 128}, "the last not with bf16"),
+    ({"tile_tokens": 128}, "the last not for unpacked weights"),
     ({"x": torch.zeros(2, 128, dtype=torch.bfloat16)}, r"x is \[2, 128\], w13 \[E, 256, 256\]"),
     ({"x": torch.zeros(2, 256)}, "x is torch.float32.*expected bfloat16"),
     ({"expert_ids": torch.zeros(2, 2, dtype=torch.int64).t()}, "expert_ids has strides"),

@@ -98,6 +98,7 @@ def describe(kernel, run: str) -> dict:
         "warps": kernel.metadata.num_warps,
         "stages": kernel.metadata.num_stages,
         "matrix_instructions": {name: count for name, count in matrix.items() if count},
+        "waits_for_products": len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass)),
     }
 
 

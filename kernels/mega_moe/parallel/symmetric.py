@@ -205,7 +205,7 @@ class Step:
         """What this rank's experts say of the chunk's rows, bfloat16 [rows * K, D]."""
         form, experts = self._owner.planes.form, self._owner.experts
         num_slots = sum(map(len, experts.experts))  # of all ranks, over which the rows' pairs spread
-        tile = tile_tokens or moe.choose_tile(self._num_rows, form.top_k, num_slots, form.activations)
+        tile = tile_tokens or moe.choose_tile(self._num_rows, form.top_k, num_slots, w13.unpacked)
         weights = self._plane(self._owner.planes.weights, chunk, 4 * form.top_k).view(torch.float32)
         return moe.pair_outputs(
             *self.inputs(chunk, w13.unpacked), self._slots(chunk), weights, w13, w2,

@@ -25,7 +25,7 @@ RUNS = {
     for activations in get_args(Activations)
 }
 KERNELS = {
-    *("_fill_tiles", "_gate_up", "_down", "_combine", "_quantize", "_swiglu", "_product"),
+    *("_fill_tiles", "gate_up", "down", "_combine", "_quantize", "_swiglu", "_product"),
     *("dispatch", "widen", "give_back"),
 }
 FEW = 8  # tokens; so many are sent between ranks too
@@ -98,10 +98,10 @@ def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
     shared = "QGMMA" if capability == 90 else "UTCQMMA"
     if kernel == "_product":
         return {shared}
-    if kernel not in ("_gate_up", "_down"):
+    if kernel not in ("gate_up", "down"):
         return set()
     shapes, num_tokens, activations = RUNS[run]
     native = {"bf16": "UTCHMMA", "fp8": "UTCQMMA", "fp4": "UTCOMMA"}
     routed = "HGMMA" if capability == 90 else native[activations]
-    tile = moe.choose_tile(num_tokens, shapes.num_experts_per_tok, shapes.n_routed_experts, activations)
+    tile = moe.choose_tile(num_tokens, shapes.num_experts_per_tok, shapes.n_routed_experts, unpacked=True)
     return {routed, shared} if tile == moe.TILES[0] else {routed}
