@@ -297,6 +297,7 @@ def route(
         ROWS=ROWS,
         num_warps=8,
         num_stages=4 if exact else 3,
+        maxnreg=128,  # two programs on a multiprocessor
     )
     if tiles is not None and not few:
         fill_tiles(tiles, expert_ids, num_experts)

@@ -102,6 +102,17 @@ def test_each_part_is_that_of_its_expert_and_the_shared_one_is_last(activations,
         assert_close(parts[:, k], reference.add_routed(torch.zeros_like(shared), **routed, **options))
 
 
+def test_routed_experts_take_the_rows_of_the_shared_one():
+    """Weights that keep their codes read x as it was quantised for all; its scales lie column by column."""
+    inputs, _ = make(9, EDGE, "fp8", unpacked=False)
+    rows, tiles = quantize_rows(inputs["x"]), make_tiles(inputs["expert_ids"], 5, 16)
+    names = ("weights", "w13", "w2", "shared_w13", "shared_w2", "limit", "activations")
+    given = {name: inputs[name] for name in names}
+    found = moe.expert_parts(rows.codes, rows.exponents, rows, tiles=tiles, **given)
+    assert rows.exponents.stride() == (1, 9)
+    assert torch.equal(found, parts_of(inputs, 16))
+
+
 def test_the_parts_of_ascending_experts_are_added_in_their_order():
     """What a hyper-connection does with the parts is what `combine` does, bit for bit."""
     inputs, _ = make(9, EDGE)

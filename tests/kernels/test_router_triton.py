@@ -123,6 +123,9 @@ def test_wrong_arguments_are_refused():
     inputs = make(2, 128, 5, 3)
     with pytest.raises(ValueError, match=r"x is \[2, 128\], gate_weight \[5, 128\], top_k 6"):
         triton.route(**(inputs | {"top_k": 6}))
+    narrow = make(2, 96, 5, 3)
+    with pytest.raises(ValueError, match=r"x is \[2, 96\]; to round it, D must be a multiple of 128"):
+        triton.route(**narrow, rounded=torch.empty_like(narrow["x"]))
     with pytest.raises(ValueError, match="x has strides"):
         triton.route(**(inputs | {"x": torch.zeros(128, 2, dtype=torch.bfloat16).t()}))
 
