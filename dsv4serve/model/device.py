@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.triton import linear_bf16, linear_fp8
-from dsv4_kernels.mega_moe.shared import shared_expert
-from dsv4_kernels.mega_moe.triton import mega_moe
+from dsv4_kernels.mega_moe.tiles import empty_tiles
+from dsv4_kernels.mega_moe.triton import choose_tile, expert_parts
 from dsv4_kernels.mega_moe.weights import Fp4Weight
 from dsv4_kernels.mhc.triton import mhc_boundary, mhc_head
 from dsv4_kernels.norm.triton import rms_norm_fp8
@@ -110,20 +110,38 @@ class DeviceMoE:
         self.shared_w2: Fp8Weight = weights[shared + "w2.weight"]
 
     def __call__(self, x: Tensor, x_fp8: Fp8Rows, token_ids: Tensor, step: DeviceStep) -> Tensor:
-        """x bf16 [rows, hidden] normed input, the same in E4M3, token_ids int64 [rows] -> bf16 [rows, hidden]."""
-        config = self.config
-        weights, expert_ids = route(
+        """What each expert says, then the shared one: bf16 [rows, K + 1, hidden], to be added in this order.
+
+        x: bf16 [rows, hidden] normed input; x_fp8: the same in E4M3; token_ids: int64 [rows].
+        """
+        config, (num_tokens, top_k) = self.config, (len(x), self.config.num_experts_per_tok)
+        tile_tokens = choose_tile(num_tokens, top_k, self.w13.num_experts, self.w13.unpacked)
+        tiles = empty_tiles(num_tokens * top_k, self.w13.num_experts, tile_tokens, x.device)
+        rounded = torch.empty_like(x) if self.w13.unpacked else None
+        weights, _ = route(
             x,
             self.gate_weight,
             bias=self.bias,
             tid2eid=self.tid2eid,
             token_ids=token_ids,
-            top_k=config.num_experts_per_tok,
+            top_k=top_k,
             scale=config.routed_scaling_factor,
             positions=step.positions,
+            tiles=tiles,
+            rounded=rounded,
         )
-        shared = shared_expert(x_fp8, self.shared_w13, self.shared_w2, limit=config.swiglu_limit)
-        return mega_moe(x, expert_ids, weights, self.w13, self.w2, shared, limit=config.swiglu_limit, activations="fp8")
+        return expert_parts(
+            *((x_fp8.codes, x_fp8.exponents) if rounded is None else (rounded, rounded)),
+            x_fp8,
+            weights,
+            tiles,
+            self.w13,
+            self.w2,
+            self.shared_w13,
+            self.shared_w2,
+            limit=config.swiglu_limit,
+            activations="fp8",
+        )
 
 
 class DeviceBlock:

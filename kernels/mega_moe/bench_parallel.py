@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dsv4_kernels.benching import Measured, copy_rate, matmul_rate, write_lines
 from dsv4_kernels.cases import PRO
-from dsv4_kernels.mega_moe.bench import floor_bytes, flops
+from dsv4_kernels.mega_moe.bench import routed_bytes, routed_flops
 from dsv4_kernels.mega_moe.cases import packed_weight, routed_tokens
 from dsv4_kernels.mega_moe.parallel import ExpertMap, ExpertParallel, Traffic
 from dsv4_kernels.mega_moe.parallel.symmetric import Step, symmetric_experts
@@ -150,9 +150,8 @@ def line(layer: Layer, name: str, num_tokens: int, us: float, sent: int, product
     num_ranks, num_pairs = dist.get_world_size(), num_tokens * PRO.num_experts_per_tok * dist.get_world_size()
     mine = PRO.n_routed_experts / num_ranks
     num_hit = round(mine * (1 - (1 - 1 / PRO.n_routed_experts) ** num_pairs))  # of evenly drawn experts, about
-    measured = Measured(
-        us, floor_bytes(PRO, num_tokens, num_hit), flops(PRO, num_tokens), copy_rate(), matmul_rate("bf16")
-    )
+    moved = routed_bytes(PRO, num_hit) + 3 * 2 * num_tokens * PRO.hidden_size  # x, the shared output, the sum
+    measured = Measured(us, moved, routed_flops(PRO, num_tokens), copy_rate(), matmul_rate("bf16"))
     return measured.as_line(
         op="mega_moe_parallel",
         implementation=name,

@@ -1,19 +1,22 @@
 """The FP4 weights of all experts of a layer, laid out once at load for the Triton kernels.
 
-Scales: those of 128 neighbouring inputs lie together for all rows, [E, K / 128, rows, 4], so that a tile's are one
-piece of memory. In the checkpoint [E, rows, K / 32] a tile would read four bytes from each of its rows.
+Values and scales of 128 neighbouring inputs lie together for all rows, [E, K / 128, rows, ..]: what a program reads in
+one step is one piece of memory, 64 bytes of values and 4 of scales a row. In the checkpoint [E, rows, K / 2] it would
+be half a cache line from each of its rows.
 
-Values stay as in the checkpoint where tensor cores take FP4 (sm_100 and later). Elsewhere they must become bf16 in
-registers, and unpacking limits the speed, so the bits are moved, in place, to where this costs least. The 32-bit word
-(b, c) of a row holds the weights k = 32 b + 8 h + 2 c + e, h in 0..3 and e in 0..1: those a thread needs for four
-steps of the bf16 instruction, whose registers hold the neighbours e = 0, 1. Half e of the word has, for each h, the
-four bits of a code (sign, two of exponent, mantissa) where a mask after a shift by 3 h makes a bf16 number of them:
+Codes stay as in the checkpoint where tensor cores take FP4 (sm_100 and later). Elsewhere they must become bf16 in
+registers, and unpacking limits the speed, so the bits are moved to where this costs least. The 32-bit word (b, c) of a
+row holds the weights k = 32 b + 8 h + 2 c + e, h in 0..3 and e in 0..1: those a thread needs for four steps of the bf16
+instruction, whose registers hold the neighbours e = 0, 1 in their halves. A code is sign, two bits of exponent,
+mantissa; as a bf16 number they are bits 15, 8, 7 and 6 of a half. Half e of the word holds, of each h,
 
     bit    15 14 13 12 11 10  9  8  7  6  5  4  3  2  1  0
-    h       0  3  3  1  3  3  2  0  0  0  1  1  1  2  2  2
+    h       0  3  3  2  2  2  1  0  0  0  3  3  2  1  1  1
 
-The sign of h = 0 is bit 15, its exponent 8 and 7, its mantissa 6; h = 1, 2 alike, lower by 3 and 6. h = 3 has what is
-left: sign 14, mantissa 13, exponent 11 and 10.
+so that h = 0 is there after a mask, h = 1 after a shift by 6 to the left and a mask, h = 2 after a rotation by 4 to
+the right (its sign is in the other half of the word), and h = 3 needs two shifts: sign, low exponent bit and mantissa
+by 2 to the left, high exponent bit by 6 to the right. Nine operations for eight weights. Seven would need a set of
+bits that covers a half with four rotations of {15, 8, 7, 6}: there is none, nor one with three and a single shift.
 """
 
 from __future__ import annotations
@@ -23,16 +26,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SCALE_BLOCK = 128
-# For each h, which bits of a code (mask) move how far to the left in half 0 of the word.
-MOVES = (((7, 6), (8, 12)), ((7, 3), (8, 9)), ((7, 0), (8, 6)), ((1, 13), (6, 9), (8, 11)))
+BLOCK = 128  # inputs whose values and scales lie together
+VALUE_BYTES, SCALE_BYTES = BLOCK // 2, BLOCK // 32  # of a row, in a block
+WORD_BITS = 32
+# For each h, where the bits of a code go: its bit (0 = mantissa .. 3 = sign) -> bit of the word, for half 0.
+MOVES = ((6, 7, 8, 15), (0, 1, 2, 9), (10, 11, 12, 19), (4, 5, 14, 13))
 
 
 @dataclass(frozen=True)
 class Fp4Weight:
     """FP4 weights [E, rows, K] in the form that the kernels read; made by `relayout`."""
 
-    values: Tensor  # uint8 [E, rows, K / 2], the checkpoint's codes; unpacked: int32 [E, rows, K / 8]
+    values: Tensor  # uint8 [E, K / 128, rows, 64], the checkpoint's codes; unpacked: int32 [E, K / 128, rows, 16]
     scales: Tensor  # E8M0 bytes uint8 [E, K / 128, rows, 4]
     unpacked: bool  # for tensor cores that have no FP4: the kernels make bf16 of it
 
@@ -44,48 +49,46 @@ class Fp4Weight:
     @property
     def num_rows(self) -> int:
         """Outputs of each expert."""
-        return self.values.shape[1]
+        return self.values.shape[2]
 
     @property
     def depth(self) -> int:
         """Inputs of each expert, K."""
-        return self.scales.shape[1] * SCALE_BLOCK
+        return self.scales.shape[1] * BLOCK
 
 
 def relayout(packed: Tensor, scale: Tensor, *, unpacked: bool) -> Fp4Weight:
     """Weights as the checkpoint stores them (docs/checkpoint.md section 3) in the form of the kernels.
 
     Args:
-        packed: uint8 or int8 [E, rows, K / 2], contiguous; with `unpacked` its bits are moved IN PLACE, expert by
-            expert, and the result shares its memory. Without, it is not changed.
+        packed: uint8 or int8 [E, rows, K / 2], contiguous; its bytes are moved IN PLACE, expert by expert, and the
+            result shares its memory.
         scale: E8M0 [E, rows, K / 32] (uint8 or float8_e8m0fnu); copied.
         unpacked: see `Fp4Weight`; wanted for "bf16" activations and below sm_100.
 
     Raises ValueError where K is not a multiple of 128.
     """
     num_experts, num_rows, half = packed.shape
-    if half % (SCALE_BLOCK // 2) or not packed.is_contiguous():
+    if half % VALUE_BYTES or not packed.is_contiguous():
         raise ValueError(
             f"relayout: packed is {list(packed.shape)} with strides {packed.stride()}; "
-            f"expected contiguous [E, rows, K / 2], K a multiple of {SCALE_BLOCK}"
+            f"expected contiguous [E, rows, K / 2], K a multiple of {BLOCK}"
         )
-    scales = (
-        scale.view(torch.uint8).view(num_experts, num_rows, 2 * half // SCALE_BLOCK, 4).transpose(1, 2).contiguous()
-    )
-    values = packed.view(torch.uint8)
-    if unpacked:
-        for expert in values:
-            expert.copy_(_arrange(expert))
-        values = values.view(torch.int32)
-    return Fp4Weight(values, scales, unpacked)
+    codes = packed.view(torch.uint8)
+    values = codes.view(num_experts, -1, num_rows, VALUE_BYTES)
+    for expert, target in zip(codes, values, strict=True):
+        target.copy_(_by_block(_arrange(expert) if unpacked else expert.clone(), VALUE_BYTES))
+    scales = torch.stack([_by_block(expert, SCALE_BYTES) for expert in scale.view(torch.uint8)])
+    return Fp4Weight(values.view(torch.int32) if unpacked else values, scales, unpacked)
 
 
 def empty_experts(num_experts: int, num_rows: int, depth: int, *, unpacked: bool, device: torch.device) -> Fp4Weight:
     """Weights [E, rows, K] to be written by `write_expert`. Raises ValueError where K is not a multiple of 128."""
-    if depth % SCALE_BLOCK:
-        raise ValueError(f"empty_experts: K is {depth}; expected a multiple of {SCALE_BLOCK}")
-    values = torch.empty(num_experts, num_rows, depth // 2, dtype=torch.uint8, device=device)
-    scales = torch.empty(num_experts, depth // SCALE_BLOCK, num_rows, 4, dtype=torch.uint8, device=device)
+    if depth % BLOCK:
+        raise ValueError(f"empty_experts: K is {depth}; expected a multiple of {BLOCK}")
+    blocks = num_experts, depth // BLOCK, num_rows
+    values = torch.empty(*blocks, VALUE_BYTES, dtype=torch.uint8, device=device)
+    scales = torch.empty(*blocks, SCALE_BYTES, dtype=torch.uint8, device=device)
     return Fp4Weight(values.view(torch.int32) if unpacked else values, scales, unpacked)
 
 
@@ -95,12 +98,16 @@ def write_expert(weight: Fp4Weight, expert: int, first_row: int, packed: Tensor,
     Args:
         packed: uint8 or int8 [n, K / 2]; scale: E8M0 [n, K / 32] (uint8 or float8_e8m0fnu); on the weight's device.
     """
-    num_rows = packed.shape[0]
-    rows = slice(first_row, first_row + num_rows)
+    rows = slice(first_row, first_row + packed.shape[0])
     packed = packed.view(torch.uint8)
-    weight.values[expert, rows].view(torch.uint8).copy_(_arrange(packed) if weight.unpacked else packed)
-    grouped = scale.view(torch.uint8).view(num_rows, -1, 4).transpose(0, 1)
-    weight.scales[expert, :, rows].copy_(grouped)
+    values = _by_block(_arrange(packed) if weight.unpacked else packed, VALUE_BYTES)
+    weight.values[expert, :, rows].view(torch.uint8).copy_(values)
+    weight.scales[expert, :, rows].copy_(_by_block(scale.view(torch.uint8), SCALE_BYTES))
+
+
+def _by_block(rows: Tensor, size: int) -> Tensor:
+    """Bytes [rows, blocks * size] as [blocks, rows, size]."""
+    return rows.view(len(rows), -1, size).transpose(0, 1).contiguous()
 
 
 def _arrange(packed: Tensor) -> Tensor:
@@ -111,6 +118,6 @@ def _arrange(packed: Tensor) -> Tensor:
     for e in range(2):
         for h in range(4):
             code = byte[:, :, h] >> (4 * e)
-            for mask, shift in MOVES[h]:
-                word |= (code & mask) << (shift + 16 * e)
+            for bit, place in enumerate(MOVES[h]):
+                word |= ((code >> bit) & 1) << ((place + 16 * e) % WORD_BITS)
     return word.view(torch.uint8).view(num_rows, half)

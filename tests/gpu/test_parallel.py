@@ -15,6 +15,7 @@ import torch.distributed as dist
 from dsv4_kernels.cases import DEMO, FLASH, PRO
 from dsv4_kernels.mega_moe import triton as moe
 from dsv4_kernels.mega_moe.cases import packed_weight, routed_tokens
+from dsv4_kernels.mega_moe.combine import combine
 from dsv4_kernels.mega_moe.parallel import ExpertMap, ExpertParallel
 from dsv4_kernels.mega_moe.parallel.symmetric import symmetric_experts
 from dsv4_kernels.mega_moe.parallel.wire import RowFormat
@@ -74,7 +75,10 @@ def expected_of(layer, many, options, unpacked, rank):
     """This rank's part of what one GPU with all experts says to the tokens of all."""
     everything = {key: torch.cat([one[key] for one in many]) for key in many[0]}
     w13, w2 = weights_of(layer, list(range(NUM_EXPERTS)), unpacked)
-    outputs = moe.mega_moe(**everything, w13=w13, w2=w2, **options, tile_tokens=TILE)
+    x, ids = everything["x"], everything["expert_ids"]
+    inputs = moe.rounded_inputs(x, options["activations"], unpacked)
+    outputs = moe.pair_outputs(*inputs, ids, everything["weights"], w13, w2, **options, tile_tokens=TILE)
+    outputs = combine(outputs.view(*ids.shape, x.shape[1]), everything["shared"], ids)
     return outputs.split([len(one["x"]) for one in many])[rank]
 
 

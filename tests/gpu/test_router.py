@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from dsv4_kernels.cases import DEMO, FLASH, PRO
+from dsv4_kernels.mega_moe.tiles import empty_tiles, make_tiles
+from dsv4_kernels.quant import fake_quantize_fp8
 from dsv4_kernels.router.cases import Case
 from dsv4_kernels.router.triton import route
 
@@ -30,9 +32,9 @@ def test_the_best_experts_and_their_weights(name, num_tokens, weight_dtype):
     scores = torch.nn.functional.softplus(logits).sqrt()
     biased = scores + inputs["bias"].double()
     chosen = biased.gather(1, ids)
-    assert (chosen[:, :-1] >= chosen[:, 1:] - BOUND).all()
+    assert (ids[:, :-1] < ids[:, 1:]).all()
     rest = biased.scatter(1, ids, -torch.inf)
-    assert (rest <= chosen[:, -1:] + BOUND).all()
+    assert (rest <= chosen.amin(1, keepdim=True) + BOUND).all()
     expected = scores.gather(1, ids)
     expected *= inputs["scale"] / expected.sum(1, keepdim=True)
     assert ((weights - expected).abs() <= BOUND * expected).all()
@@ -43,7 +45,34 @@ def test_hash_layers_and_ties():
     inputs = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
     table = torch.rand(FLASH.vocab_size, 8, device="cuda").argsort(1)[:, :6].contiguous()
     _, ids = route(**(inputs | {"tid2eid": table, "bias": None}))
-    assert torch.equal(ids, table[inputs["token_ids"]])
+    assert torch.equal(ids, table[inputs["token_ids"]].sort(dim=1).values)
     inputs["gate_weight"][:] = inputs["gate_weight"][:1].clone()
     inputs["bias"][:] = -1.0
     assert route(**inputs)[1].tolist() == [[0, 1, 2, 3, 4, 5]] * 50
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 16, 64, 85, 86, 300])
+def test_the_same_launch_fills_the_tiles_and_rounds_x_again_and_again(num_tokens):
+    """In a graph, so that launches follow each other as closely as they can: all of them find the counters zero."""
+    inputs = Case("pro", num_tokens, PRO).make(7, torch.bfloat16)
+    inputs = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
+    inputs["gate_weight"] = inputs["gate_weight"].bfloat16()
+    expected, ids = route(**inputs)
+    tiles = [empty_tiles(num_tokens * 6, 384, 16, ids.device) for _ in range(20)]
+    rounded = torch.full_like(inputs["x"], torch.nan)
+    route(**inputs, tiles=tiles[0], rounded=rounded)
+    rounded.fill_(torch.nan)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [route(**inputs, tiles=one, rounded=rounded) for one in tiles]
+    graph.replay()
+    plain = make_tiles(ids, 384, 16)
+    used = plain.experts >= 0
+    assert torch.equal(rounded, fake_quantize_fp8(inputs["x"], 128))
+    for (weights, chosen), one in zip(found, tiles, strict=True):
+        assert torch.equal(weights, expected)
+        assert torch.equal(chosen, ids)
+        assert torch.equal(one.pairs, plain.pairs)
+        assert torch.equal(one.experts, plain.experts)
+        assert torch.equal(one.firsts[used], plain.firsts[used])
+        assert torch.equal(one.counts[used], plain.counts[used])

@@ -39,5 +39,10 @@ def test_kernels_compile_without_stack_and_on_the_tensor_cores(operation, capabi
         assert kernel["stack_bytes"] == 0, kernel
         assert kernel["shared_bytes"] <= MAX_SHARED_BYTES, kernel
         assert kernel["tensor_memory_columns"] <= MAX_TENSOR_MEMORY_COLUMNS, kernel
-        assert sorted(kernel["matrix_instructions"]) == kernel["expected_instructions"], kernel
+        found = kernel["matrix_instructions"]
+        assert sorted(found) == kernel["expected_instructions"], kernel
         assert kernel["kernel"] not in unconverted or kernel["loop_conversions"] == 0, kernel
+        # Hopper's products run beside other instructions. Where the compiler sees a way around a loop whose sums they
+        # are, it waits for each of them. `out_proj` has one that waits, at 512 tokens.
+        warpgroup = found.get("HGMMA", 0) + found.get("QGMMA", 0)
+        assert kernel["waits_for_products"] < max(1, warpgroup) or operation == "out_proj", kernel

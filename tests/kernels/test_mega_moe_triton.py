@@ -8,12 +8,19 @@ from support import triton_interpreter  # noqa: F401  # before any kernel
 from support.poison import poisoned  # noqa: F401
 
 from dsv4_kernels.cases import DEMO, EDGE
-from dsv4_kernels.mega_moe import reference
+from dsv4_kernels.gemm.fp8 import Fp8Weight
+from dsv4_kernels.gemm.quantize import quantize_rows
+from dsv4_kernels.mega_moe import product, reference
 from dsv4_kernels.mega_moe import triton as moe
 from dsv4_kernels.mega_moe.cases import Case
 from dsv4_kernels.mega_moe.tiles import make_tiles, max_tiles
 from dsv4_kernels.mega_moe.weights import relayout
-from dsv4_kernels.quant.reference import dequantize_fp4_weight, quantize_fp4_weight
+from dsv4_kernels.quant.reference import (
+    dequantize_fp4_weight,
+    dequantize_fp8_blocks,
+    quantize_fp4_weight,
+    quantize_fp8_blocks,
+)
 
 FORMS = [("bf16", True), ("fp8", True), ("fp8", False), ("fp4", True), ("fp4", False)]
 BOUND = 1e-3  # relative norm: a float32 sum in another order decides a bfloat16 or FP8 rounding now and then
@@ -21,15 +28,18 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def make(num_tokens, shapes=DEMO, activations="fp8", unpacked=True):
-    """Inputs of the kernel and of the reference, the same FP4 weights in both."""
+    """Inputs of the kernel and of the reference, the same FP4 and FP8 weights in both."""
     case = Case("random", num_tokens, shapes).make(9, torch.bfloat16)
     inputs = {key: case[key] for key in ("x", "expert_ids", "weights", "limit")} | {"activations": activations}
-    inputs["shared"] = case["x"].flip(0) * 0.25
-    given = inputs.copy()
+    given = inputs | {"quantize_shared": True}
     for name in ("w13", "w2"):
         packed, scale = quantize_fp4_weight(case[name])
         given[name] = dequantize_fp4_weight(packed, scale)
         inputs[name] = relayout(packed, scale, unpacked=unpacked)
+        name = f"shared_{name}"
+        codes, scale = quantize_fp8_blocks(case[name])
+        given[name] = dequantize_fp8_blocks(codes, scale)
+        inputs[name] = Fp8Weight.from_checkpoint(codes, scale)
     return inputs, given
 
 
@@ -43,7 +53,7 @@ def assert_close(found, expected):
 @pytest.mark.parametrize(("num_tokens", "shapes", "tile"), [(1, DEMO, None), (7, EDGE, None), (20, EDGE, 32)])
 def test_equals_the_reference(num_tokens, shapes, tile, activations, unpacked):
     inputs, given = make(num_tokens, shapes, activations, unpacked)
-    assert_close(moe.mega_moe(**inputs, tile_tokens=tile), reference.add_routed(**given))
+    assert_close(moe.mega_moe(**inputs, tile_tokens=tile), reference.mega_moe(**given))
 
 
 @pytest.mark.parametrize(("activations", "unpacked"), FORMS)
@@ -56,13 +66,61 @@ def test_no_tokens(activations, unpacked):
 def test_all_tokens_on_the_same_experts_fill_several_tiles(activations, unpacked):
     inputs, given = make(40, EDGE, activations, unpacked)
     inputs["expert_ids"] = given["expert_ids"] = torch.tensor([[3, 0, 4]]).expand(40, -1).contiguous()
-    assert_close(moe.mega_moe(**inputs, tile_tokens=16), reference.add_routed(**given))
+    assert_close(moe.mega_moe(**inputs, tile_tokens=16), reference.mega_moe(**given))
 
 
 def test_the_largest_tile():
-    inputs, given = make(90, DEMO, "fp8", True)
+    inputs, given = make(90, DEMO, "fp8", False)
     inputs["expert_ids"] = given["expert_ids"] = torch.tensor([[7, 2]]).expand(90, -1).contiguous()
-    assert_close(moe.mega_moe(**inputs, tile_tokens=128), reference.add_routed(**given))
+    assert_close(moe.mega_moe(**inputs, tile_tokens=128), reference.mega_moe(**given))
+
+
+def parts_of(inputs, tile):
+    """`expert_parts` as `mega_moe` calls it."""
+    ids, activations = inputs["expert_ids"], inputs["activations"]
+    return moe.expert_parts(
+        *moe.rounded_inputs(inputs["x"], activations, inputs["w13"].unpacked), quantize_rows(inputs["x"]),
+        inputs["weights"], make_tiles(ids, inputs["w13"].num_experts, tile), inputs["w13"], inputs["w2"],
+        inputs["shared_w13"], inputs["shared_w2"], limit=inputs["limit"], activations=activations,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tile", [16, 32])
+@pytest.mark.parametrize(("activations", "unpacked"), [("bf16", True), ("fp8", True), ("fp8", False), ("fp4", False)])
+def test_each_part_is_that_of_its_expert_and_the_shared_one_is_last(activations, unpacked, tile):
+    inputs, given = make(19, EDGE, activations, unpacked)
+    parts = parts_of(inputs, tile)
+    assert parts.shape == (19, 4, 384)
+    options = {"limit": given["limit"], "activations": activations}
+    shared = reference.shared_expert(
+        given["x"], given["shared_w13"], given["shared_w2"], limit=given["limit"], quantize=True
+    )
+    assert_close(parts[:, 3], shared)
+    for k in range(3):
+        one = {name: given[name][:, k : k + 1] for name in ("expert_ids", "weights")}
+        routed = {"x": given["x"], **one, "w13": given["w13"], "w2": given["w2"]}
+        assert_close(parts[:, k], reference.add_routed(torch.zeros_like(shared), **routed, **options))
+
+
+def test_routed_experts_take_the_rows_of_the_shared_one():
+    """Weights that keep their codes read x as it was quantised for all; its scales lie column by column."""
+    inputs, _ = make(9, EDGE, "fp8", unpacked=False)
+    rows, tiles = quantize_rows(inputs["x"]), make_tiles(inputs["expert_ids"], 5, 16)
+    names = ("weights", "w13", "w2", "shared_w13", "shared_w2", "limit", "activations")
+    given = {name: inputs[name] for name in names}
+    found = moe.expert_parts(rows.codes, rows.exponents, rows, tiles=tiles, **given)
+    assert rows.exponents.stride() == (1, 9)
+    assert torch.equal(found, parts_of(inputs, 16))
+
+
+def test_the_parts_of_ascending_experts_are_added_in_their_order():
+    """What a hyper-connection does with the parts is what `combine` does, bit for bit."""
+    inputs, _ = make(9, EDGE)
+    inputs["expert_ids"] = inputs["expert_ids"].sort(dim=1).values
+    total = torch.zeros(9, 384)
+    for part in parts_of(inputs, 16).unbind(1):
+        total += part.float()
+    assert torch.equal(moe.mega_moe(**inputs, tile_tokens=16), total.bfloat16())
 
 
 @pytest.mark.parametrize("unpacked", [True, False])
@@ -82,15 +140,14 @@ def test_rows_without_experts_are_padding_and_pairs_without_are_left_out():
     inputs["expert_ids"] = given["expert_ids"].clone()
     inputs["expert_ids"][padding] = -1
     inputs["expert_ids"][partial, 1] = -1
-    for name in ("x", "shared"):
-        inputs[name] = given[name].clone()
-        inputs[name][padding] = torch.inf
+    inputs["x"] = given["x"].clone()
+    inputs["x"][padding] = torch.inf
     found = moe.mega_moe(**inputs)
     assert found[padding].isnan().all()  # as poisoned: nothing was written
     assert torch.equal(found[[0, 2, 4]], complete[[0, 2, 4]])
     given["weights"] = given["weights"].clone()
     given["weights"][partial, 1] = 0
-    assert_close(found[partial], reference.add_routed(**given)[partial])
+    assert_close(found[partial], reference.mega_moe(**given)[partial])
 
 
 @pytest.mark.parametrize(("activations", "unpacked"), FORMS)
@@ -107,7 +164,7 @@ def test_nan_in_one_token_stays_there(activations, unpacked):
 def test_a_token_has_the_same_bits_alone_and_in_a_batch_of_the_same_tiles(activations, unpacked):
     inputs, _ = make(20, EDGE, activations, unpacked)
     together = moe.mega_moe(**inputs, tile_tokens=16)
-    alone = inputs | {key: inputs[key][13:14].contiguous() for key in ("x", "expert_ids", "weights", "shared")}
+    alone = inputs | {key: inputs[key][13:14].contiguous() for key in ("x", "expert_ids", "weights")}
     assert torch.equal(moe.mega_moe(**alone, tile_tokens=16), together[13:14])
 
 
@@ -118,8 +175,7 @@ def test_values_of_extreme_sizes(activations, unpacked):
     inputs["x"] *= torch.logspace(-7, 7, 8).view(8, 1)  # in place: `given` has the same tensors
     inputs["x"][:, 64] *= 1e4
     inputs["weights"] *= torch.logspace(0, -6, 8).view(8, 1)
-    inputs["shared"].zero_()
-    for found, expected in zip(moe.mega_moe(**inputs), reference.add_routed(**given), strict=True):
+    for found, expected in zip(moe.mega_moe(**inputs), reference.mega_moe(**given), strict=True):
         assert_close(found, expected)
 
 
@@ -127,8 +183,9 @@ def test_values_of_extreme_sizes(activations, unpacked):
 def unpack(words, scales, out, ROWS: tl.constexpr, DEPTH: tl.constexpr):
     row = tl.arange(0, ROWS)[:, None]
     group = tl.arange(0, DEPTH // 32)[None, :]
-    values = moe._unpack(
-        tl.load(words + row * (DEPTH // 8) + tl.arange(0, DEPTH // 8)[None, :]),
+    word = tl.arange(0, DEPTH // 8)[None, :]
+    values = product._unpack(
+        tl.load(words + (word // 16 * ROWS + row) * 16 + word % 16),
         tl.load(scales + group // 4 * ROWS * 4 + row * 4 + group % 4),
         ROWS,
         DEPTH,
@@ -153,15 +210,29 @@ def test_unpacking_gives_every_code_at_every_place_with_every_scale_of_a_sane_we
     assert len(scale.unique()) == 96
 
 
-def test_the_other_form_keeps_the_codes():
-    packed = torch.randint(-128, 128, (2, 3, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(11))
-    scale = torch.arange(24, dtype=torch.uint8).view(2, 3, 4)
-    weight = relayout(packed, scale, unpacked=False)
+@pytest.mark.parametrize("unpacked", [True, False])
+def test_what_a_step_reads_of_a_row_lies_together(unpacked):
+    draw = torch.Generator().manual_seed(11)
+    packed = torch.randint(-128, 128, (2, 3, 1152), dtype=torch.int8, generator=draw)  # scales of a row: 72 bytes
+    scale = torch.randint(0, 255, (2, 3, 72), dtype=torch.uint8, generator=draw)
+    codes = packed.view(torch.uint8).clone()
+    weight = relayout(packed, scale, unpacked=unpacked)
     assert weight.values.data_ptr() == packed.data_ptr()
-    assert (weight.num_experts, weight.num_rows, weight.depth) == (2, 3, 128)
-    assert torch.equal(weight.scales, scale.view(2, 1, 3, 4))
+    assert (weight.num_experts, weight.num_rows, weight.depth) == (2, 3, 2304)
+    assert torch.equal(weight.scales, scale.view(2, 3, 18, 4).transpose(1, 2))
+    blocks = codes.view(2, 3, 18, 64).transpose(1, 2)
+    if unpacked:
+        assert weight.values.shape == (2, 18, 3, 16)
+        single = relayout(blocks.reshape(1, -1, 64).clone(), scale.view(1, -1, 4), unpacked=True)
+        assert torch.equal(weight.values.view(-1, 16), single.values.view(-1, 16))
+    else:
+        assert torch.equal(weight.values, blocks)
+
+
+def test_half_a_block_is_refused():
+    packed = torch.zeros(2, 3, 48, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"packed is \[2, 3, 48\].*K a multiple of 128"):
-        relayout(packed[:, :, :48].contiguous(), scale, unpacked=False)
+        relayout(packed, torch.zeros(2, 3, 3, dtype=torch.uint8), unpacked=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
@@ -198,17 +269,17 @@ def test_no_ids_need_more_tiles_than_there_are():
 
 
 def test_tiles_fit_the_tokens_of_an_expert():
-    def chosen(num_tokens, activations="fp8"):
-        return moe.choose_tile(num_tokens, 6, 384, activations)
+    def chosen(num_tokens, unpacked=False):
+        return moe.choose_tile(num_tokens, 6, 384, unpacked)
 
     assert [chosen(tokens) for tokens in (1, 256, 682, 683, 2048, 8192)] == [16, 16, 16, 32, 64, 128]
-    assert chosen(8192, "bf16") == 64
+    assert chosen(8192, unpacked=True) == 64
 
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"activations": "int8"}, "activations is 'int8'; allowed: bf16, fp8, fp4"),
     ({"tile_tokens": 48}, r"tile_tokens is 48; allowed: \(16, 32, 64, 128\)"),
-    ({"activations": "bf16", "tile_tokens": 128}, "the last not with bf16"),
+    ({"tile_tokens": 128}, "the last not for unpacked weights"),
     ({"x": torch.zeros(2, 128, dtype=torch.bfloat16)}, r"x is \[2, 128\], w13 \[E, 256, 256\]"),
     ({"x": torch.zeros(2, 256)}, "x is torch.float32.*expected bfloat16"),
     ({"expert_ids": torch.zeros(2, 2, dtype=torch.int64).t()}, "expert_ids has strides"),

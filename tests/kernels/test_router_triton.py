@@ -5,7 +5,10 @@ import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
 from support.poison import poisoned  # noqa: F401
 
+from dsv4_kernels.arrival import counters
 from dsv4_kernels.cases import Shapes
+from dsv4_kernels.mega_moe.tiles import empty_tiles, make_tiles
+from dsv4_kernels.quant import fake_quantize_fp8
 from dsv4_kernels.router import reference, triton
 from dsv4_kernels.router.cases import Case
 
@@ -22,7 +25,10 @@ def make(num_tokens, hidden, num_experts, top_k, x_dtype=torch.bfloat16, weight_
 
 
 def expected(inputs):
-    return reference.route(**(inputs | {"gate_weight": inputs["gate_weight"].float()}))
+    """Of the reference, a token's experts in the order of their ids."""
+    weights, ids = reference.route(**(inputs | {"gate_weight": inputs["gate_weight"].float()}))
+    ids, order = ids.sort(dim=1)
+    return weights.gather(1, order), ids
 
 
 def assert_same(found, others):
@@ -46,7 +52,7 @@ def test_hash_layers_take_the_experts_of_the_token(bias):
     inputs["tid2eid"] = torch.rand(1000, 12, generator=torch.Generator().manual_seed(4)).argsort(1)[:, :4].contiguous()
     inputs["bias"] = inputs["bias"] if bias else None  # not used either way
     found = triton.route(**inputs)
-    assert torch.equal(found[1], inputs["tid2eid"][inputs["token_ids"]])
+    assert torch.equal(found[1], inputs["tid2eid"][inputs["token_ids"]].sort(dim=1).values)
     assert_same(found, expected(inputs))
 
 
@@ -60,7 +66,7 @@ def test_the_lower_id_wins_a_tie():
     inputs["gate_weight"][:] = inputs["gate_weight"][:1]
     inputs["bias"][:] = -3.0  # negative sums, in reverse order of their bits
     inputs["bias"][[2, 17]] = -1.0
-    assert triton.route(**inputs)[1].tolist() == [[2, 17, 0, 1]] * 3
+    assert triton.route(**inputs)[1].tolist() == [[0, 1, 2, 17]] * 3
 
 
 def test_scores_over_the_whole_range_of_logits():
@@ -74,7 +80,7 @@ def test_scores_over_the_whole_range_of_logits():
     }  # fmt: skip
     weights, ids = triton.route(**inputs)
     scores = torch.nn.functional.softplus(logits.double()).sqrt()
-    assert torch.equal(ids, torch.sort(scores, descending=True, stable=True).indices[None])
+    assert torch.equal(ids, torch.arange(128)[None])
     exact = (scores / scores.sum())[ids[0]]
     assert ((weights[0] - exact).abs() <= 5e-6 * exact).all()
 
@@ -85,7 +91,7 @@ def test_padding_rows_get_no_expert_and_are_not_read():
     positions = torch.tensor([4, -1, 0, 7, -1], dtype=torch.int32)
     inputs["x"][[1, 4]] = torch.nan
     inputs["token_ids"][[1, 4]] = 1 << 60
-    for table in (None, torch.arange(3000).view(1000, 3) % 12):
+    for table in (None, torch.arange(3000).view(1000, 3) % 12):  # 0 to 11 and over again: not all rows are sorted
         weights, ids = triton.route(**(inputs | {"tid2eid": table}), positions=positions)
         assert (ids[[1, 4]] == -1).all()
         assert not weights[[1, 4]].any()
@@ -117,5 +123,54 @@ def test_wrong_arguments_are_refused():
     inputs = make(2, 128, 5, 3)
     with pytest.raises(ValueError, match=r"x is \[2, 128\], gate_weight \[5, 128\], top_k 6"):
         triton.route(**(inputs | {"top_k": 6}))
+    narrow = make(2, 96, 5, 3)
+    with pytest.raises(ValueError, match=r"x is \[2, 96\]; to round it, D must be a multiple of 128"):
+        triton.route(**narrow, rounded=torch.empty_like(narrow["x"]))
     with pytest.raises(ValueError, match="x has strides"):
         triton.route(**(inputs | {"x": torch.zeros(128, 2, dtype=torch.bfloat16).t()}))
+
+
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_experts"), [(1, 1, 1), (5, 3, 12), (70, 6, 40), (90, 6, 16)])
+def test_the_tiles_are_those_of_the_chosen_experts(num_tokens, top_k, num_experts):
+    """Of few pairs in the same launch, of more than 512 in another."""
+    inputs = make(num_tokens, 128, num_experts, top_k)
+    positions = torch.arange(num_tokens, dtype=torch.int32)
+    positions[3::4] = -1
+    tiles = empty_tiles(num_tokens * top_k, num_experts, 16, torch.device("cpu"))
+    _, ids = triton.route(**inputs, positions=positions, tiles=tiles)
+    expected = make_tiles(ids, num_experts, 16)
+    assert torch.equal(tiles.experts, expected.experts)
+    used = expected.experts >= 0
+    assert torch.equal(tiles.firsts[used], expected.firsts[used])
+    assert torch.equal(tiles.counts[used], expected.counts[used])
+    assert torch.equal(tiles.pairs[: (ids >= 0).sum()], expected.pairs[: (ids >= 0).sum()])
+
+
+def test_all_tokens_on_one_expert_make_several_tiles_of_it():
+    inputs = make(40, 128, 5, 1)
+    inputs["bias"] = torch.tensor([0.0, 0.0, 9.0, 0.0, 0.0])
+    tiles = empty_tiles(40, 5, 16, torch.device("cpu"))
+    triton.route(**inputs, tiles=tiles)
+    assert tiles.experts.tolist() == [2, 2, 2, *[-1] * (len(tiles.experts) - 3)]
+    assert tiles.firsts[:3].tolist() == [0, 16, 32]
+    assert tiles.counts[:3].tolist() == [16, 16, 8]
+    assert tiles.pairs.tolist() == list(range(40))
+
+
+@pytest.mark.parametrize(("num_tokens", "hidden"), [(3, 128), (5, 1152), (66, 384)])
+def test_x_is_rounded_as_the_products_take_it(num_tokens, hidden):
+    inputs = make(num_tokens, hidden, 12, 3)
+    positions = torch.arange(num_tokens, dtype=torch.int32)
+    positions[1] = -1
+    rounded = torch.empty_like(inputs["x"])
+    triton.route(**inputs, positions=positions, rounded=rounded)
+    real = positions >= 0
+    assert torch.equal(rounded[real], fake_quantize_fp8(inputs["x"], 128)[real])
+    assert rounded[1].isnan().all()  # as poisoned: nothing was written
+
+
+def test_the_counters_are_zero_again():
+    inputs = make(20, 600, 12, 4)
+    first = triton.route(**inputs)
+    assert not counters(torch.device("cpu"), 1).any()
+    assert torch.equal(triton.route(**inputs)[0], first[0])

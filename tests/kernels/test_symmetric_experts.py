@@ -10,6 +10,7 @@ from support.poison import poisoned  # noqa: F401
 from dsv4_kernels.cases import DEMO
 from dsv4_kernels.mega_moe import triton as moe
 from dsv4_kernels.mega_moe.cases import Case
+from dsv4_kernels.mega_moe.combine import combine
 from dsv4_kernels.mega_moe.parallel import ExpertMap, ExpertParallel
 from dsv4_kernels.mega_moe.parallel.symmetric import Planes, Step, SymmetricExperts
 from dsv4_kernels.mega_moe.parallel.wire import RowFormat
@@ -62,6 +63,15 @@ def stored(case, name, some, unpacked):
     return relayout(*quantize_fp4_weight(case[name][some]), unpacked=unpacked)
 
 
+def on_one_rank(x, expert_ids, weights, w13, w2, shared, *, limit, activations):
+    """What ranks together must say: the same kernels with all experts, without an exchange."""
+    inputs = moe.rounded_inputs(x, activations, w13.unpacked)
+    outputs = moe.pair_outputs(
+        *inputs, expert_ids, weights, w13, w2, limit=limit, activations=activations, tile_tokens=TILE
+    )
+    return combine(outputs.view(*expert_ids.shape, HIDDEN), shared, expert_ids)
+
+
 @pytest.mark.parametrize(
     ("placement", "activations", "unpacked"),
     [
@@ -79,9 +89,7 @@ def test_equal_to_one_rank_bit_for_bit(placement, activations, unpacked):
     x, ids, routing, limit = case["x"], case["expert_ids"], case["weights"], case["limit"]
     shared = x.flip(0) * 0.25
     everything = [stored(case, name, list(range(NUM_EXPERTS)), unpacked) for name in ("w13", "w2")]
-    expected = moe.mega_moe(
-        x, ids, routing, *everything, shared, limit=limit, activations=activations, tile_tokens=TILE
-    )
+    expected = on_one_rank(x, ids, routing, *everything, shared, limit=limit, activations=activations)
     experts = PLACEMENTS[placement]
     weights = [[stored(case, name, mine, unpacked) for name in ("w13", "w2")] for mine in experts]
     ranks = make_ranks(experts, RowFormat(HIDDEN, TOP_K, activations), capacity)
@@ -119,10 +127,10 @@ def test_all_to_all_with_the_gpu_weights(tmp_path, activations, unpacked):
     case = Case("random", 5, DEMO).make(12, torch.bfloat16)
     given = {"x": case["x"], "expert_ids": case["expert_ids"], "weights": case["weights"], "shared": case["x"] * 0.5}
     given |= {name: stored(case, name, list(range(NUM_EXPERTS)), unpacked) for name in ("w13", "w2")}
-    options = {"limit": case["limit"], "activations": activations, "tile_tokens": TILE}
+    options = {"limit": case["limit"], "activations": activations}
     with process_group(Rank(0, 1, 0), tmp_path / "store") as group:
         parallel = ExpertParallel(group, ExpertMap.build([range(NUM_EXPERTS)], NUM_EXPERTS))
-        assert torch.equal(parallel.add_routed(**given, **options), moe.mega_moe(**given, **options))
+        assert torch.equal(parallel.add_routed(**given, **options, tile_tokens=TILE), on_one_rank(**given, **options))
     assert parallel.traffic.total_bytes == 0
 
 

@@ -123,6 +123,7 @@ def describe(kernel, run: str) -> dict:
         "stages": kernel.metadata.num_stages,
         "loop_conversions": conversions(sass),
         "matrix_instructions": {name: count for name, count in matrix.items() if count},
+        "waits_for_products": len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass)),
     }
 
 

@@ -48,7 +48,7 @@ def test_every_official_tensor_is_where_its_place_says(folder, unpacked):
             own = relayout(packed, scale.view(torch.uint8).unsqueeze(0), unpacked=unpacked)
             rows = slice(place.first_row, place.first_row + own.num_rows)
             weight = layout.weights[place.weight]
-            assert torch.equal(weight.values[place.expert, rows], own.values[0])
+            assert torch.equal(weight.values[place.expert, :, rows], own.values[0])
             assert torch.equal(weight.scales[place.expert, :, rows], own.scales[0])
             continue
         view, exponents = layout.view(name)
@@ -126,4 +126,4 @@ def test_experts_take_matrices_of_whole_groups_only():
     weight = empty_experts(2, 8, 128, unpacked=False, device=CPU)
     packed = torch.arange(4 * 64, dtype=torch.uint8).view(4, 64)
     write_expert(weight, 1, 4, packed, torch.full((4, 4), 130, dtype=torch.uint8))
-    assert torch.equal(weight.values[1, 4:], packed)
+    assert torch.equal(weight.values[1, 0, 4:], packed)

@@ -127,7 +127,7 @@ class ExpertParallel:
         outputs = torch.empty(len(x) * top_k, x.shape[1], dtype=x.dtype, device=x.device)
         outputs[token[row] * top_k + place] = said
         if isinstance(w13, Fp4Weight):
-            return _triton().combine(outputs, shared, expert_ids)
+            return _triton().combine(outputs.view(*expert_ids.shape, x.shape[1]), shared, expert_ids)
         order = sort_pairs(expert_ids)
         return combine(shared, outputs[order], order // top_k)
 
@@ -146,7 +146,7 @@ class ExpertParallel:
         options = {"limit": limit, "activations": form.activations}
         if isinstance(w13, Fp4Weight):
             inputs = (form.dequantize(values, scales), scales) if w13.unpacked else (values, scales)
-            tile = tile_tokens or _triton().choose_tile(len(pairs), 1, w13.num_experts, form.activations)
+            tile = tile_tokens or _triton().choose_tile(len(pairs), 1, w13.num_experts, w13.unpacked)
             return _triton().pair_outputs(*inputs, slots, weights, w13, w2, **options, tile_tokens=tile)[pairs]
         order, x = sort_pairs(slots), form.dequantize(values, scales)
         found = reference.expert_outputs(x, order, slots, weights, w13, w2, **options)

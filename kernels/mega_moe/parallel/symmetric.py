@@ -31,6 +31,7 @@ import triton
 from torch import Tensor
 
 from dsv4_kernels.mega_moe import triton as moe
+from dsv4_kernels.mega_moe.combine import combine
 from dsv4_kernels.mega_moe.parallel import put
 from dsv4_kernels.mega_moe.parallel.exchange import Traffic
 from dsv4_kernels.mega_moe.parallel.expert_map import ExpertMap
@@ -204,7 +205,7 @@ class Step:
         """What this rank's experts say of the chunk's rows, bfloat16 [rows * K, D]."""
         form, experts = self._owner.planes.form, self._owner.experts
         num_slots = sum(map(len, experts.experts))  # of all ranks, over which the rows' pairs spread
-        tile = tile_tokens or moe.choose_tile(self._num_rows, form.top_k, num_slots, form.activations)
+        tile = tile_tokens or moe.choose_tile(self._num_rows, form.top_k, num_slots, w13.unpacked)
         weights = self._plane(self._owner.planes.weights, chunk, 4 * form.top_k).view(torch.float32)
         return moe.pair_outputs(
             *self.inputs(chunk, w13.unpacked), self._slots(chunk), weights, w13, w2,
@@ -241,7 +242,7 @@ class Step:
         planes, form = self._owner.planes, self._owner.planes.form
         end = planes.outputs + self._num_tokens * form.top_k * 2 * form.hidden_size
         outputs = self._owner.memory.mine[planes.outputs : end].view(torch.bfloat16)
-        return moe.combine(outputs, shared, self._ids)
+        return combine(outputs.view(self._num_tokens, form.top_k, form.hidden_size), shared, self._ids)
 
     def _slots(self, chunk: int) -> Tensor:
         """int32 [rows, K]."""

@@ -9,12 +9,12 @@ import torch
 import triton
 
 from dsv4_kernels.cases import FLASH, PRO, Shapes
+from dsv4_kernels.gemm.fp8 import Fp8Weight
 from dsv4_kernels.mega_moe import triton as moe
 from dsv4_kernels.mega_moe.parallel.expert_map import ExpertMap
 from dsv4_kernels.mega_moe.parallel.symmetric import Planes, Step, SymmetricExperts
 from dsv4_kernels.mega_moe.parallel.wire import RowFormat
 from dsv4_kernels.mega_moe.reference import Activations
-from dsv4_kernels.mega_moe.shared import swiglu_fp8
 from dsv4_kernels.mega_moe.weights import Fp4Weight
 
 BATCHES = (1, 8, 64, 256, 1024, 2048, 8192)  # tokens
@@ -27,7 +27,8 @@ def runs() -> dict[str, tuple[Shapes, int, Activations]]:
         for activations in get_args(Activations):
             largest = {}
             for num_tokens in BATCHES:
-                tile = moe.choose_tile(num_tokens, shapes.num_experts_per_tok, shapes.n_routed_experts, activations)
+                unpacked = activations == "bf16"  # on Hopper the others too, whose largest two batches have one tile
+                tile = moe.choose_tile(num_tokens, shapes.num_experts_per_tok, shapes.n_routed_experts, unpacked)
                 largest[tile] = num_tokens
             found |= {
                 f"{name}, {batch} tokens, {activations}": (shapes, batch, activations) for batch in largest.values()
@@ -37,20 +38,20 @@ def runs() -> dict[str, tuple[Shapes, int, Activations]]:
 
 RUNS = runs()
 KERNELS = {
-    *("_fill_tiles", "_gate_up", "_down", "_combine", "_quantize", "_swiglu"),
+    *("_fill_tiles", "gate_up", "down", "_combine", "_quantize", "_swiglu", "_product"),
     *("dispatch", "widen", "give_back"),
 }
-UNCONVERTED = {"_gate_up", "_down"}  # operands go into the tensor cores without a change of format
+UNCONVERTED = {"gate_up", "down"}  # operands go into the tensor cores without a change of format
 FEW = 256  # tokens; so many are sent between ranks too
 
 
 def weight(num_experts: int, num_rows: int, depth: int, unpacked: bool) -> Fp4Weight:
     """One expert seen as many."""
-    values = torch.empty(num_rows, depth // 8, dtype=torch.int32)
+    values = torch.empty(depth // 128, num_rows, 16, dtype=torch.int32)
     if not unpacked:
         values = values.view(torch.uint8)
     scales = torch.empty(depth // 128, num_rows, 4, dtype=torch.uint8)
-    return Fp4Weight(values.expand(num_experts, -1, -1), scales.expand(num_experts, -1, -1, -1), unpacked)
+    return Fp4Weight(values.expand(num_experts, -1, -1, -1), scales.expand(num_experts, -1, -1, -1), unpacked)
 
 
 def launch(run: str) -> None:
@@ -59,19 +60,25 @@ def launch(run: str) -> None:
     unpacked = activations == "bf16" or triton.runtime.driver.active.get_current_target().arch < 100
     hidden, width, top_k = shapes.hidden_size, shapes.moe_intermediate_size, shapes.num_experts_per_tok
     x = torch.empty(num_tokens, hidden, dtype=torch.bfloat16)
-    swiglu_fp8(torch.empty(num_tokens, 2 * width, dtype=torch.bfloat16), shapes.swiglu_limit)
     moe.mega_moe(
         x,
         torch.zeros(num_tokens, top_k, dtype=torch.int64),
         torch.ones(num_tokens, top_k),
         weight(shapes.n_routed_experts, 2 * width, hidden, unpacked),
         weight(shapes.n_routed_experts, hidden, width, unpacked),
-        x,
+        shared_weight(2 * width, hidden),
+        shared_weight(hidden, width),
         limit=shapes.swiglu_limit,
         activations=activations,
     )
     if num_tokens == FEW:
         launch_parallel(x, top_k, shapes.n_routed_experts, activations)
+
+
+def shared_weight(num_rows: int, depth: int) -> Fp8Weight:
+    """Of the shared expert."""
+    codes = torch.empty(num_rows, depth, dtype=torch.float8_e4m3fn)
+    return Fp8Weight(codes, torch.empty(num_rows // 128, depth // 128, dtype=torch.uint8))
 
 
 class Anywhere:
@@ -98,8 +105,17 @@ def launch_parallel(x: torch.Tensor, top_k: int, num_experts: int, activations: 
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
-    """Hopper multiplies bf16; GB300 what the activations are, FP4 by FP4 and E4M3 by FP4 with their scales."""
-    if kernel not in ("_gate_up", "_down"):
+    """Hopper multiplies bf16; GB300 what the activations are, FP4 by FP4 and E4M3 by FP4 with their scales.
+
+    The shared expert, FP8 by FP8, is in the same kernels where tiles are small.
+    """
+    shared = "QGMMA" if capability == 90 else "UTCQMMA"
+    if kernel == "_product":
+        return {shared}
+    if kernel not in ("gate_up", "down"):
         return set()
+    shapes, num_tokens, activations = RUNS[run]
     native = {"bf16": "UTCHMMA", "fp8": "UTCQMMA", "fp4": "UTCOMMA"}
-    return {"HGMMA" if capability == 90 else native[RUNS[run][2]]}
+    routed = "HGMMA" if capability == 90 else native[activations]
+    tile = moe.choose_tile(num_tokens, shapes.num_experts_per_tok, shapes.n_routed_experts, unpacked=True)
+    return {routed, shared} if tile == moe.TILES[0] else {routed}
