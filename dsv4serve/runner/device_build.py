@@ -86,7 +86,7 @@ def require_kernels(model: ModelConfig) -> None:
         "qk_rope_head_dim": (model.qk_rope_head_dim, model.qk_rope_head_dim == 64, "64"),
         "hc_mult": (model.hc_mult, model.hc_mult == 4, "4"),
         "index_head_dim": (index_dim, index_dim >= 64 and not index_dim & (index_dim - 1), "powers of two from 64 on"),
-        "index_topk": (model.index_topk, model.index_topk <= 4096, "at most 4096"),
+        "index_topk": (model.index_topk, model.index_topk <= 2048, "at most 2048"),
         "o_lora_rank": (model.o_lora_rank, model.o_lora_rank % 64 == 0, "multiples of 64"),
         "vocab_size": (model.vocab_size, model.vocab_size <= 1 << 17, "at most 131072"),
         "quantization_config": (model.weight_block_size, model.is_quantized, "FP8 weights in blocks of 128 x 128"),

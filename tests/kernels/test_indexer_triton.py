@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
 
+from dsv4_kernels.arrival import NUM_COUNTERS, counters
 from dsv4_kernels.indexer import reference, triton
 from dsv4_kernels.indexer.cases import CASES, DEMO_HEADS, HEADS, KEYS, ROPE_DIM, Case, row_scores
 from dsv4_kernels.kv_store import Format, RowFormat
@@ -86,14 +87,54 @@ def test_other_scores_decide_as_the_reference_but_for_one_step_at_the_threshold(
         assert ((scores[disputed] - threshold).abs() <= STEP * threshold.abs()).all()
 
 
-@pytest.mark.parametrize(("chunk", "score_bytes"), [(128, 1 << 28), (32, 1 << 28), (8192, 1)])
-def test_chunks_and_turns_change_nothing(monkeypatch, chunk, score_bytes):
-    """Candidates of small chunks are merged over several launches; rows take turns of 16, cut inside of a request."""
+LAUNCHES = [256, 0]  # rows that are one launch: all, none
+
+
+@pytest.mark.parametrize("one_launch_rows", LAUNCHES)
+@pytest.mark.parametrize(("chunk", "score_bytes"), [(128, 1 << 28), (32, 1 << 28), (16, 1 << 28), (8192, 1)])
+def test_chunks_turns_and_launches_change_nothing(monkeypatch, chunk, score_bytes, one_launch_rows):
+    """Lists of small chunks are merged, up to five times over; rows take turns of 16, cut inside of a request."""
     arguments = Case("turns", (0, 640), (3, 30)).make(DEMO_HEADS, 6, 4, whole_numbers=True)
     whole = triton.select(**arguments)
     monkeypatch.setattr(triton, "CHUNK", chunk)
     monkeypatch.setattr(triton, "MAX_SCORE_BYTES", score_bytes)
-    assert torch.equal(triton.select(**arguments), whole)
+    monkeypatch.setattr(triton, "ONE_LAUNCH_ROWS", one_launch_rows)
+    found = triton.select(**arguments)
+    assert torch.equal(found, whole)
+    assert not counters(found.device, NUM_COUNTERS).any()
+    for row in range(33):
+        expected = by_reference(arguments, row)
+        assert found[row].tolist() == expected + [-1] * (6 - len(expected))
+
+
+@pytest.mark.usefixtures("_poisoned_memory")
+@pytest.mark.parametrize("one_launch_rows", LAUNCHES)
+def test_contexts_around_every_boundary(monkeypatch, one_launch_rows):
+    """One more or less than top_k, a list, a product, a page and the lists of a merge; all scores equal in two rows."""
+    monkeypatch.setattr(triton, "CHUNK", 32)
+    monkeypatch.setattr(triton, "ONE_LAUNCH_ROWS", one_launch_rows)
+    edges = [entries + more for entries in (8, 32, 64, 128, 160) for more in (-1, 0, 1)]
+    starts = tuple(4 * entries - 1 for entries in edges)
+    arguments = Case("edges", starts, (1,) * len(starts)).make(DEMO_HEADS, 8, 9, whole_numbers=True)
+    arguments["weights"][[4, -1]] = 0
+    found = triton.select(**arguments)
+    for row, visible in enumerate(edges):
+        expected = by_reference(arguments, row)
+        assert len(expected) == min(8, visible)
+        assert found[row].tolist() == expected + [-1] * (8 - len(expected))
+    assert found[-1].tolist() == list(range(8))
+
+
+def test_few_rows_are_one_launch_at_any_context(monkeypatch):
+    launched = []
+    monkeypatch.setattr(triton, "_choose", lambda *_: launched.append("top_k"))
+    monkeypatch.setattr(triton, "CHUNK", 32)
+    for start in (3, 200, 2047):
+        triton.select(**Case("few", (start,), (4,)).make(DEMO_HEADS, 8, 10))
+    assert not launched
+    monkeypatch.setattr(triton, "ONE_LAUNCH_ROWS", 3)
+    triton.select(**Case("more", (200,), (4,)).make(DEMO_HEADS, 8, 10))
+    assert launched
 
 
 @pytest.mark.usefixtures("_poisoned_memory")
@@ -150,7 +191,7 @@ def test_what_the_kernels_do_not_take_is_refused():
     arguments = CASES[0].make(DEMO_HEADS, 64, 8)
     with pytest.raises(ValueError, match="expected bfloat16 and index_fp4"):
         triton.select(**arguments | {"row_format": RowFormat(Format.INDEX_FP8, 128)})
-    with pytest.raises(ValueError, match="top_k is 5000; the kernels take at most 4096"):
+    with pytest.raises(ValueError, match="top_k is 5000; the kernels take at most 2048"):
         triton.select(**arguments | {"top_k": 5000})
     rotations = torch.ones(5, ROPE_DIM // 2, dtype=torch.complex64)
     with pytest.raises(ValueError, match=r"q is \[5, 4, 96\]"):
