@@ -54,7 +54,7 @@ def test_settings_of_the_cpu_engine_alone_are_refused(folder, settings, found):
         ({"head_dim": 192}, "head_dim is 192; the GPU kernels take 128, 256 and 512"),
         ({"qk_rope_head_dim": 32}, "qk_rope_head_dim is 32; the GPU kernels take 64"),
         ({"hc_mult": 2}, "hc_mult is 2; the GPU kernels take 4"),
-        ({"index_topk": 8192}, "index_topk is 8192; the GPU kernels take at most 4096"),
+        ({"index_topk": 8192}, "index_topk is 8192; the GPU kernels take at most 2048"),
         ({"expert_dtype": None}, "expert_dtype is None; the GPU kernels take 'fp4'"),
         ({"weight_block_size": None}, "quantization_config is None; the GPU kernels take FP8 weights in blocks"),
     ],
