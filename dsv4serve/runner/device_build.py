@@ -7,14 +7,17 @@ import torch
 from dsv4serve.config import EngineConfig, ExpertActivations, ModelConfig, Numerics
 from dsv4serve.constrained.vocabulary import read_vocabulary
 from dsv4serve.memory import CapacityPlan
+from dsv4serve.memory.activations import step_bytes
 from dsv4serve.model.device import DeviceTransformer
 from dsv4serve.runner.build import cache_plan
+from dsv4serve.runner.device_batch import bucket_of
 from dsv4serve.runner.device_runner import DeviceRunner
+from dsv4serve.runner.graphs import max_step_rows
 from dsv4serve.types import CapacityError, ConfigError, KernelUnavailable
 from dsv4serve.weights.device import device_bytes, require_device_memory
 from dsv4serve.weights.device_loader import load_device_weights
 
-RESERVE_BYTES = 2 << 30  # activations of the largest step, graphs, and what the kernels' compiler keeps
+RESERVE_BYTES = 1 << 30  # the context, graphs, what the kernels' compiler keeps, holes between allocations
 FIRST_FP4 = 10  # compute capability whose tensor cores multiply FP4 as it is stored
 
 
@@ -50,12 +53,22 @@ def free_device_bytes() -> int:
     return torch.cuda.mem_get_info()[0]
 
 
+def reserved_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    """What is neither weights nor cache: the largest step, and RESERVE_BYTES."""
+    num_rows = bucket_of(max_step_rows(config.max_step_tokens, config.max_running_requests))
+    return RESERVE_BYTES + step_bytes(model, num_rows, bucket_of(config.max_running_requests))
+
+
 def device_plan(config: EngineConfig, model: ModelConfig, free_bytes: int) -> CapacityPlan:
-    """The capacity plan on a device with `free_bytes`: what weights and RESERVE_BYTES leave is there to be shared."""
-    require_device_memory(model, free_bytes - RESERVE_BYTES)
-    left = free_bytes - RESERVE_BYTES - device_bytes(model)
+    """The capacity plan on a device with `free_bytes`: the cache gets of what weights and steps leave."""
+    reserved = reserved_bytes(config, model)
+    require_device_memory(model, max(0, free_bytes - reserved))
+    left = free_bytes - reserved - device_bytes(model)
     if config.cache_bytes > left:
-        raise CapacityError(f"cache_bytes is {config.cache_bytes:,}; the weights leave {left:,} bytes on the device")
+        raise CapacityError(
+            f"cache_bytes is {config.cache_bytes:,}; the weights, and {reserved:,} bytes for steps, leave {left:,} on "
+            "the device"
+        )
     return cache_plan(config, model, left)
 
 

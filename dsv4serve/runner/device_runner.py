@@ -18,7 +18,7 @@ from dsv4serve.constrained.vocabulary import Vocabulary, no_vocabulary
 from dsv4serve.memory import CapacityPlan
 from dsv4serve.model.device import DeviceTransformer, Streams
 from dsv4serve.runner.device_batch import LAST_TOKEN, BatchOutput, DeviceForward
-from dsv4serve.runner.graphs import StepGraphs
+from dsv4serve.runner.graphs import StepGraphs, max_step_rows
 from dsv4serve.runner.runner import Runner
 from dsv4serve.runner.sampler import row_bytes
 from dsv4serve.types import PAGE_TOKENS, PageAppend, SchedulerOutput, StepOutput
@@ -29,7 +29,7 @@ class DeviceRunner(Runner):
 
     Args:
         plan: a layout of official formats without drafts.
-        max_step_tokens: rows of a step with chunks, at most, but for one page beside decodes in every slot.
+        max_step_tokens: as the scheduler has it.
     """
 
     steps_ahead = 1
@@ -45,7 +45,7 @@ class DeviceRunner(Runner):
         super().__init__(transformer, plan, read_vocabulary=read_vocabulary)
         max_pages = -(-plan.max_model_len // PAGE_TOKENS)
         self.forward = DeviceForward(transformer, self.pools, max_pages)
-        self.graphs = StepGraphs(self.forward, plan.num_slots, max(max_step_tokens, plan.num_slots + PAGE_TOKENS))
+        self.graphs = StepGraphs(self.forward, plan.num_slots, max_step_rows(max_step_tokens, plan.num_slots))
         self._max_pages = max_pages
         self._new_pages: dict[int, int] = {}  # by place in the page table, to be written before the next forward
         self._end_last: Callable[[], object] = _nothing  # of the step before: what the host has to decide

@@ -19,6 +19,7 @@ from dsv4serve.runner.device_batch import (
     empty_inputs,
     fill_inputs,
 )
+from dsv4serve.types import PAGE_TOKENS
 
 HOST_BUFFERS = 2  # of a bucket: one is filled while the copy of the step before may not have been read
 
@@ -28,6 +29,11 @@ class Bucket(NamedTuple):
 
     num_rows: int
     num_requests: int
+
+
+def max_step_rows(max_step_tokens: int, num_slots: int) -> int:
+    """Rows of the largest step: a chunk gets one page even beside decodes in every slot."""
+    return max(max_step_tokens, num_slots + PAGE_TOKENS)
 
 
 def buckets(num_slots: int, max_rows: int) -> list[Bucket]:

@@ -10,8 +10,9 @@ from support.device_models import CONFIG, RAW
 
 from dsv4serve.cli.main import main
 from dsv4serve.config import Device, EngineConfig, ExpertActivations, LoadFormat, Numerics
+from dsv4serve.memory.activations import row_bytes
 from dsv4serve.runner import build_runner
-from dsv4serve.runner.device_build import RESERVE_BYTES, device_plan, require_kernels
+from dsv4serve.runner.device_build import device_plan, require_kernels, reserved_bytes
 from dsv4serve.types import CapacityError, ConfigError, KernelUnavailable
 from dsv4serve.weights.device import device_bytes
 from dsv4serve.weights.export import exported_config
@@ -65,15 +66,21 @@ def test_sizes_that_no_kernel_takes_are_named(changes, message):
         require_kernels(dataclasses.replace(CONFIG, **changes))
 
 
-def test_the_cache_gets_a_share_of_what_the_weights_leave(folder):
-    free = RESERVE_BYTES + device_bytes(CONFIG) + (12 << 20)
+def test_the_cache_gets_a_share_of_what_weights_and_steps_leave(folder):
+    used = reserved_bytes(config(folder), CONFIG) + device_bytes(CONFIG)
+    free = used + (12 << 20)
     plan = device_plan(config(folder, memory_fraction=0.5), CONFIG, free)
     assert plan.total_bytes <= 6 << 20
     assert plan.total_bytes >= 5 << 20
     with pytest.raises(CapacityError, match=r"the weights need [\d,]+ bytes on the device; [\d,]+ are free"):
-        device_plan(config(folder), CONFIG, RESERVE_BYTES + device_bytes(CONFIG) - 1)
-    with pytest.raises(CapacityError, match=r"cache_bytes is 12,582,913; the weights leave 12,582,912 bytes"):
+        device_plan(config(folder), CONFIG, used - 1)
+    with pytest.raises(CapacityError, match=r"cache_bytes is 12,582,913; .* leave 12,582,912 on the device"):
         device_plan(config(folder, cache_bytes=(12 << 20) + 1), CONFIG, free)
+
+
+def test_larger_steps_leave_less_to_the_cache(folder):
+    sizes = [reserved_bytes(config(folder, max_step_tokens=tokens), CONFIG) for tokens in (1024, 8192)]
+    assert sizes[1] - sizes[0] == 7168 * row_bytes(CONFIG)
 
 
 def test_check_prints_what_would_run_each_operation(folder, capsys):

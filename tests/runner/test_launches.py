@@ -1,0 +1,114 @@
+"""What a layer of Pro launches in a decode step, and what memory its rows take; nothing is computed.
+
+Every launch of a step that is bound by memory costs a microsecond or two (docs/adr/0007), so the number is held.
+"""
+
+import collections
+import dataclasses
+import json
+from importlib import resources
+
+import pytest
+import torch
+from support import triton_interpreter  # noqa: F401  # before any kernel
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpretedFunction
+
+from dsv4_kernels.mega_moe.weights import Fp4Weight
+from dsv4_kernels.metadata import Rows
+from dsv4serve.config import ModelConfig, Numerics
+from dsv4serve.memory import CacheLayout, CachePools
+from dsv4serve.memory.activations import SCORE_BYTES, row_bytes
+from dsv4serve.model.device import DeviceTransformer, Streams
+from dsv4serve.runner.device_step import PagedDeviceStep
+from dsv4serve.weights.device import DeviceWeights
+
+RATIOS = [4, 128]
+NUM_EXPERTS = 384
+PAGES = 32  # of a request: 8K tokens
+
+
+def config() -> ModelConfig:
+    """Pro with two layers and few experts, whose number no launch depends on."""
+    raw = json.loads((resources.files("dsv4serve_configs") / "models/pro.json").read_text("utf-8"))
+    layers = {"num_hidden_layers": 2, "compress_ratios": [*RATIOS, 0], "num_hash_layers": 0}
+    return ModelConfig.from_dict(raw | layers | {"n_routed_experts": 8, "vocab_size": 512})
+
+
+class Launches(TorchDispatchMode):
+    """Counts kernels by name while it is active: Triton's, which do nothing then, and torch's."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names = names = collections.Counter()
+        self.storages, self.most_bytes = {}, 0
+
+        def run(kernel, *args, **kwargs):
+            names[kernel.fn.__name__] += 1
+
+        monkeypatch.setattr(InterpretedFunction, "run", run)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not func.is_view and "empty" not in name:
+            self.names[name] += 1
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            storage = result.untyped_storage()
+            self.storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+            alive = sum(size for reference, size in self.storages.values() if not reference.expired())
+            self.most_bytes = max(self.most_bytes, alive)
+        return result
+
+
+@pytest.fixture(scope="module")
+def network():
+    """With all experts, of which each is the same memory."""
+    network = DeviceTransformer(config(), DeviceWeights(config(), torch.device("cpu"), unpacked=True).weights)
+    for block in network.blocks:
+        for name in ("w13", "w2"):
+            weight = getattr(block.moe, name)
+            same = (tensor[:1].expand(NUM_EXPERTS, *tensor.shape[1:]) for tensor in (weight.values, weight.scales))
+            setattr(block.moe, name, Fp4Weight(*same, weight.unpacked))
+    return network
+
+
+def run_layer(network, monkeypatch, ratio: int, counts: list[int]) -> Launches:
+    """A block of the network over a step of requests with so many rows each, at position 8,000."""
+    pools = CachePools(CacheLayout.build(network.config, Numerics.OFFICIAL), 1, 1, 1, "cpu")
+    each = torch.tensor(counts, dtype=torch.int32)
+    num_rows = sum(counts)
+    rows = Rows.build(each * 0, each * 0 + 8000, each, num_rows)
+    step = PagedDeviceStep(pools, rows, torch.zeros(1, PAGES, dtype=torch.int32))
+    block = network.blocks[RATIOS.index(ratio)]
+    launches = Launches(monkeypatch)
+
+    def run():
+        streams = torch.zeros(num_rows, 4, network.config.hidden_size, dtype=torch.bfloat16)
+        output = torch.zeros(num_rows, 7, network.config.hidden_size, dtype=torch.bfloat16)
+        before = Streams(streams, output, torch.zeros(num_rows, 4), torch.zeros(num_rows, 4, 4))
+        ids = torch.zeros(num_rows, dtype=torch.int64)
+        launches.names.clear()
+        return block(before, ids, step)
+
+    with torch.inference_mode():
+        run()  # what a step computes once for all layers
+        with launches:
+            run()
+    return launches
+
+
+@pytest.mark.parametrize("num_requests", [1, 64])
+@pytest.mark.parametrize(("ratio", "most"), [(4, 24), (128, 21)])
+def test_a_layer_of_a_decode_step_has_few_launches(network, monkeypatch, ratio, most, num_requests):
+    launches = run_layer(network, monkeypatch, ratio, [1] * num_requests)
+    assert sum(launches.names.values()) <= most, launches.names
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_the_memory_plan_holds_what_a_step_allocates(network, monkeypatch, ratio):
+    num_rows = 512
+    found = run_layer(network, monkeypatch, ratio, [num_rows]).most_bytes
+    planned = num_rows * row_bytes(dataclasses.replace(network.config, n_routed_experts=NUM_EXPERTS))
+    assert 0.5 * planned < found <= planned + SCORE_BYTES
