@@ -82,9 +82,11 @@ class DeviceForward:
         spare = len(self._last_tokens) - 1
         last = self._last_tokens[torch.where(rows.slots < 0, spare, rows.slots)]
         token_ids = torch.where(token_ids == LAST_TOKEN, last, token_ids)
-        streams = self.transformer(token_ids, PagedDeviceStep(self._pools, rows, self.page_table))
+        one_row_each = len(token_ids) == inputs.shape[1]
+        step = PagedDeviceStep(self._pools, rows, self.page_table, one_row_each=one_row_each)
+        streams = self.transformer(token_ids, step)
         sampling = streams
-        if len(token_ids) != inputs.shape[1]:
+        if not one_row_each:
             sampling = streams[(counts.cumsum(0) - 1).clamp_min(0)]
         logits = self._logits[: inputs.shape[1]].copy_(self.transformer.logits(sampling))
         floats = {name: numbers[name].view(torch.float64) for name in FLOATS}

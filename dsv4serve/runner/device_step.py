@@ -30,10 +30,13 @@ class PagedDeviceStep:
         pools: the cache, official formats, on the device of `rows`.
         rows: of the step; every slot and page that they name belongs to the step's requests alone.
         page_table: int32 [slots, pages].
+        one_row_each: no request has more than one row. Then no window row has to wait for `commit`, which is left out:
+            a ring takes `ring_room`, at least one, row of a request before attention.
     """
 
-    def __init__(self, pools: CachePools, rows: Rows, page_table: Tensor) -> None:
+    def __init__(self, pools: CachePools, rows: Rows, page_table: Tensor, one_row_each: bool = False) -> None:
         self.rows, self._pools, self._page_table = rows, pools, page_table
+        self._one_row_each = one_row_each
         self._rotations: dict[tuple[int, int], Tensor] = {}
         num_rows = len(rows.positions)
         widths = pools.layout.layers[0].window.plane_bytes
@@ -77,7 +80,8 @@ class PagedDeviceStep:
             page_tokens=PAGE_TOKENS,
             chosen=chosen,
         )
-        commit(rows, self._step_planes, cache.window, ring_rows, window)
+        if not self._one_row_each:
+            commit(rows, self._step_planes, cache.window, ring_rows, window)
         return output
 
     def _c4(self, layer: DeviceAttention, cache: LayerCache, index_q: Tensor, raw: Tensor) -> Tensor:

@@ -193,7 +193,10 @@ def store_kv(
 
 
 def commit(rows: Rows, step_planes: Planes, ring_planes: Planes, ring_rows: int, window: int) -> None:
-    """Copy the last `ring_rows` step rows of every request that `store_kv` kept out of the ring. After attention."""
+    """Copy the last `ring_rows` step rows of every request that `store_kv` kept out of the ring. After attention.
+
+    Without effect where no request has more rows than `ring_room`, which is at least one.
+    """
     step_data, step_scale = (plane.view(torch.int32) for plane in step_planes)
     ring_data, ring_scale = (plane.view(torch.int32) for plane in ring_planes)
     words = step_data.shape[1]

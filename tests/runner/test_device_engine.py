@@ -8,8 +8,9 @@ from support.device_models import CONFIG, both, checkpoint
 from support.engine import Engine, greedy
 from support.models import random_ids
 
+from dsv4serve.runner import device_step
 from dsv4serve.runner.device_batch import INPUTS, bucket_of, empty_inputs, fill_inputs
-from dsv4serve.runner.graphs import bucket_for, buckets
+from dsv4serve.runner.graphs import Bucket, bucket_for, buckets
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,16 @@ def test_a_step_that_ran_ahead_of_a_stop_leaves_nothing_to_the_next_request_of_t
     assert outputs["stopped"].token_ids == alone[0][: alone[0].index(alone[0][1]) + 1]
     assert outputs["r1"].token_ids == alone[1]
     assert engine.scheduler.stats().num_steps > len(outputs["stopped"].token_ids) + len(alone[1])
+
+
+def test_only_steps_with_chunks_launch_the_late_writes_of_window_rows(networks, monkeypatch):
+    commits = []
+    monkeypatch.setattr(device_step, "commit", lambda *_: commits.append("layer"))
+    graphs = Engine(networks[1], on_device=True).runner.graphs
+    graphs.eager(Bucket(4, 4))
+    assert not commits
+    graphs.eager(Bucket(8, 4))
+    assert len(commits) == CONFIG.num_hidden_layers
 
 
 def test_numbers_of_a_step_keep_their_bits():

@@ -160,7 +160,8 @@ class Sequences:
         rows = Rows.build(*(torch.tensor(array, dtype=torch.int32, device=device) for array in arrays), num_rows)
         ids = torch.zeros(num_rows, dtype=torch.int64)
         ids[: sum(counts.values())] = torch.tensor(self._take(counts))
-        step = PagedDeviceStep(self.found.pools, rows, self.found.page_table)
+        one_row_each = set(counts.values()) == {1}
+        step = PagedDeviceStep(self.found.pools, rows, self.found.page_table, one_row_each=one_row_each)
         streams = self.network(ids.to(device), step)
         return self.network.logits(streams[: sum(counts.values())])
 
