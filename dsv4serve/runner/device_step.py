@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.compressor.triton import compress_c4, compress_c128
-from dsv4_kernels.indexer.triton import prepare_index_q, select
+from dsv4_kernels.indexer.queries import prepare_queries
+from dsv4_kernels.indexer.triton import select
 from dsv4_kernels.kv_store import Planes, RowFormat
 from dsv4_kernels.kv_store.triton import commit, prepare_q, store_kv
 from dsv4_kernels.metadata import C4, C128, Rows
@@ -56,14 +57,14 @@ class PagedDeviceStep:
         eps, ring_rows = config.rms_norm_eps, self._pools.layout.window_ring_rows
         window = config.sliding_window
         rotations = self._rotate(layer, 1)
-        q_dim = config.num_attention_heads * config.head_dim
         store_kv(kv, layer.kv_norm, eps, rotations, rows, self._step_planes, cache.window, ring_rows, window)
-        q = queries[:, :q_dim].unflatten(1, (config.num_attention_heads, config.head_dim))
-        prepare_q(q, eps, rotations, rows)
         chosen = None
         if layer.ratio == C4:
-            chosen = self._c4(layer, cache, queries[:, q_dim:], _present(raw))
-        elif layer.ratio == C128:
+            q, chosen = self._c4(layer, cache, queries, _present(raw))
+        else:
+            heads = queries.unflatten(1, (config.num_attention_heads, config.head_dim))
+            q = prepare_q(heads, eps, rotations, rows)
+        if layer.ratio == C128:
             self._c128(layer, cache, _present(raw))
         output = sparse_attention(
             q,
@@ -84,22 +85,26 @@ class PagedDeviceStep:
             commit(rows, self._step_planes, cache.window, ring_rows, window)
         return output
 
-    def _c4(self, layer: DeviceAttention, cache: LayerCache, index_q: Tensor, raw: Tensor) -> Tensor:
-        """Close entries and index keys, choose: int32 [rows, index_topk]."""
+    def _c4(self, layer: DeviceAttention, cache: LayerCache, queries: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Close entries and index keys, prepare queries, choose: heads of attention and int32 [rows, index_topk]."""
         config, layout = layer.config, cache.layout
         width, index_width = 4 * config.head_dim, 4 * config.index_head_dim
         self._close_c4(layer, layer.compressor, raw[:, :width], cache.c4_state, cache.entries, layout.entry)
         index_raw = raw[:, width : width + index_width]
         self._close_c4(layer, layer.index_compressor, index_raw, cache.index_state, cache.index, layout.index)
-        q, weights = prepare_index_q(
-            index_q.unflatten(1, (config.index_n_heads, config.index_head_dim)),
+        q, index_q, weights = prepare_queries(
+            queries,
+            config.num_attention_heads,
+            config.head_dim,
+            config.rms_norm_eps,
             raw[:, width + index_width :],
+            layer.index_weight_scale,
             self._rotate(layer, 1),
             self.rows,
-            layer.index_weight_scale,
         )
         index, row_format = _present(cache.index), _present(layout.index)
-        return select(q, weights, self.rows, index, row_format, self._page_table, PAGE_TOKENS, config.index_topk)
+        top_k = config.index_topk
+        return q, select(index_q, weights, self.rows, index, row_format, self._page_table, PAGE_TOKENS, top_k)
 
     def _close_c4(
         self,

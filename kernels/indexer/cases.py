@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from dsv4_kernels.indexer import reference
 from dsv4_kernels.kv_store import Format, RowFormat, load
 from dsv4_kernels.metadata import C4
 from dsv4_kernels.metadata.rows import Rows
-from dsv4_kernels.quant import fake_quantize_fp4
+from dsv4_kernels.quant import fake_quantize_fp4, hadamard
+from dsv4_kernels.rope import apply_rope, rope_frequencies, rope_table
 
 PAGE_TOKENS = 256
 KEYS = RowFormat(Format.INDEX_FP4, 128)
@@ -84,6 +86,59 @@ class Case(Step):
     def flops(self, num_heads: int, top_k: int) -> int:
         """Operations: 2 * d for a dot, and relu, product and sum, for each head of a score."""
         return self.num_scores(top_k) * num_heads * (2 * KEYS.dim + 3)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """All queries of a C4 layer, those of the index with KEYS.dim dims."""
+
+    rows: Rows
+    num_heads: int
+    index_heads: int
+    head_dim: int
+
+    def make(self, seed: int) -> dict[str, Any]:
+        """Keyword arguments of `prepare_queries` on the device of `rows`; queries and weights are parts of wider
+        rows, as the projections give them."""
+        num_rows, device = len(self.rows.positions), self.rows.positions.device
+        random = torch.Generator(device).manual_seed(seed)
+        columns = self.num_heads * self.head_dim + self.index_heads * KEYS.dim
+        queries, weights = (
+            torch.randn(num_rows, 64 + width, generator=random, device=device) for width in (columns, self.index_heads)
+        )
+        frequencies = rope_frequencies(ROPE_DIM, 160000.0, (16, 65536, 32, 1))
+        return {
+            "queries": queries.bfloat16()[:, 64:],
+            "num_heads": self.num_heads,
+            "head_dim": self.head_dim,
+            "eps": 1e-6,
+            "weights": weights[:, 64:],
+            "scale": (self.index_heads * KEYS.dim) ** -0.5,
+            "rotations": rope_table(self.rows.positions.clamp_min(0).long(), frequencies),
+            "rows": self.rows,
+        }
+
+    def split(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of what `make` gave: the raw heads, and index queries and weights as the reference prepares them."""
+        heads, index_q = arguments["queries"].split([self.num_heads * self.head_dim, self.index_heads * KEYS.dim], 1)
+        turned = apply_rope(index_q.unflatten(1, (self.index_heads, KEYS.dim)), arguments["rotations"])
+        return (
+            heads.unflatten(1, (self.num_heads, self.head_dim)),
+            fake_quantize_fp4(hadamard(turned).bfloat16()),
+            arguments["weights"].bfloat16() * arguments["scale"],
+        )
+
+    def moved_bytes(self) -> int:
+        """Bytes that must move: heads in and out, index queries and weights in and out, rotations."""
+        heads = 4 * self.num_heads * self.head_dim
+        return len(self.rows.positions) * (
+            heads + 4 * self.index_heads * KEYS.dim + 6 * self.index_heads + 4 * ROPE_DIM
+        )
+
+    def flops(self) -> int:
+        """Operations: norm and rotation of heads; the Hadamard product of index queries, rotation and rounding."""
+        index = self.index_heads * KEYS.dim * (2 * KEYS.dim + 10)
+        return len(self.rows.positions) * (4 * self.num_heads * self.head_dim + index)
 
 
 def row_scores(arguments: dict[str, Any], row: int) -> Tensor:

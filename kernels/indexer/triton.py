@@ -1,4 +1,4 @@
-"""The indexer in Triton: queries, scores over pages of FP4 keys, exact top-k.
+"""The indexer in Triton: scores over pages of FP4 keys, exact top-k. Its queries: queries.py.
 
 Rounding points are the official ones, as in the bfloat16 reference: dots, products and sums are bfloat16. A dot of FP4
 vectors is exact in float32 unless their scales differ by more than 2^10, so it does not depend on its order; the sum
@@ -30,8 +30,8 @@ from dsv4_kernels.arrival import NUM_COUNTERS, counters, is_last
 from dsv4_kernels.kv_store import Format, Planes, RowFormat
 from dsv4_kernels.metadata import C4
 from dsv4_kernels.metadata.rows import Rows
-from dsv4_kernels.quant.device import e2m1_codes, e2m1_values, hadamard, power_of_two, scaled_groups
-from dsv4_kernels.rope.device import interleave, rotate_pairs, split_pairs
+from dsv4_kernels.quant.device import e2m1_values, power_of_two
+from dsv4_kernels.rope.device import split_pairs
 
 MAX_SCORE_BYTES = 256 << 20
 CHUNK = 4096  # keys that a program holds to choose
@@ -40,41 +40,6 @@ VERIFY_ROWS = 4  # the same in one launch, where one program chooses for all of 
 ONE_LAUNCH_ROWS = 256
 BLOCK_E = 128  # entries of one matrix product
 LEAST_PROGRAMS = 1024  # that compute scores, if there is so much to compute
-
-
-@triton.jit(do_not_specialize=["num_vectors"])
-def _prepare(
-    q,  # bf16 [tokens, HEADS, DIM], rows q_stride apart
-    weights,  # [tokens, HEADS], rows weights_stride apart
-    positions,
-    rotations,  # f32 [tokens, ROPE]
-    new_q,  # bf16 [tokens, HEADS, DIM]
-    new_weights,  # bf16 [tokens, HEADS]
-    num_vectors,
-    q_stride,
-    weights_stride,
-    scale,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    ROPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    vector = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = vector < num_vectors
-    token, head = vector // HEADS, vector % HEADS
-    keep = inside & (tl.load(positions + token, mask=inside, other=-1) >= 0)
-    dim = tl.arange(0, DIM)[None, :]
-    x = tl.load(q + (token * q_stride + head * DIM)[:, None] + dim, mask=keep[:, None], other=0.0).to(tl.float32)
-    even, odd = split_pairs(x)
-    even, odd = rotate_pairs(even, odd, (rotations + token * ROPE)[:, None], keep[:, None], DIM // 2, ROPE // 2)
-    # Rounded after the reshape: Triton 3.6 cannot feed a reshaped tensor to GB300's tensor cores as it is.
-    turned = hadamard(interleave(even, odd).to(tl.bfloat16), DIM)
-    scaled, exponents = scaled_groups(turned.to(tl.float32), 32, FP4=True)
-    rounded = e2m1_values(e2m1_codes(scaled)) * power_of_two(exponents)[:, :, None]
-    rounded = tl.reshape(rounded.to(tl.bfloat16), [BLOCK, DIM])
-    tl.store(new_q + (vector * DIM)[:, None] + dim, rounded, mask=keep[:, None])
-    weight = tl.load(weights + token * weights_stride + head, mask=keep, other=0.0).to(tl.bfloat16).to(tl.float32)
-    tl.store(new_weights + vector, (weight * scale).to(tl.bfloat16), mask=keep)
 
 
 @triton.jit
@@ -291,47 +256,6 @@ def _top_k(
     _best(keys + at, ids + at, new_keys + to, new_ids + to, visible, part, span, TOP_K, LISTS, MERGE, LAST, BLOCK)
 
 
-def prepare_index_q(q: Tensor, weights: Tensor, rotations: Tensor, rows: Rows, scale: float) -> tuple[Tensor, Tensor]:
-    """Index queries and head weights as `select` takes them: RoPE, Hadamard, FP4 rounding; weights times `scale`.
-
-    Args:
-        q: bf16 [T, heads, d], the last two dims contiguous (columns of a wider product). d is a power of two.
-        weights: f32 or bf16 [T, heads], contiguous columns; rounded to bfloat16 before and after the product.
-        rotations: complex64 [T, rope_dim / 2] at the rows' positions.
-
-    Returns:
-        bf16 [T, heads, d] and bf16 [T, heads], not written for padding rows.
-    """
-    num_tokens, num_heads, dim = q.shape
-    if q.stride()[1:] != (dim, 1) or q.dtype != torch.bfloat16 or dim < 32 or dim & (dim - 1) or weights.stride(1) != 1:
-        raise ValueError(
-            f"prepare_index_q: q is {list(q.shape)}, {q.dtype}, strides {q.stride()}, weights have strides "
-            f"{weights.stride()}; expected bfloat16 with contiguous vectors of a power of two, contiguous weights"
-        )
-    new_q = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-    new_weights = torch.empty(num_tokens, num_heads, device=q.device, dtype=q.dtype)
-    if num_tokens:
-        block = 64
-        _prepare[(triton.cdiv(num_tokens * num_heads, block),)](
-            q,
-            weights,
-            rows.positions,
-            torch.view_as_real(rotations),
-            new_q,
-            new_weights,
-            num_tokens * num_heads,
-            q.stride(0),
-            weights.stride(0),
-            scale,
-            HEADS=num_heads,
-            DIM=dim,
-            ROPE=2 * rotations.shape[1],
-            BLOCK=block,
-            num_warps=4,
-        )
-    return new_q, new_weights
-
-
 def select(
     q: Tensor,
     weights: Tensor,
@@ -345,7 +269,7 @@ def select(
     """The C4 entries that each row attends to: the `top_k` best scores sum_h w_h relu(q_h . k), ties to the lower id.
 
     Args:
-        q, weights: of `prepare_index_q`, contiguous.
+        q, weights: of `prepare_queries`, contiguous.
         planes: keys of `row_format` (INDEX_FP4) by page row; row r sees entries below (positions[r] + 1) // 4.
         page_table: int32 [slots, pages]; its width times the entries of a page bounds what a row can see.
 

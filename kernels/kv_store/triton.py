@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_kernels.kv_store.device import prepare_heads
 from dsv4_kernels.kv_store.reference import KV_GROUP, SCALE_ALIGN, Planes
 from dsv4_kernels.metadata.rows import Rows
 from dsv4_kernels.quant.device import inverse_power_of_two, scale_exponent
 from dsv4_kernels.rope.device import rotate
 
-HEADS = 4  # heads of one program of `_prepare_q`, a warp for each
+PROGRAM_HEADS = 8  # heads that one program prepares, two for each warp
 
 
 @triton.jit
@@ -119,20 +120,9 @@ def _prepare_q(
     HEADS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    inside = tl.load(positions + row) >= 0
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    keep = inside & (head < num_heads)
-    dim, tail = tl.arange(0, DIM)[None, :], DIM - ROPE + tl.arange(0, ROPE)[None, :]
-    x = tl.load(q + row * q_row + head * DIM + dim, mask=keep, other=0.0).to(tl.float32)
-    x_tail = tl.load(q + row * q_row + head * DIM + tail, mask=keep, other=0.0).to(tl.float32)
-    # As the official code, in bf16: the square, the mean, its sum with eps and the root are all rounded.
-    squares = (x * x).to(tl.bfloat16).to(tl.float32)
-    mean = (tl.sum(squares, axis=1) / DIM).to(tl.bfloat16).to(tl.float32)
-    mean = (mean + eps).to(tl.bfloat16).to(tl.float32)
-    inverse = tl.div_rn(1.0, tl.sqrt_rn(mean)).to(tl.bfloat16).to(tl.float32)[:, None]
-    tl.store(out + row * out_row + head * DIM + dim, (x * inverse).to(tl.bfloat16), mask=keep & (dim < DIM - ROPE))
-    turned = rotate((x_tail * inverse).to(tl.bfloat16), rotations + row * ROPE, ROPE)
-    tl.store(out + row * out_row + head * DIM + tail, turned, mask=keep)
+    prepare_heads(
+        q, rotations, positions, out, row, tl.program_id(1) * HEADS, num_heads, q_row, out_row, eps, DIM, ROPE, HEADS
+    )
 
 
 def ring_room(ring_rows: int, window: int) -> int:
@@ -164,7 +154,7 @@ def store_kv(
     Raises ValueError for head sizes that are no multiple of 64 up to 512, or with other than 64 rotated dims.
     """
     dim = latent_kv.shape[1]
-    _check(dim, rotations)
+    check_dims(dim, rotations)
     step_codes, step_rope, step_scale = kv_views(step_planes)
     ring_codes, ring_rope, ring_scale = kv_views(ring_planes)
     if latent_kv.shape[0]:
@@ -232,9 +222,9 @@ def prepare_q(q: Tensor, eps: float, rotations: Tensor, rows: Rows, out: Tensor 
     out = q if out is None else out
     if dim & (dim - 1) or q.stride()[1:] != (dim, 1) or out.stride()[1:] != (dim, 1):
         raise ValueError(f"prepare_q: q is {list(q.shape)}; expected neighbouring heads of a power of two dims")
-    _check(dim, rotations)
+    check_dims(dim, rotations)
     if num_rows:
-        _prepare_q[(num_rows, triton.cdiv(num_heads, HEADS))](
+        _prepare_q[(num_rows, triton.cdiv(num_heads, PROGRAM_HEADS))](
             q,
             torch.view_as_real(rotations),
             rows.positions,
@@ -245,7 +235,7 @@ def prepare_q(q: Tensor, eps: float, rotations: Tensor, rows: Rows, out: Tensor 
             eps,
             DIM=dim,
             ROPE=KV_GROUP,
-            HEADS=HEADS,
+            HEADS=PROGRAM_HEADS,
             num_warps=4,
         )
     return out
@@ -257,7 +247,8 @@ def kv_views(planes: Planes) -> tuple[Tensor, Tensor, Tensor]:
     return data.view(torch.float8_e4m3fn), data.view(torch.bfloat16), scale
 
 
-def _check(dim: int, rotations: Tensor) -> None:
+def check_dims(dim: int, rotations: Tensor) -> None:
+    """Raise ValueError for head sizes that the kernels do not take."""
     if dim % KV_GROUP or dim > KV_GROUP * SCALE_ALIGN or 2 * rotations.shape[-1] != KV_GROUP:
         raise ValueError(
             f"kv_store: {dim} dims, {2 * rotations.shape[-1]} of them rotated; the Triton kernels take multiples of "

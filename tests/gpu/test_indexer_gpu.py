@@ -10,14 +10,13 @@ from dsv4_kernels.indexer.cases import (
     DEMO_TOP_K,
     FLASH_TOP_K,
     HEADS,
-    KEYS,
     PRO_TOP_K,
-    ROPE_DIM,
     Case,
+    Queries,
     row_scores,
 )
-from dsv4_kernels.quant import fake_quantize_fp4, hadamard
-from dsv4_kernels.rope import apply_rope, rope_frequencies, rope_table
+from dsv4_kernels.indexer.queries import prepare_queries
+from dsv4_kernels.kv_store.triton import prepare_q
 
 STEP = 2.0**-7  # of bfloat16, relative: what a sum over heads in another order may change in a score
 FLIPPED = 2e-3  # share of query elements where RoPE in other float32 arithmetic may decide a rounding
@@ -76,18 +75,18 @@ def test_rows_that_take_turns_choose_alike(monkeypatch):
     assert torch.equal(triton.select(**arguments)[:305], whole[:305])
 
 
-@pytest.mark.parametrize("num_heads", [HEADS, DEMO_HEADS])
+@pytest.mark.parametrize(("num_heads", "num_index_heads", "head_dim"), [(128, HEADS, 512), (8, DEMO_HEADS, 128)])
 @pytest.mark.parametrize("num_tokens", [1, 77, 300])
-def test_queries_are_rotated_and_rounded_as_the_model_does(num_heads, num_tokens):
+def test_queries_of_both_kinds_are_what_the_model_makes_of_them(num_heads, num_index_heads, head_dim, num_tokens):
     case = Case("queries", (70000,), (num_tokens,), num_padding=3)
-    rows = case.make(num_heads, DEMO_TOP_K, 5, device="cuda")["rows"]
-    frequencies = rope_frequencies(ROPE_DIM, 160000.0, (16, 65536, 32, 1))
-    rotations = rope_table(rows.positions.long(), frequencies)
-    draw = torch.Generator("cuda").manual_seed(6)
-    wide = torch.randn(case.num_rows, 64 + num_heads * KEYS.dim, generator=draw, device="cuda").bfloat16()
-    q, weights = wide[:, 64:].unflatten(1, (num_heads, KEYS.dim)), wide[:, :num_heads].float()
-    scale = (num_heads * KEYS.dim) ** -0.5
-    found, found_weights = triton.prepare_index_q(q, weights, rotations, rows, scale)
-    expected = fake_quantize_fp4(hadamard(apply_rope(q, rotations)).bfloat16())
-    assert (found != expected)[:num_tokens].sum() <= FLIPPED * expected.numel()
-    assert torch.equal(found_weights[:num_tokens], (weights.bfloat16() * scale)[:num_tokens])
+    rows = case.make(num_index_heads, DEMO_TOP_K, 5, device="cuda")["rows"]
+    queries = Queries(rows, num_heads, num_index_heads, head_dim)
+    arguments = queries.make(6)
+    heads, expected, expected_weights = queries.split(arguments)
+    alone = prepare_q(heads.clone(), arguments["eps"], arguments["rotations"], rows)
+    before = arguments["queries"].clone()
+    q, index_q, weights = prepare_queries(**arguments)
+    assert torch.equal(q[:num_tokens], alone[:num_tokens])
+    assert torch.equal(arguments["queries"][num_tokens:], before[num_tokens:])
+    assert (index_q != expected)[:num_tokens].sum() <= FLIPPED * expected.numel()
+    assert torch.equal(weights[:num_tokens], expected_weights[:num_tokens])

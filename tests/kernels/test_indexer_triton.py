@@ -6,13 +6,15 @@ from support import triton_interpreter  # noqa: F401  # before any kernel
 
 from dsv4_kernels.arrival import NUM_COUNTERS, counters
 from dsv4_kernels.indexer import reference, triton
-from dsv4_kernels.indexer.cases import CASES, DEMO_HEADS, HEADS, KEYS, ROPE_DIM, Case, row_scores
+from dsv4_kernels.indexer.cases import CASES, DEMO_HEADS, HEADS, Case, Queries, row_scores
+from dsv4_kernels.indexer.queries import prepare_queries
 from dsv4_kernels.kv_store import Format, RowFormat
+from dsv4_kernels.kv_store.triton import prepare_q
 from dsv4_kernels.metadata.rows import Rows
-from dsv4_kernels.quant import fake_quantize_fp4, hadamard
-from dsv4_kernels.rope import apply_rope, rope_frequencies, rope_table
 
 FLIPPED = 1e-3  # share of elements where a float32 sum in another order may decide a rounding
+# Heads of attention and of the index, dims of the former: as many as Flash, those of the demo and odd ones.
+QUERIES = [(64, HEADS, 128), (8, DEMO_HEADS, 128), (11, 3, 512)]
 STEP = 2.0**-7  # of bfloat16, relative; such a sum moves a score by at most one
 
 
@@ -39,23 +41,6 @@ def assert_valid(chosen, visible):
     assert chosen[:width] == sorted(set(chosen[:width]))
     assert all(0 <= entry < visible for entry in chosen[:width])
     assert chosen[width:] == [-1] * (len(chosen) - width)
-
-
-@pytest.mark.parametrize("num_heads", [HEADS, DEMO_HEADS, 3])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_queries_are_rotated_and_rounded_as_the_model_does(case, num_heads):
-    draw = torch.Generator().manual_seed(1)
-    rows, num_rows, num_real = case.rows(), case.num_rows, sum(case.counts)
-    wide = torch.randn(num_rows, 64 + num_heads * KEYS.dim, generator=draw).bfloat16()
-    q = wide[:, 64:].unflatten(1, (num_heads, KEYS.dim))
-    weights = torch.randn(num_rows, num_heads + 5, generator=draw)[:, 5:]
-    rotations = rope_table(rows.positions.long(), rope_frequencies(ROPE_DIM, 160000.0, (16, 65536, 32, 1)))
-    scale = (num_heads * KEYS.dim) ** -0.5
-    found, found_weights = triton.prepare_index_q(q, weights, rotations, rows, scale)
-    expected = fake_quantize_fp4(hadamard(apply_rope(q, rotations)).bfloat16())
-    assert found.dtype == expected.dtype
-    assert (found != expected)[:num_real].sum() <= FLIPPED * expected.numel()
-    assert torch.equal(found_weights[:num_real], (weights.bfloat16() * scale)[:num_real])
 
 
 @pytest.mark.parametrize(("num_heads", "top_k"), [(HEADS, 64), (DEMO_HEADS, 64), (3, 5)])
@@ -146,11 +131,6 @@ def test_padding_rows_are_not_written():
     real = sum(case.counts)
     assert (chosen[real:] == unwritten).all()
     assert (chosen[:real] != unwritten).all()
-    rotations = torch.ones(case.num_rows, ROPE_DIM // 2, dtype=torch.complex64)
-    q, weights = triton.prepare_index_q(arguments["q"], arguments["weights"], rotations, arguments["rows"], 1.0)
-    assert q[real:].isnan().all()
-    assert weights[real:].isnan().all()
-    assert q[:real].isfinite().all()
 
 
 def test_rows_that_see_few_entries_get_all_without_scores():
@@ -193,8 +173,58 @@ def test_what_the_kernels_do_not_take_is_refused():
         triton.select(**arguments | {"row_format": RowFormat(Format.INDEX_FP8, 128)})
     with pytest.raises(ValueError, match="top_k is 5000; the kernels take at most 2048"):
         triton.select(**arguments | {"top_k": 5000})
-    rotations = torch.ones(5, ROPE_DIM // 2, dtype=torch.complex64)
-    with pytest.raises(ValueError, match=r"q is \[5, 4, 96\]"):
-        triton.prepare_index_q(
-            arguments["q"][..., :96].contiguous(), arguments["weights"], rotations, arguments["rows"], 1.0
-        )
+
+
+@pytest.mark.parametrize(("num_heads", "index_heads", "head_dim"), QUERIES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_queries_of_both_kinds_are_what_the_model_makes_of_them(case, num_heads, index_heads, head_dim):
+    queries = Queries(case.rows(), num_heads, index_heads, head_dim)
+    arguments, real = queries.make(1), sum(case.counts)
+    heads, expected, expected_weights = queries.split(arguments)
+    alone = prepare_q(heads.clone(), arguments["eps"], arguments["rotations"], arguments["rows"])
+    before = arguments["queries"].clone()
+    q, index_q, weights = prepare_queries(**arguments)
+    assert q.data_ptr() == arguments["queries"].data_ptr()
+    assert q.shape == alone.shape
+    assert torch.equal(q[:real], alone[:real])
+    assert (arguments["queries"][:real] != before[:real]).any() == bool(real)
+    columns = num_heads * head_dim
+    assert torch.equal(arguments["queries"][:, columns:], before[:, columns:])
+    assert torch.equal(arguments["queries"][real:], before[real:])
+    assert index_q.dtype == expected.dtype
+    assert (index_q != expected)[:real].sum() <= FLIPPED * expected.numel()
+    assert torch.equal(weights[:real], expected_weights[:real])
+
+
+@pytest.mark.usefixtures("_poisoned_memory")
+def test_padding_rows_of_queries_are_not_written():
+    case = CASES[2]
+    arguments, real = Queries(case.rows(), 8, DEMO_HEADS, 128).make(2), sum(case.counts)
+    arguments["queries"][real:] = 7
+    q, index_q, weights = prepare_queries(**arguments)
+    assert (q[real:] == 7).all()
+    assert index_q[real:].isnan().all()
+    assert weights[real:].isnan().all()
+    assert index_q[:real].isfinite().all()
+
+
+def test_queries_have_the_same_bits_alone_and_beside_a_broken_one():
+    together = Queries(Case("three", (9, 70, 300), (1, 1, 1)).rows(), 8, DEMO_HEADS, 128).make(3)
+    rows = Case("one", (300,), (1,)).rows()
+    alone = together | {
+        "rows": rows, "queries": together["queries"][2:].clone(), "weights": together["weights"][2:],
+        "rotations": together["rotations"][2:],
+    }  # fmt: skip
+    together["queries"][0] = torch.nan
+    for one, three in zip(prepare_queries(**alone), prepare_queries(**together), strict=True):
+        assert torch.equal(one[0], three[2])
+
+
+def test_queries_that_the_kernel_does_not_take_are_refused():
+    arguments = Queries(Case("one", (5,), (1,)).rows(), 8, DEMO_HEADS, 128).make(4)
+    with pytest.raises(ValueError, match="1536 columns for 7 heads of 128 dims and 4 index heads; expected powers of"):
+        prepare_queries(**arguments | {"num_heads": 7})
+    with pytest.raises(ValueError, match="expected bfloat16 and contiguous columns"):
+        prepare_queries(**arguments | {"queries": arguments["queries"].float()})
+    with pytest.raises(ValueError, match="32 of them rotated"):
+        prepare_queries(**arguments | {"rotations": arguments["rotations"][:, :16]})

@@ -1,9 +1,9 @@
 """What the compile gate launches of `indexer`: queries, decode in one launch, a chunk with a top-k of its own."""
 
-import torch
-
-from dsv4_kernels.indexer.cases import HEADS, KEYS, PRO_TOP_K, ROPE_DIM, Case
-from dsv4_kernels.indexer.triton import ONE_LAUNCH_ROWS, prepare_index_q, select
+from dsv4_kernels.cases import PRO
+from dsv4_kernels.indexer.cases import HEADS, PRO_TOP_K, Case, Queries
+from dsv4_kernels.indexer.queries import prepare_queries
+from dsv4_kernels.indexer.triton import ONE_LAUNCH_ROWS, select
 
 RUNS = {
     "8K": Case("decode", (8191,), (1,)),
@@ -16,10 +16,7 @@ KERNELS = {"_prepare", "_scores", "_top_k"}
 def launch(run: str) -> None:
     """Launch everything of one of RUNS on CPU tensors."""
     arguments = RUNS[run].make(HEADS, PRO_TOP_K, 0)
-    num_rows = RUNS[run].num_rows
-    rotations = torch.ones(num_rows, ROPE_DIM // 2, dtype=torch.complex64)
-    weights = torch.ones(num_rows, HEADS)
-    prepare_index_q(arguments["q"], weights, rotations, arguments["rows"], (HEADS * KEYS.dim) ** -0.5)
+    prepare_queries(**Queries(arguments["rows"], PRO.num_attention_heads, HEADS, PRO.head_dim).make(0))
     select(**arguments)
 
 
