@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_kernels.compressor.triton import compress_c4, compress_c128
+from dsv4_kernels.compressor.triton import C4Compressor, compress_c4, compress_c128
 from dsv4_kernels.indexer.queries import prepare_queries
 from dsv4_kernels.indexer.triton import select
 from dsv4_kernels.kv_store import Planes, RowFormat
@@ -89,9 +89,18 @@ class PagedDeviceStep:
         """Close entries and index keys, prepare queries, choose: heads of attention and int32 [rows, index_topk]."""
         config, layout = layer.config, cache.layout
         width, index_width = 4 * config.head_dim, 4 * config.index_head_dim
-        self._close_c4(layer, layer.compressor, raw[:, :width], cache.c4_state, cache.entries, layout.entry)
         index_raw = raw[:, width : width + index_width]
-        self._close_c4(layer, layer.index_compressor, index_raw, cache.index_state, cache.index, layout.index)
+        compress_c4(
+            (
+                self._c4_compressor(layer.compressor, raw[:, :width], cache.c4_state, cache.entries, layout.entry),
+                self._c4_compressor(layer.index_compressor, index_raw, cache.index_state, cache.index, layout.index),
+            ),
+            config.rms_norm_eps,
+            self._rotate(layer, C4),
+            self.rows,
+            self._page_table,
+            PAGE_TOKENS,
+        )
         q, index_q, weights = prepare_queries(
             queries,
             config.num_attention_heads,
@@ -106,31 +115,18 @@ class PagedDeviceStep:
         top_k = config.index_topk
         return q, select(index_q, weights, self.rows, index, row_format, self._page_table, PAGE_TOKENS, top_k)
 
-    def _close_c4(
+    def _c4_compressor(
         self,
-        layer: DeviceAttention,
         compressor: tuple[Tensor, Tensor] | None,
         raw: Tensor,
         state: Planes | None,
         planes: Planes | None,
         row_format: RowFormat | None,
-    ) -> None:
+    ) -> C4Compressor:
         ape, norm = _present(compressor)
         ring = _present(state)[0].view(torch.float32)
-        ring_rows = self._pools.layout.c4_ring_rows
-        compress_c4(
-            raw,
-            ape,
-            norm,
-            layer.config.rms_norm_eps,
-            self._rotate(layer, C4),
-            self.rows,
-            self._page_table,
-            PAGE_TOKENS,
-            ring.view(-1, ring_rows, ring.shape[1]),
-            _present(planes),
-            _present(row_format),
-        )
+        ring = ring.view(-1, self._pools.layout.c4_ring_rows, ring.shape[1])
+        return C4Compressor(raw, ape, norm, ring, _present(planes), _present(row_format))
 
     def _c128(self, layer: DeviceAttention, cache: LayerCache, raw: Tensor) -> None:
         ape, norm = _present(layer.compressor)

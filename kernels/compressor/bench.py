@@ -1,4 +1,4 @@
-"""Time of one compressor of one layer, on a GPU: `python -m dsv4_kernels.compressor.bench OUT.jsonl`.
+"""Time of the compressors of one layer, on a GPU: `python -m dsv4_kernels.compressor.bench OUT.jsonl`.
 
 Bytes and FLOPs: `Case.moved_bytes` and `Case.flops`. Memory decides at every size; a decode step is mostly one launch.
 Steps of few rows are read from L2, where the projection has just written them.
@@ -15,8 +15,7 @@ import torch
 
 from dsv4_kernels.benching import Measured, measure, num_copies, relative_error, write_lines
 from dsv4_kernels.cases import MODELS
-from dsv4_kernels.compressor.cases import INDEX, MAIN, Case
-from dsv4_kernels.compressor.triton import compress_c4, compress_c128
+from dsv4_kernels.compressor.cases import INDEX, MAIN, Case, compress
 from dsv4_kernels.kv_store import decode
 from dsv4_kernels.metadata import C4, C128
 
@@ -24,31 +23,33 @@ from dsv4_kernels.metadata import C4, C128
 DECODE = tuple(Case("decode", tuple(range(1151, 1151 + size)), (1,) * size) for size in (1, 16, 64, 256))
 CASES = (*DECODE, Case("verify", tuple(range(1151, 1151 + 64)), (4,) * 64), Case("chunk", (8192,), (2048,)))
 COMPRESSORS = {
-    "c4": (compress_c4, C4, MAIN),
-    "indexer": (compress_c4, C4, INDEX),
-    "c128": (compress_c128, C128, MAIN),
+    "c4": (C4, (MAIN, INDEX)),
+    "c128": (C128, (MAIN,)),
 }
 MOST_COPIES = 8  # cases are made on the host
 
 
 def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
     """One line for each compressor and step; the models do not differ."""
-    for name, (compress, ratio, row_format) in COMPRESSORS.items():
+    for name, (ratio, formats) in COMPRESSORS.items():
         for case in CASES:
-            moved = case.moved_bytes(ratio, row_format)
+            moved = sum(case.moved_bytes(ratio, each) for each in formats)
             copies = min(num_copies(moved), MOST_COPIES)
-            made = [case.make(ratio, row_format, seed, device="cuda") for seed in range(copies)]
-            compress(**made[0][0])
-            expected = made[0][1]()
-            found = tuple(plane[expected.entry_rows.cuda()].cpu() for plane in made[0][0]["planes"])
-            error = relative_error(decode(found, row_format), decode(expected.planes, row_format))
-            calls = [partial(compress, **arguments) for arguments, _ in made]
-            yield measure(calls, moved, case.flops(ratio, row_format.dim), peak="tf32").as_line(
+            made = [[case.make(ratio, each, seed, device="cuda") for each in formats] for seed in range(copies)]
+            calls = [partial(compress, ratio, *(arguments for arguments, _ in each)) for each in made]
+            calls[0]()
+            errors = []
+            for row_format, (arguments, expect) in zip(formats, made[0], strict=True):
+                expected = expect()
+                found = tuple(plane[expected.entry_rows.cuda()].cpu() for plane in arguments["planes"])
+                errors.append(relative_error(decode(found, row_format), decode(expected.planes, row_format)))
+            flops = sum(case.flops(ratio, each.dim) for each in formats)
+            yield measure(calls, moved, flops, peak="tf32").as_line(
                 op="compress",
                 implementation="triton",
                 shapes=f"{name} {case.name}",
                 num_tokens=sum(case.counts),
-                relative_error=error,
+                relative_error=max(errors),
             )
 
 

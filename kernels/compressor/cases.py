@@ -7,7 +7,7 @@ cache byte that a step does not write keeps the value POISON.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dsv4_kernels.cases import Step, generator
 from dsv4_kernels.compressor.reference import finish, online_update, pool_sequence
+from dsv4_kernels.compressor.triton import C4Compressor, compress_c4, compress_c128
 from dsv4_kernels.kv_store import Format, Planes, RowFormat, encode
-from dsv4_kernels.metadata import C4
+from dsv4_kernels.metadata import C4, C128
 from dsv4_kernels.metadata.rows import Rows
 from dsv4_kernels.quant import hadamard
 from dsv4_kernels.rope import rope_frequencies, rope_table
@@ -33,18 +34,21 @@ class Case(Step):
     def make(
         self, ratio: int, row_format: RowFormat, seed: int, ring_rows: int = 8, device: str = "cpu"
     ) -> tuple[dict[str, Any], Callable[[], Expected]]:
-        """Keyword arguments of the kernel for `ratio`, and what it must leave, computed when asked."""
+        """Arguments of the kernel for `ratio` by name, and what it must leave, computed when asked.
+
+        With the same seed and ratio all formats have the same slots and pages, so they can share a launch.
+        """
         random = generator(seed)
         dim, rope_dim = row_format.dim, row_format.rope_dim or row_format.dim // 2
         width = dim * (2 if ratio == C4 else 1)  # of the kv and of the gate
         num_rows, num_slots = self.num_rows, len(self.counts) + 2
-        ape, norm = torch.randn(ratio, width, generator=random), torch.rand(dim, generator=random) + 0.5
         slots = torch.randperm(num_slots, generator=random, dtype=torch.int32)[: len(self.counts)]
         starts, counts = (torch.tensor(values, dtype=torch.int32) for values in (self.starts, self.counts))
         rows = Rows.build(slots, starts, counts, num_rows)
         most = max((start + count for start, count in zip(self.starts, self.counts, strict=True)), default=0)
         num_pages = -(-max(most, 1) // PAGE_TOKENS)
         page_table = torch.randperm(num_slots * num_pages, generator=random, dtype=torch.int32).view(num_slots, -1)
+        ape, norm = torch.randn(ratio, width, generator=random), torch.rand(dim, generator=random) + 0.5
         frequencies = rope_frequencies(rope_dim, 160000.0, (16, 65536, 32, 1))
         wide = torch.full((num_rows, 2 * width + 64), torch.nan)  # the compressor's columns of a wider product
         sequences = []
@@ -140,6 +144,16 @@ class Expected:
     values: Tensor  # [closed, dim], before the format rounds them
     planes: Planes  # rows of the closed entries
     kept: Tensor
+
+
+def compress(ratio: int, *made: dict[str, Any]) -> None:
+    """One launch on what `Case.make` made, for C4 of one or two formats."""
+    if ratio == C128:
+        compress_c128(**made[0])
+        return
+    own = {field.name for field in fields(C4Compressor)}
+    shared = {name: value for name, value in made[0].items() if name not in own}
+    compress_c4([C4Compressor(**{name: each[name] for name in own}) for each in made], **shared)
 
 
 def _first_rows(counts: tuple[int, ...]) -> list[int]:

@@ -1,11 +1,11 @@
-"""KV compression in Triton: from raw rows to stored entries in one launch per compressor.
+"""KV compression in Triton: from raw rows to stored entries in one launch; the two C4 compressors of a layer share it.
 
 Any mix of decode, verify and prefill rows. The raw rows of a step are read where the projection left them; the position
 bias, pooling, rounding, RMSNorm, RoPE, quantisation, the store into the page row and the slot's state are one kernel.
 
-There is one program per row of the step, and most exit at once: only a row that closes an entry has work, and the
-first row of each request, its *head*. In one launch nothing orders the programs, so all that touches a slot's state is
-the head's, which reads it before it writes it; what the other programs read, no program writes.
+Each compressor has one program per row of the step, and most exit at once: only a row that closes an entry has work,
+and the first row of each request, its *head*. In one launch nothing orders the programs, so all that touches a slot's
+state is the head's, which reads it before it writes it; what the other programs read, no program writes.
 
 - C4: positions before the step (the ring) are read by the first two entries that the step can close, start // 4 and
   start // 4 + 1: entry e pools positions 4e - 4 .. 4e + 3, and 4 (start // 4 + 2) - 4 > start. The head closes those
@@ -18,6 +18,9 @@ bank per draft would be written by the head after each row; it is not here.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -96,70 +99,118 @@ def _page_row(page_table, slot, table_width, entry, PER_PAGE: tl.constexpr):
 
 
 @triton.jit
-def _c4(
+def _close_c4(
     raw,  # f32 [rows, 4 * D]: kv early | kv current | gate early | gate current
     ape,  # f32 [4, 2 * D]
     ring,  # f32 [slots, RING, 4 * D], like raw with the bias in the gates
+    norm,
+    data,
+    rope_data,
+    scales,
+    raw_stride,
     slots,
     positions,
     firsts,
     counts,
     page_table,  # int32 [slots, table_width]
-    norm,
     rotations,  # f32 [rows, ROPE]
+    table_width,
+    eps,
+    D: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK: tl.constexpr,  # D padded to a power of two
+    ROPE: tl.constexpr,
+    RING: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+):
+    """What one row has to do for one compressor."""
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions + row)
+    if position >= 0:
+        slot, first, count = tl.load(slots + row).to(tl.int64), tl.load(firsts + row), tl.load(counts + row)
+        start = position - (row - first).to(tl.int32)
+        is_head = row == first
+        # Entries of this program: begin .. end - 1.
+        begin = tl.where(is_head, start // 4, position // 4)
+        closes = (position % 4 == 3) & (begin >= start // 4 + 2)
+        end = tl.where(is_head, tl.minimum(begin + 2, (start + count) // 4), begin + closes.to(tl.int32))
+        pick = tl.arange(0, 8)[:, None]  # of the rows that an entry pools: early halves, then current halves
+        dim = tl.arange(0, BLOCK)[None, :]
+        for entry in range(begin, end):
+            source = 4 * entry - 4 + pick
+            column = pick // 4 * D + dim
+            new, old = (source >= start) & (dim < D), (source < start) & (source >= 0) & (dim < D)
+            fresh = raw + (first + source - start).to(tl.int64) * raw_stride + column
+            stored = ring + (slot * RING + source % RING) * (4 * D) + column
+            kv = tl.load(fresh, mask=new, other=0.0) + tl.load(stored, mask=old, other=0.0)
+            gate = tl.load(fresh + 2 * D, mask=new, other=0.0)
+            gate += tl.load(ape + source % 4 * (2 * D) + column, mask=new, other=0.0)
+            gate += tl.load(stored + 2 * D, mask=old, other=0.0)
+            gate = tl.where(source >= 0, gate, float("-inf"))
+            weights = tl.exp(gate - tl.max(gate, axis=0)[None, :])
+            pooled = tl.sum(weights * kv, axis=0) / tl.sum(weights, axis=0)
+            pooled = tl.where(tl.arange(0, BLOCK) < D, pooled, 0.0)
+            rotation = rotations + (first + 4 * entry + 3 - start).to(tl.int64) * ROPE
+            page_row = _page_row(page_table, slot, table_width, entry, PER_PAGE)
+            _store_entry(pooled, norm, rotation, data, rope_data, scales, page_row, eps, D, ROPE, FORMAT, BLOCK)
+        if is_head:
+            tl.debug_barrier()  # all threads have read the ring
+            part = tl.arange(0, 4)[:, None]
+            column = part * D + dim
+            for step in range(tl.maximum(count - RING, 0), count):
+                source = start + step
+                value = tl.load(raw + (first + step).to(tl.int64) * raw_stride + column, mask=dim < D)
+                bias = ape + source % 4 * (2 * D) + column - 2 * D
+                value += tl.load(bias, mask=(dim < D) & (part >= 2), other=0.0)
+                tl.store(ring + (slot * RING + source % RING) * (4 * D) + column, value, mask=dim < D)
+
+
+@triton.jit
+def _c4(
+    raw,  # of the first compressor, as of `_close_c4`
+    ape,
+    ring,
+    norm,
     data,
     rope_data,
     scales,
     raw_stride,
+    raw_2,  # of the second
+    ape_2,
+    ring_2,
+    norm_2,
+    data_2,
+    rope_data_2,
+    scales_2,
+    raw_stride_2,
+    slots,
+    positions,
+    firsts,
+    counts,
+    page_table,
+    rotations,
     table_width,
     eps,
     D: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    D_2: tl.constexpr,
+    FORMAT_2: tl.constexpr,
+    BLOCK_2: tl.constexpr,
     ROPE: tl.constexpr,
     RING: tl.constexpr,
     PER_PAGE: tl.constexpr,
-    FORMAT: tl.constexpr,
-    BLOCK: tl.constexpr,  # D padded to a power of two
 ):
-    row = tl.program_id(0).to(tl.int64)
-    position = tl.load(positions + row)
-    if position < 0:
-        return
-    slot, first, count = tl.load(slots + row).to(tl.int64), tl.load(firsts + row), tl.load(counts + row)
-    start = position - (row - first).to(tl.int32)
-    is_head = row == first
-    # Entries of this program: begin .. end - 1.
-    begin = tl.where(is_head, start // 4, position // 4)
-    closes = (position % 4 == 3) & (begin >= start // 4 + 2)
-    end = tl.where(is_head, tl.minimum(begin + 2, (start + count) // 4), begin + closes.to(tl.int32))
-    pick = tl.arange(0, 8)[:, None]  # of the rows that an entry pools: early halves, then current halves
-    dim = tl.arange(0, BLOCK)[None, :]
-    for entry in range(begin, end):
-        source = 4 * entry - 4 + pick
-        column = pick // 4 * D + dim
-        new, old = (source >= start) & (dim < D), (source < start) & (source >= 0) & (dim < D)
-        fresh = raw + (first + source - start).to(tl.int64) * raw_stride + column
-        stored = ring + (slot * RING + source % RING) * (4 * D) + column
-        kv = tl.load(fresh, mask=new, other=0.0) + tl.load(stored, mask=old, other=0.0)
-        gate = tl.load(fresh + 2 * D, mask=new, other=0.0)
-        gate += tl.load(ape + source % 4 * (2 * D) + column, mask=new, other=0.0)
-        gate += tl.load(stored + 2 * D, mask=old, other=0.0)
-        gate = tl.where(source >= 0, gate, float("-inf"))
-        weights = tl.exp(gate - tl.max(gate, axis=0)[None, :])
-        pooled = tl.sum(weights * kv, axis=0) / tl.sum(weights, axis=0)
-        pooled = tl.where(tl.arange(0, BLOCK) < D, pooled, 0.0)
-        rotation = rotations + (first + 4 * entry + 3 - start).to(tl.int64) * ROPE
-        page_row = _page_row(page_table, slot, table_width, entry, PER_PAGE)
-        _store_entry(pooled, norm, rotation, data, rope_data, scales, page_row, eps, D, ROPE, FORMAT, BLOCK)
-    if is_head:
-        tl.debug_barrier()  # all threads have read the ring
-        part = tl.arange(0, 4)[:, None]
-        column = part * D + dim
-        for step in range(tl.maximum(count - RING, 0), count):
-            source = start + step
-            value = tl.load(raw + (first + step).to(tl.int64) * raw_stride + column, mask=dim < D)
-            bias = ape + source % 4 * (2 * D) + column - 2 * D
-            value += tl.load(bias, mask=(dim < D) & (part >= 2), other=0.0)
-            tl.store(ring + (slot * RING + source % RING) * (4 * D) + column, value, mask=dim < D)
+    if tl.program_id(1) == 0:
+        _close_c4(
+            raw, ape, ring, norm, data, rope_data, scales, raw_stride, slots, positions, firsts, counts,
+            page_table, rotations, table_width, eps, D, FORMAT, BLOCK, ROPE, RING, PER_PAGE,
+        )  # fmt: skip
+    else:
+        _close_c4(
+            raw_2, ape_2, ring_2, norm_2, data_2, rope_data_2, scales_2, raw_stride_2, slots, positions, firsts, counts,
+            page_table, rotations, table_width, eps, D_2, FORMAT_2, BLOCK_2, ROPE, RING, PER_PAGE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -167,16 +218,16 @@ def _c128(
     raw,  # f32 [rows, 2 * D]: kv | gate
     ape,  # f32 [128, D]
     state,  # f32 [slots, 3, D]: max, sum, weighted mean
+    norm,
+    data,
+    rope_data,
+    scales,
     slots,
     positions,
     firsts,
     counts,
     page_table,  # int32 [slots, table_width]
-    norm,
     rotations,  # f32 [rows, ROPE]
-    data,
-    rope_data,
-    scales,
     raw_stride,
     table_width,
     eps,
@@ -233,53 +284,66 @@ def _c128(
             tl.store(kept + 2 * D, mean, mask=inside)
 
 
-def compress_c4(
-    raw: Tensor,
-    ape: Tensor,
-    norm: Tensor,
-    eps: float,
-    rotations: Tensor,
-    rows: Rows,
-    page_table: Tensor,
-    page_tokens: int,
-    ring: Tensor,
-    planes: Planes,
-    row_format: RowFormat,
-) -> None:
-    """Close the C4 entries that the step completes and advance the state rings.
-
-    Equal to `pool_c4` over the last eight positions of each closing row, `finish`, for INDEX_FP4 `hadamard`, and
-    `kv_store.encode`; entries round to bfloat16 where the format is not F32.
+@dataclass(frozen=True)
+class C4Compressor:
+    """What one C4 compressor reads and writes, d being the dims of `row_format`.
 
     Args:
         raw: f32 [T, 4 * d], kv early | kv current | gate early | gate current without bias; columns are contiguous,
             rows may be those of a wider product.
         ape: f32 [4, 2 * d], added to the gates. norm: f32 [d].
-        rotations: complex64 [T, rope_dim / 2], row r at position positions[r] // 4 * 4.
-        page_table: int32 [slots, pages]; `page_tokens` positions a page.
         ring: f32 [slots, ring_rows, 4 * d], raw rows with bias by position % ring_rows; ring_rows >= 8.
         planes: of `row_format` (F32 or KV_FP8 with d and the rope dims, INDEX_FP4 with d); only rows of closed entries
             are written, and of those not the padding of the scales.
+    """
+
+    raw: Tensor
+    ape: Tensor
+    norm: Tensor
+    ring: Tensor
+    planes: Planes
+    row_format: RowFormat
+
+
+def compress_c4(
+    compressors: Sequence[C4Compressor],
+    eps: float,
+    rotations: Tensor,
+    rows: Rows,
+    page_table: Tensor,
+    page_tokens: int,
+) -> None:
+    """Close the C4 entries that the step completes and advance the rings, of one or two compressors in one launch.
+
+    Equal to `pool_c4` over the last eight positions of each closing row, `finish`, for INDEX_FP4 `hadamard`, and
+    `kv_store.encode`; entries round to bfloat16 where the format is not F32.
+
+    Args:
+        compressors: one or two, with rings of as many rows.
+        rotations: complex64 [T, rope_dim / 2], row r at position positions[r] // 4 * 4.
+        page_table: int32 [slots, pages]; `page_tokens` positions a page.
 
     Raises ValueError for formats and sizes that the kernels do not take.
     """
-    dim = ring.shape[-1] // 4
-    _check(raw, 4 * dim, rotations, row_format, dim, C4)
-    if raw.shape[0]:
-        _c4[(raw.shape[0],)](
-            raw,
-            ape,
-            ring,
-            *_shared(rows, page_table, norm, rotations, planes, row_format),
-            raw.stride(0),
+    tensors: list[Tensor | int] = []
+    sizes: dict[str, int | str] = {}
+    for suffix, each in zip(("", "_2"), (compressors[0], compressors[-1]), strict=True):
+        dim, row_format = each.ring.shape[-1] // 4, each.row_format
+        _check(each.raw, 4 * dim, rotations, row_format, dim, C4)
+        stored = _stored(each.planes, row_format)
+        tensors += [each.raw, each.ape, each.ring, each.norm, *stored, each.raw.stride(0)]
+        block = triton.next_power_of_2(dim)
+        sizes |= {f"D{suffix}": dim, f"FORMAT{suffix}": row_format.format.value, f"BLOCK{suffix}": block}
+    if len(rows.slots):
+        _c4[(len(rows.slots), len(compressors))](
+            *tensors,
+            *_places(rows, page_table, rotations),
             page_table.shape[1],
             eps,
-            D=dim,
+            **sizes,
             ROPE=2 * rotations.shape[1],
-            RING=ring.shape[1],
+            RING=compressors[0].ring.shape[1],
             PER_PAGE=page_tokens // C4,
-            FORMAT=row_format.format.value,
-            BLOCK=triton.next_power_of_2(dim),
             num_warps=4,
         )
 
@@ -299,7 +363,7 @@ def compress_c128(
 ) -> None:
     """Close the C128 entries that the step completes and advance the running states: `online_update`, `finish`, encode.
 
-    Args: as of `compress_c4`, but for
+    Args: as of `compress_c4` and `C4Compressor`, but for
         raw: f32 [T, 2 * d], kv | gate without bias. ape: f32 [128, d].
         rotations: row r at position positions[r] // 128 * 128.
         state: f32 [slots, 3, d], max, sum and weighted mean of the open block; not read where a block starts.
@@ -311,7 +375,9 @@ def compress_c128(
             raw,
             ape,
             state,
-            *_shared(rows, page_table, norm, rotations, planes, row_format),
+            norm,
+            *_stored(planes, row_format),
+            *_places(rows, page_table, rotations),
             raw.stride(0),
             page_table.shape[1],
             eps,
@@ -337,13 +403,15 @@ def _check(raw: Tensor, width: int, rotations: Tensor, row_format: RowFormat, di
         raise ValueError(f"{found}; expected float32 [T, {width}] with contiguous columns")
 
 
-def _shared(
-    rows: Rows, page_table: Tensor, norm: Tensor, rotations: Tensor, planes: Planes, row_format: RowFormat
-) -> tuple[Tensor, ...]:
-    """Arguments of both kernels from `slots` to `scales`."""
+def _stored(planes: Planes, row_format: RowFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments of both kernels from `data` to `scales`."""
     data = planes[0]
     if row_format.format is Format.F32:
         data = data.view(torch.float32)
     rope_data = data.view(torch.bfloat16) if row_format.format is Format.KV_FP8 else data
-    table = torch.view_as_real(rotations)
-    return rows.slots, rows.positions, rows.firsts, rows.counts, page_table, norm, table, data, rope_data, planes[-1]
+    return data, rope_data, planes[-1]
+
+
+def _places(rows: Rows, page_table: Tensor, rotations: Tensor) -> tuple[Tensor, ...]:
+    """Arguments of both kernels from `slots` to `rotations`."""
+    return rows.slots, rows.positions, rows.firsts, rows.counts, page_table, torch.view_as_real(rotations)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from dsv4_kernels.compressor.cases import CASES, INDEX, MAIN, POISON, Case
-from dsv4_kernels.compressor.triton import compress_c4, compress_c128
+from dsv4_kernels.compressor.cases import CASES, INDEX, MAIN, POISON, Case, compress
 from dsv4_kernels.kv_store import Format, RowFormat, decode
 from dsv4_kernels.metadata import C4, C128
 
@@ -24,7 +23,7 @@ CHUNKS = Case("chunks", (256, 1000, 0), (512, 3, 700), num_padding=5)
 @pytest.mark.parametrize("ring_rows", [8, 16])
 def test_a_step_closes_its_entries_and_keeps_what_the_next_needs(case, ratio, row_format, ring_rows):
     arguments, expected = case.make(ratio, row_format, 1, ring_rows, device="cuda")
-    (compress_c4 if ratio == C4 else compress_c128)(**arguments)
+    compress(ratio, arguments)
     expected = expected()
     entries = expected.entry_rows.cuda()
     planes = arguments["planes"]
@@ -49,7 +48,17 @@ def test_a_step_leaves_the_same_bits_every_time(ratio, row_format):
     runs = []
     for _ in range(5):
         arguments, _ = case.make(ratio, row_format, 1, device="cuda")
-        (compress_c4 if ratio == C4 else compress_c128)(**arguments)
+        compress(ratio, arguments)
         runs.append([arguments[kept].nan_to_num(7.0), *arguments["planes"]])
     for run in runs[1:]:
         assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))
+
+
+def test_two_compressors_in_one_launch_have_the_bits_of_each_alone():
+    formats = (MAIN, INDEX)
+    made, alone = ([CHUNKS.make(C4, each, 1, device="cuda")[0] for each in formats] for _ in range(2))
+    compress(C4, *made)
+    for one, other in zip(made, alone, strict=True):
+        compress(C4, other)
+        assert torch.equal(one["ring"].nan_to_num(7.0), other["ring"].nan_to_num(7.0))
+        assert all(torch.equal(plane, same) for plane, same in zip(one["planes"], other["planes"], strict=True))

@@ -9,8 +9,8 @@ import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
 from triton.runtime import interpreter
 
-from dsv4_kernels.compressor.cases import CASES, INDEX, MAIN, POISON, Case
-from dsv4_kernels.compressor.triton import compress_c4, compress_c128
+from dsv4_kernels.compressor.cases import CASES, INDEX, MAIN, POISON, Case, compress
+from dsv4_kernels.compressor.triton import compress_c128
 from dsv4_kernels.kv_store import Format, RowFormat, decode
 from dsv4_kernels.metadata import C4, C128
 from dsv4_kernels.metadata.rows import Rows
@@ -24,7 +24,7 @@ C128_OFFSETS = Case("offsets", tuple(range(128)) + (0, 1, 63, 126, 127) * 2, (1,
 
 def run(case, ratio, row_format, ring_rows=8, seed=1):
     arguments, expected = case.make(ratio, row_format, seed, ring_rows)
-    (compress_c4 if ratio == C4 else compress_c128)(**arguments)
+    compress(ratio, arguments)
     return arguments, expected(), arguments["ring" if ratio == C4 else "state"]
 
 
@@ -77,6 +77,16 @@ def test_official_formats_have_the_bytes_of_the_reference(case, ratio, row_forma
     check_step(case, ratio, row_format)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_two_compressors_in_one_launch_have_the_bits_of_each_alone(case):
+    made = [case.make(C4, row_format, 1)[0] for row_format in (MAIN, INDEX)]
+    compress(C4, *made)
+    for row_format, together in zip((MAIN, INDEX), made, strict=True):
+        alone, _, ring = run(case, C4, row_format)
+        assert_same(together["ring"], ring)
+        assert all(torch.equal(one, two) for one, two in zip(together["planes"], alone["planes"], strict=True))
+
+
 @pytest.mark.parametrize(("case", "ratio"), [(C4_OFFSETS, C4), (C128_OFFSETS, C128)], ids=["c4", "c128"])
 def test_a_chunk_may_begin_and_end_anywhere_in_a_block(case, ratio):
     check_step(case, ratio, EXACT[0])
@@ -103,14 +113,13 @@ def test_cuts_change_a_c128_entry_by_rounding_only(cuts):
 @pytest.mark.parametrize(("ratio", "row_format"), [(C4, MAIN), (C4, INDEX), (C128, MAIN)])
 def test_a_request_has_the_same_bits_beside_a_broken_one_and_alone(ratio, row_format):
     case = Case("batch", (3, 126, 250), (6, 3, 10))
-    compress = compress_c4 if ratio == C4 else compress_c128
     together, _, _ = run(case, ratio, row_format)
     first, _, last = slots = together["rows"].slots[[0, 6, 9]].tolist()
     assert len(set(slots)) == 3
 
     broken, _ = case.make(ratio, row_format, 1)
     broken["raw"][6:9] = torch.nan
-    compress(**broken)
+    compress(ratio, broken)
     for slot in (first, last):
         for found, expected in zip(of_slot(broken, slot, ratio), of_slot(together, slot, ratio), strict=True):
             assert_same(found, expected)
@@ -118,7 +127,7 @@ def test_a_request_has_the_same_bits_beside_a_broken_one_and_alone(ratio, row_fo
     alone, _ = case.make(ratio, row_format, 1)
     rows = Rows.build(torch.tensor([last]), torch.tensor([250]), torch.tensor([10]), 10)
     rows = Rows(*(values.int() for values in (rows.slots, rows.positions, rows.firsts, rows.counts)))
-    compress(**alone | {"rows": rows, "raw": alone["raw"][9:], "rotations": alone["rotations"][9:]})
+    compress(ratio, alone | {"rows": rows, "raw": alone["raw"][9:], "rotations": alone["rotations"][9:]})
     for found, expected in zip(of_slot(alone, last, ratio), of_slot(together, last, ratio), strict=True):
         assert_same(found, expected)
 
@@ -150,6 +159,6 @@ def test_bytes_of_a_step():
 def test_what_the_kernels_do_not_take_is_refused():
     arguments, _ = CASES[0].make(C4, INDEX, 1)
     with pytest.raises(ValueError, match=r"compress_c4: .* expected float32 \[T, 512\] with contiguous columns"):
-        compress_c4(**arguments | {"raw": arguments["raw"].bfloat16()})
+        compress(C4, arguments | {"raw": arguments["raw"].bfloat16()})
     with pytest.raises(ValueError, match="must be one of f32, kv_fp8, index_fp4 with dim 128"):
-        compress_c4(**arguments | {"row_format": RowFormat(Format.INDEX_FP8, 128)})
+        compress(C4, arguments | {"row_format": RowFormat(Format.INDEX_FP8, 128)})
