@@ -8,7 +8,8 @@ What is multiplied (`_product`, FORMAT):
 - "wide": bfloat16 activations, E4M3 weights, made bfloat16 exactly (4 bits times a power of two).
 - "bf16": bfloat16 both; products are exact in float32, sums are float32.
 
-A split along K writes float32 partial sums that `_add_splits` adds in their order: no atomics, always the same bits.
+Programs that split K store float32 parts, and so do two tiles of 64 rows that share a group of a quantised result. The
+last one adds the parts in their order and stores the result (ADR 7): always the same bits.
 Tiles depend on the number of tokens and the shape of the weight; with fixed ones (`tiles=`) a row has the same bits in
 any batch.
 """
@@ -23,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
+from dsv4_kernels.arrival import counters, is_last
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import empty_rows
 from dsv4_kernels.quant.device import inverse_power_of_two, power_of_two, scale_exponent
@@ -32,7 +34,7 @@ TILE_ROWS = (
 )
 PROGRAMS = 132  # programs that a product over few tokens is split into, about: one for each multiprocessor
 MIN_SPLIT_DEPTH = 512  # of K; below, partial sums cost more than they gain
-ADD_BLOCK = 512
+ADD_TOKENS = 16  # tokens whose parts are added together; more cost registers
 
 
 class Tiles(NamedTuple):
@@ -59,14 +61,69 @@ def _scales(scales_at, exponents_at, block, block_step):
     return power_of_two(tl.load(scales_at + block)) * power_of_two(tl.load(exponents_at + block * block_step))
 
 
+@triton.jit
+def _store(
+    total,  # float32 [128, tokens of a tile]
+    group,  # of 128 weight rows
+    token,
+    end,  # of the tokens
+    out,  # from here on of `_product`
+    out_exponents,
+    num_rows,
+    out_token_step,
+    out_block_step,
+    QUANTIZE: tl.constexpr,
+):
+    """Store sums as results."""
+    row = group * 128 + tl.arange(0, 128)
+    inside = (token < end)[None, :] & (row < num_rows)[:, None]
+    if QUANTIZE:
+        total = total.to(tl.bfloat16).to(tl.float32)
+        exponent = scale_exponent(total, 0, FP4=False)
+        total = total * inverse_power_of_two(exponent)[None, :]
+        exponent_at = out_exponents + token * out_token_step + group * out_block_step
+        tl.store(exponent_at, exponent.to(tl.uint8), mask=token < end)
+    tl.store(out + token.to(tl.int64)[None, :] * num_rows + row[:, None], total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add(
+    parts,
+    group,
+    first,  # token
+    end,
+    out,  # from here on of `_product`
+    out_exponents,
+    num_tokens,
+    num_rows,
+    out_token_step,
+    out_block_step,
+    SPLITS: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    ADD_TOKENS: tl.constexpr,
+):
+    """Add the parts of 128 rows and the tokens first .. end, in their order, and store the sums as results."""
+    row = group * 128 + tl.arange(0, 128)
+    for start in range(first, end, ADD_TOKENS):
+        token = start + tl.arange(0, ADD_TOKENS)
+        inside = (token < end)[None, :] & (row < num_rows)[:, None]
+        at = parts + token.to(tl.int64)[None, :] * num_rows + row[:, None]
+        total = tl.zeros([128, ADD_TOKENS], tl.float32)
+        for split in tl.static_range(SPLITS):  # all loads are under way together
+            total += tl.load(at + split * num_tokens.to(tl.int64) * num_rows, mask=inside, other=0.0)
+        _store(total, group, token, end, out, out_exponents, num_rows, out_token_step, out_block_step, QUANTIZE)
+
+
 # Not compiled anew for other numbers of tokens.
-@triton.jit(do_not_specialize=["num_tokens", "splits", "block_step", "out_block_step"])
+@triton.jit(do_not_specialize=["num_tokens", "block_step", "out_block_step"])
 def _product(
     x,  # [tokens, groups * depth]
     x_exponents,  # uint8 [tokens, depth / 128], strides token_step and block_step; with FORMAT "fp8"
     weight,  # [rows, depth]
     weight_exponents,  # uint8 [ceil(rows / 128), depth / 128]; not with FORMAT "bf16"
-    out,  # [tokens, rows], or float32 [splits, tokens, rows]
+    arrived,  # int32, zero: of each 128 rows and tile of tokens; this and the next with ADDS
+    parts,  # float32 [SPLITS, tokens, rows]
+    out,  # [tokens, rows]
     out_exponents,  # uint8 [tokens, rows / 128], strides out_token_step and out_block_step; with QUANTIZE
     num_tokens,
     num_rows,
@@ -77,12 +134,14 @@ def _product(
     block_step,
     out_token_step,
     out_block_step,
-    splits,
     FORMAT: tl.constexpr,
-    QUANTIZE: tl.constexpr,  # to E4M3, a group of 128 rows a token: ROWS is 128
-    ROWS: tl.constexpr,
+    QUANTIZE: tl.constexpr,  # to E4M3, a group of 128 rows a token
+    ADDS: tl.constexpr,  # several programs share 128 rows: splits, or two tiles of 64 rows
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,  # 128, or 64 with ADDS
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,  # of K in one step
+    ADD_TOKENS: tl.constexpr,
 ):
     row_tiles, token_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(num_tokens, TOKENS)
     # Programs that run together form a square of tiles, so that both operands come from L2.
@@ -100,7 +159,7 @@ def _product(
     x_token = tl.minimum(token, num_tokens - 1).to(tl.int64)
     x_at = x_token * x_row + row_tile * ROWS // group_rows * depth
     blocks = depth // DEPTH
-    per_split = tl.cdiv(blocks, splits)
+    per_split = tl.cdiv(blocks, SPLITS)
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     start = split * per_split
     exponents_at = x_exponents + x_token * token_step
@@ -126,44 +185,18 @@ def _product(
             total += tl.dot(weights, tl.trans(values)) * scales[None, :]
             scales = following
 
-    at = (split * num_tokens + token).to(tl.int64)[None, :] * num_rows + row[:, None]
-    inside = (token < num_tokens)[None, :] & (row < num_rows)[:, None]
-    if QUANTIZE:
-        total = total.to(tl.bfloat16).to(tl.float32)
-        exponent = scale_exponent(total, 0, FP4=False)
-        total = total * inverse_power_of_two(exponent)[None, :]
-        exponent_at = out_exponents + token * out_token_step + row_tile * out_block_step
-        tl.store(exponent_at, exponent.to(tl.uint8), mask=token < num_tokens)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_tokens", "num_splits", "out_block_step"])
-def _add_splits(
-    partials,  # float32 [splits, tokens, rows]
-    out,  # [tokens, rows]
-    out_exponents,  # of `_product`
-    num_tokens,
-    num_rows,
-    num_splits,
-    out_token_step,
-    out_block_step,
-    QUANTIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
-    row = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    inside = row < num_rows
-    total = tl.zeros([BLOCK // 128, 128], tl.float32)
-    for split in range(num_splits):
-        total += tl.load(partials + (split * num_tokens + token) * num_rows + row, mask=inside, other=0.0)
-    if QUANTIZE:
-        total = total.to(tl.bfloat16).to(tl.float32)
-        exponent = scale_exponent(total, 1, FP4=False)
-        total = total * inverse_power_of_two(exponent)[:, None]
-        exponent_at = out_exponents + token * out_token_step + group * out_block_step
-        tl.store(exponent_at, exponent.to(tl.uint8), mask=group * 128 < num_rows)
-    tl.store(out + token * num_rows + row, total.to(out.dtype.element_ty), mask=inside)
+    group = row_tile * ROWS // 128
+    if ADDS:
+        at = (split * num_tokens + token).to(tl.int64)[None, :] * num_rows + row[:, None]
+        tl.store(parts + at, total, mask=(token < num_tokens)[None, :] & (row < num_rows)[:, None])
+        if is_last(arrived + group * token_tiles + token_tile, SPLITS * (128 // ROWS)):
+            first = token_tile * TOKENS
+            _add(
+                parts, group, first, tl.minimum(first + TOKENS, num_tokens), out, out_exponents, num_tokens, num_rows,
+                out_token_step, out_block_step, SPLITS, QUANTIZE, ADD_TOKENS,
+            )  # fmt: skip
+    else:
+        _store(total, group, token, num_tokens, out, out_exponents, num_rows, out_token_step, out_block_step, QUANTIZE)
 
 
 def linear_fp8(
@@ -235,7 +268,7 @@ def launch(
     out_exponents: Tensor | None,
     tiles: Tiles | None,
 ) -> None:
-    """Launch `_product`, and `_add_splits` if K is split or a tile is no whole group of a quantised result."""
+    """Launch `_product` on checked tensors; `tiles` None: chosen from the shapes."""
     num_tokens, (num_rows, depth) = x.shape[0], weight.shape
     if not num_tokens:
         return
@@ -244,15 +277,16 @@ def launch(
     tile_rows = TILE_ROWS if num_groups == 1 or group_rows % TILE_ROWS == 0 else TILE_ROWS // 2
     quantize = out_exponents is not None
     adds = splits > 1 or (quantize and tile_rows < TILE_ROWS)
-    partials = torch.empty(splits, num_tokens, num_rows, device=x.device, dtype=torch.float32) if adds else out
-    out_steps = out_exponents.stride() if quantize else (0, 0)
-    grid = triton.cdiv(num_rows, tile_rows) * triton.cdiv(num_tokens, tokens), splits
+    token_tiles = triton.cdiv(num_tokens, tokens)
+    grid = triton.cdiv(num_rows, tile_rows) * token_tiles, splits
     _product[grid](
         x,
         weight if x_exponents is None else x_exponents,
         weight,
         weight if weight_exponents is None else weight_exponents,
-        partials,
+        counters(x.device, triton.cdiv(num_rows, TILE_ROWS) * token_tiles) if adds else out,
+        torch.empty(splits, num_tokens, num_rows, device=x.device, dtype=torch.float32) if adds else out,
+        out,
         out if out_exponents is None else out_exponents,
         num_tokens,
         num_rows,
@@ -260,26 +294,15 @@ def launch(
         depth,
         x.stride(0),
         *(x_exponents.stride() if x_exponents is not None else (0, 0)),
-        *out_steps,
-        splits,
+        *(out_exponents.stride() if out_exponents is not None else (0, 0)),
         FORMAT=format_,
-        QUANTIZE=quantize and not adds,
+        QUANTIZE=quantize,
+        ADDS=adds,
+        SPLITS=splits,
         ROWS=tile_rows,
         TOKENS=tokens,
         DEPTH=128 if format_ == "fp8" or (format_ == "wide" and tokens <= 64) else 64,
+        ADD_TOKENS=ADD_TOKENS,
         num_warps=num_warps,
         num_stages=num_stages,
     )
-    if adds:
-        _add_splits[(num_tokens, triton.cdiv(num_rows, ADD_BLOCK))](
-            partials,
-            out,
-            out if out_exponents is None else out_exponents,
-            num_tokens,
-            num_rows,
-            splits,
-            *out_steps,
-            QUANTIZE=quantize,
-            BLOCK=ADD_BLOCK,
-            num_warps=4,
-        )

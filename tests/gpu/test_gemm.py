@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dsv4_kernels.arrival import counters
 from dsv4_kernels.benching import relative_error
 from dsv4_kernels.cases import DEMO, FLASH, PRO
 from dsv4_kernels.gemm.cases import products
@@ -60,6 +61,7 @@ def test_repeated_and_batched_products_have_the_same_bits():
     x, weight = FP8[0][1].make(64, 3, "cuda")
     first = linear_fp8(quantize_rows(x), weight)
     assert all(torch.equal(first, linear_fp8(quantize_rows(x), weight)) for _ in range(20))
+    assert not counters(x.device, 1).any()
     tiles = Tiles(64, 8, 8, 4)
     together = linear_fp8(quantize_rows(x), weight, tiles=tiles)
     assert torch.equal(together[21:22], linear_fp8(quantize_rows(x[21:22]), weight, tiles=tiles))

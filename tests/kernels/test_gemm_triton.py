@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
 
+from dsv4_kernels.arrival import counters
 from dsv4_kernels.benching import relative_error
 from dsv4_kernels.cases import PRO, generator, matrix, nonzero
 from dsv4_kernels.gemm import triton as gemm
@@ -78,19 +79,27 @@ def test_scales_applied_by_the_tensor_core_give_the_product(num_tokens, monkeypa
     assert relative_error(found, linear(x, values, quantize=True, out_dtype=torch.float32)) <= BOUND[torch.float32]
 
 
-@pytest.mark.parametrize("splits", [1, 3, 4])
-def test_every_split_of_k_gives_the_product(splits):
-    weight, values = weight_of(256, 1280)  # 10 blocks: 3 and 4 do not divide them
-    x = rows_of(4, 1280)
-    expected = linear(x, values, quantize=True, out_dtype=torch.float32)
+@pytest.mark.parametrize("num_tokens", [1, 20])
+@pytest.mark.parametrize("splits", [1, 2, 3, 4, 7])
+def test_the_parts_of_a_split_product_are_added_in_their_order(splits, num_tokens):
+    weight, values = weight_of(200, 1280)  # 10 blocks: 3 and 4 do not divide them, of 7 splits two have none
+    x = rows_of(num_tokens, 1280)
     found = linear_fp8(quantize_rows(x), weight, out_dtype=torch.float32, tiles=Tiles(16, splits, 4, 3))
-    assert relative_error(found, expected) <= BOUND[torch.float32]
+    total = torch.zeros_like(found)
+    size = -(-10 // splits)
+    for first in range(0, 10, size):
+        blocks, columns = slice(first, first + size), slice(first * 128, (first + size) * 128)
+        part = Fp8Weight(weight.codes[:, columns].contiguous(), weight.exponents[:, blocks].contiguous())
+        total += linear_fp8(quantize_rows(x[:, columns]), part, out_dtype=torch.float32, tiles=Tiles(16, 1, 4, 3))
+    assert torch.equal(found, total)
+    assert relative_error(found, linear(x, values, quantize=True, out_dtype=torch.float32)) <= BOUND[torch.float32]
+    assert not counters(x.device, 4).any()
 
 
-def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_the_same_tiles():
+@pytest.mark.parametrize("tiles", [Tiles(16, 1, 4, 3), Tiles(16, 3, 4, 3), Tiles(32, 2, 4, 3)])
+def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_the_same_tiles(tiles):
     weight, _ = weight_of(256, 1024)
     x = rows_of(40, 1024)
-    tiles = Tiles(16, 2, 4, 3)
     together = linear_fp8(quantize_rows(x), weight, out_dtype=torch.float32, tiles=tiles)
     alone = linear_fp8(quantize_rows(x[21:22]), weight, out_dtype=torch.float32, tiles=tiles)
     assert torch.equal(together[21:22], alone)

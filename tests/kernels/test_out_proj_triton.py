@@ -4,8 +4,10 @@ import pytest
 import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
 
+from dsv4_kernels.arrival import counters
 from dsv4_kernels.benching import relative_error
 from dsv4_kernels.cases import PRO, generator, matrix, nonzero
+from dsv4_kernels.gemm import triton as gemm
 from dsv4_kernels.gemm.fp8 import Fp8Weight
 from dsv4_kernels.gemm.triton import Tiles, grouped_fp8_out
 from dsv4_kernels.out_proj import reference
@@ -44,19 +46,32 @@ def test_equals_the_reference(num_tokens, groups, rank):
     assert num_tokens == 0 or relative_error(found, expected) <= BOUND
 
 
-@pytest.mark.parametrize("tiles", [Tiles(16, 1, 4, 3), Tiles(16, 2, 4, 3), Tiles(64, 1, 4, 3), Tiles(128, 1, 8, 3)])
-def test_low_rank_rows_are_quantised_where_they_are_made(tiles):
-    """The same rows, with the tiles of one launch and with K split between two."""
-    o, wo_a, _ = make(20)
-    rows = grouped_fp8_out(o.flatten(1), wo_a, GROUPS, tiles=tiles)
-    grouped = o.double().reshape(20, GROUPS, -1)
-    low = torch.einsum("tgk,gnk->tgn", grouped, values_of(wo_a).double().unflatten(0, (GROUPS, RANK))).flatten(1)
-    expected = reference.linear(low.bfloat16(), torch.eye(GROUPS * RANK), quantize=True)
+@pytest.mark.parametrize(("groups", "rank"), [(GROUPS, RANK), (6, 64)])  # 64: two tiles share 128 quantised rows
+@pytest.mark.parametrize(
+    "tiles", [Tiles(16, 1, 4, 3), Tiles(16, 2, 4, 3), Tiles(32, 3, 4, 3), Tiles(64, 1, 4, 3), Tiles(128, 1, 8, 3)]
+)
+def test_low_rank_rows_are_quantised_where_they_are_made(tiles, groups, rank):
+    o, wo_a, _ = make(20, groups, rank)
+    rows = grouped_fp8_out(o.flatten(1), wo_a, groups, tiles=tiles)
+    grouped = o.double().reshape(20, groups, -1)
+    low = torch.einsum("tgk,gnk->tgn", grouped, values_of(wo_a).double().unflatten(0, (groups, rank))).flatten(1)
+    expected = reference.linear(low.bfloat16(), torch.eye(groups * rank), quantize=True)
     assert relative_error(dequantize_fp8(rows.codes, rows.exponents, 128), expected) <= BOUND
+    assert not counters(o.device, 12).any()
 
 
-def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_the_same_tiles():
-    o, wo_a, wo_b = make(20)
+@pytest.mark.parametrize(("groups", "rank", "splits"), [(GROUPS, RANK, 2), (6, 64, 1), (6, 64, 2)])
+def test_only_the_last_of_all_that_share_128_rows_adds_them(groups, rank, splits, monkeypatch):
+    added, add = [], gemm._add
+    monkeypatch.setattr(gemm, "_add", lambda *args: (added.append(args), add(*args)))
+    o, wo_a, _ = make(20, groups, rank)
+    grouped_fp8_out(o.flatten(1), wo_a, groups, tiles=Tiles(16, splits, 4, 3))
+    assert len(added) == groups * rank // 128 * 2  # tiles of tokens
+
+
+@pytest.mark.parametrize(("groups", "rank"), [(GROUPS, RANK), (6, 64)])
+def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_the_same_tiles(groups, rank):
+    o, wo_a, wo_b = make(20, groups, rank)
     tiles = Tiles(16, 2, 4, 3)
     together = grouped_out_proj(o, wo_a, wo_b, tiles=tiles)
     assert torch.equal(together[13:14], grouped_out_proj(o[13:14], wo_a, wo_b, tiles=tiles))

@@ -9,7 +9,7 @@ from dsv4_kernels.gemm.quantize import quantize_rows
 
 SIZES = {"pro, 1 token": (PRO, 1), "pro, 64 tokens": (PRO, 64), "flash, 512 tokens": (FLASH, 512)}
 RUNS = [f"{kind}, {size}" for size in SIZES for kind in ("fp8", "bf16")]
-KERNELS = {"_quantize", "_product", "_add_splits"}
+KERNELS = {"_quantize", "_product"}
 
 
 def fp8_weight(num_rows: int, depth: int) -> Fp8Weight:
