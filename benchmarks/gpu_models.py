@@ -91,9 +91,9 @@ class Driver:
         """One token for each slot."""
         return [tokens[0] for tokens in self.execute(decodes=slots).token_ids]
 
-    def generate(self, ids: list[int], num_tokens: int) -> list[int]:
-        """A greedy continuation in slot 0."""
+    def generate(self, ids: list[int], num_tokens: int, eos_id: int) -> list[int]:
+        """A greedy continuation in slot 0, to EOS at most."""
         tokens = self.begin(0, ids)
-        while len(tokens) < num_tokens:
+        while len(tokens) < num_tokens and tokens[-1] != eos_id:
             tokens += self.decode([0])
         return tokens

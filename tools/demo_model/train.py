@@ -85,7 +85,8 @@ def train(out: Path, batches: Batches, steps: range, weights: dict[str, Tensor],
     if compiled:
         compile_operations()
     with torch.device("cpu"):
-        trainer = Trainer(model_config(), weights, device, first_part=rank * (MICRO_BATCHES // ranks))
+        first_part = rank * (MICRO_BATCHES // ranks)
+        trainer = Trainer(model_config(), weights, device, first_part, captured=compiled and device == "cuda")
     if rank == 0:
         out.mkdir(parents=True)
         log = Log(out / "log.jsonl")
