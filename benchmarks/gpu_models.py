@@ -1,8 +1,8 @@
 """Engines on one GPU for the benchmarks beside this file: the demo checkpoint, and slices of Pro and Flash.
 
-A slice has the first layers of the model at full width, embedding and head, and random weights (`pro-slice` 4 of 61
-layers, 59 GB of weights; `flash-slice` 12 of 43), so that one H100 runs true shapes. A slice's step is not a model's
-step: per-layer costs add up, the head and the step's own costs do not.
+A slice has the first layers of the model at full width, embedding and head, and random weights (`pro-4` 4 of 61 layers,
+59 GB of weights; `flash-12` 12 of 43), so that one H100 runs true shapes. A slice's step is not a model's step:
+per-layer costs add up, the head and the step's own costs do not.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,21 @@ from dsv4serve.config import Device, EngineConfig, LoadFormat, default_model
 from dsv4serve.runner import build_runner
 from dsv4serve.types import PAGE_TOKENS, Chunk, PageAppend, SamplingParams, SchedulerOutput, SlotStart, StepOutput
 
-SLICES = {"pro-slice": ("pro", 4), "flash-slice": ("flash", 12)}
+SLICES = {"pro-slice": "pro-4", "flash-slice": "flash-12"}
 MODELS = ("demo", *SLICES)
 
 
 def engine_config(name: str, **settings: Any) -> EngineConfig:
-    """Of one of MODELS on the GPU, unless `settings` say otherwise."""
+    """Of one of MODELS, or of a slice by name and layers ("pro-8"), on the GPU, unless `settings` say otherwise."""
     settings = {"device": Device.CUDA, **settings}
     if name == "demo":
         return EngineConfig(model=default_model(), **settings)
-    return EngineConfig(model=_slice_folder(*SLICES[name]), load_format=LoadFormat.DUMMY, **settings)
+    model, num_layers = SLICES.get(name, name).split("-")
+    return EngineConfig(model=_slice_folder(model, int(num_layers)), load_format=LoadFormat.DUMMY, **settings)
 
 
 def build(name: str, **settings: Any) -> Driver:
-    """The device engine of one of MODELS, kernels compiled and graphs captured."""
+    """The device engine of a model as `engine_config` names it, kernels compiled and graphs captured."""
     begin = time.perf_counter()
     driver = Driver(build_runner(engine_config(name, **settings)))
     torch.cuda.synchronize()
@@ -65,10 +67,14 @@ class Driver:
         """Tokens that a slot's pages hold."""
         return self._pages_each * PAGE_TOKENS
 
+    def submit(self, **parts: Any) -> Callable[[], StepOutput]:
+        """Begin a step; the result waits for its end."""
+        self._step_id += 1
+        return self.runner.submit(SchedulerOutput(step_id=self._step_id, **parts))
+
     def execute(self, **parts: Any) -> StepOutput:
         """One step."""
-        self._step_id += 1
-        return self.runner.execute(SchedulerOutput(step_id=self._step_id, **parts))
+        return self.submit(**parts)()
 
     def begin(self, slot: int, ids: list[int], context: int = 0) -> list[int]:
         """Start a greedy request with all pages of its slot, and its prompt as one chunk; returns the first token.
@@ -90,6 +96,20 @@ class Driver:
     def decode(self, slots: list[int]) -> list[int]:
         """One token for each slot."""
         return [tokens[0] for tokens in self.execute(decodes=slots).token_ids]
+
+    def decode_ms(self, slots: list[int], num_steps: int) -> float:
+        """Mean time of a decode step, each submitted while the one before it runs."""
+        for _ in range(3):
+            self.decode(slots)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        last = self.submit(decodes=slots)
+        for _ in range(num_steps - 1):
+            following = self.submit(decodes=slots)
+            last()
+            last = following
+        last()
+        return (time.perf_counter() - begin) / num_steps * 1e3
 
     def generate(self, ids: list[int], num_tokens: int, eos_id: int) -> list[int]:
         """A greedy continuation in slot 0, to EOS at most."""
