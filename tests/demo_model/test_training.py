@@ -20,6 +20,7 @@ from dsv4_kernels.rope import apply_rope, rope_table
 from dsv4serve.config import EngineConfig, ModelConfig
 from dsv4serve.model.whole import WholeSequence
 from dsv4serve.weights.loader import load_weights
+from tools.demo_model import __main__ as command
 from tools.demo_model import operations, trainer
 from tools.demo_model.config import model_config
 from tools.demo_model.muon import orthogonalize
@@ -174,3 +175,17 @@ def test_a_run_leaves_checkpoints_that_hold_its_weights(tmp_path):
     start = read_weights(out / "master")
     assert start.keys() == trained.keys()
     assert all(torch.equal(start[name], trained[name].bfloat16().float()) for name in start if dtypes[name] != "F32")
+
+
+def test_one_command_makes_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "DATA", tmp_path)
+    monkeypatch.setattr(command, "TOKENIZER", tmp_path / "tokenizer")
+    modules = [module for module, *_ in command.steps(["out"])]
+    assert modules == ["fetch", "extract_facts", "builders.natural", "tokenizer", "train"]
+    for name in ("facts.json", "natural.jsonl.xz"):
+        (tmp_path / name).touch()
+    assert [module for module, *_ in command.steps(["out"])] == ["tokenizer", "train"]
+    (tmp_path / "tokenizer").mkdir()
+    assert command.steps(["out", "--seed", "1"]) == [
+        ["train", "out", "--seed", "1", "--tokenizer", str(tmp_path / "tokenizer")]
+    ]
