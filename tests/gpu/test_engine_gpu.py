@@ -11,14 +11,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.device_engine import Sequences, check_generation, check_layers, check_replay
+from support.device_engine import Sequences, check_generation, check_layers, check_replay, rounding_noise
 from support.device_models import CONFIG, both, checkpoint
 from support.engine import Engine, greedy
 from support.models import random_ids
 
 from dsv4serve.chat.tokenizer import ChatTokenizer
-from dsv4serve.config import default_model
+from dsv4serve.config import EngineConfig, default_model
 from dsv4serve.runner.graphs import bucket_for
+from dsv4serve.weights import load_weights
 
 SLOTS = 8
 
@@ -33,17 +34,22 @@ def test_every_sublayer_of_a_prefill_equals_the_reference(networks):
 
 
 def test_chunks_decodes_and_padding_in_one_step_over_a_cache_that_the_cpu_engine_filled():
-    """The demo model reading English: a random one makes much of the 14 bits of a tensor core's sums."""
+    """The demo model reading English: a random one makes much of the 14 bits of a tensor core's sums.
+
+    The GPU may move logits and cache by what the CPU engine makes of one rounding of its own input (6 to 9 %)."""
     model = default_model()
     text = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
     tokens = ChatTokenizer(model).encode(text)
     ids = {slot: tokens[400 * slot : 400 * slot + 400] for slot in range(4)}
-    sequences = Sequences(*both(model, torch.device("cuda", 0)), ids)
+    reference, network = both(model, torch.device("cuda", 0))
+    weights = load_weights(EngineConfig(model=model), reference.config)
+    bound = sum(rounding_noise(reference, weights, ids[slot][:256]) for slot in ids) / len(ids)
+    sequences = Sequences(reference, network, ids)
     sequences.prefill({0: 254})
     sequences.prefill({2: 126})
-    sequences.check_step({2: 4, 0: 3, 3: 5}, num_rows=16)
-    sequences.check_step({3: 1, 0: 1, 2: 1}, num_rows=4)
-    sequences.check_step({1: 200, 2: 1, 0: 130, 3: 1}, num_rows=512)
+    sequences.check_step({2: 4, 0: 3, 3: 5}, num_rows=16, bound=bound)
+    sequences.check_step({3: 1, 0: 1, 2: 1}, num_rows=4, bound=bound)
+    sequences.check_step({1: 200, 2: 1, 0: 130, 3: 1}, num_rows=512, bound=bound)
 
 
 def requests():
