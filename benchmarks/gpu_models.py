@@ -1,8 +1,11 @@
 """Engines on one GPU for the benchmarks beside this file: the demo checkpoint, and slices of Pro and Flash.
 
-A slice has the first layers of the model at full width, embedding and head, and random weights (`pro-slice` 4 of 61
-layers, 59 GB of weights; `flash-slice` 12 of 43), so that one H100 runs true shapes. A slice's step is not a model's
+A slice has some layers of the model at full width, embedding and head, and random weights (`pro-slice` the first 4 of
+61 layers, 59 GB of weights; `flash-slice` 12 of 43), so that one H100 runs true shapes. A slice's step is not a model's
 step: per-layer costs add up, the head and the step's own costs do not.
+
+`pro-rank` is what one of eight GPUs has that divide Pro's experts: layers 3 to 8, three of either ratio, with 48 of 384
+experts. As many tokens meet an expert as with eight such ranks; their exchange is left out.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import tempfile
 import time
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,7 +23,37 @@ from dsv4serve.config import Device, EngineConfig, LoadFormat, default_model
 from dsv4serve.runner import build_runner
 from dsv4serve.types import PAGE_TOKENS, Chunk, PageAppend, SamplingParams, SchedulerOutput, SlotStart, StepOutput
 
-SLICES = {"pro-slice": ("pro", 4), "flash-slice": ("flash", 12)}
+
+class Slice(NamedTuple):
+    """Some layers of a released model."""
+
+    model: str
+    num_layers: int
+    first: int = 0
+    num_ranks: int = 1  # among which the routed experts are divided
+
+    def full_config(self) -> dict[str, Any]:
+        """config.json of the whole model."""
+        return json.loads((resources.files("dsv4serve_configs") / "models" / f"{self.model}.json").read_text("utf-8"))
+
+    def folder(self) -> Path:
+        """A new folder with the slice's config.json, to be loaded with dummy weights."""
+        raw = self.full_config()
+        ratios, end = raw["compress_ratios"], self.first + self.num_layers
+        raw["compress_ratios"] = ratios[self.first : end] + ratios[len(ratios) - raw["num_nextn_predict_layers"] :]
+        raw["num_hidden_layers"] = self.num_layers
+        raw["num_hash_layers"] = max(0, raw["num_hash_layers"] - self.first)
+        raw["n_routed_experts"] //= self.num_ranks
+        folder = Path(tempfile.mkdtemp(prefix=f"{self.model}-slice-"))
+        (folder / "config.json").write_text(json.dumps(raw))
+        return folder
+
+
+SLICES = {
+    "pro-slice": Slice("pro", 4),
+    "pro-rank": Slice("pro", 6, first=3, num_ranks=8),
+    "flash-slice": Slice("flash", 12),
+}
 MODELS = ("demo", *SLICES)
 
 
@@ -29,7 +62,7 @@ def engine_config(name: str, **settings: Any) -> EngineConfig:
     settings = {"device": Device.CUDA, **settings}
     if name == "demo":
         return EngineConfig(model=default_model(), **settings)
-    return EngineConfig(model=_slice_folder(*SLICES[name]), load_format=LoadFormat.DUMMY, **settings)
+    return EngineConfig(model=SLICES[name].folder(), load_format=LoadFormat.DUMMY, **settings)
 
 
 def build(name: str, **settings: Any) -> Driver:
@@ -39,17 +72,6 @@ def build(name: str, **settings: Any) -> Driver:
     torch.cuda.synchronize()
     driver.start_s = time.perf_counter() - begin
     return driver
-
-
-def _slice_folder(model: str, num_layers: int) -> Path:
-    raw = json.loads((resources.files("dsv4serve_configs") / "models" / f"{model}.json").read_text("utf-8"))
-    num_mtp = raw["num_nextn_predict_layers"]
-    ratios = raw["compress_ratios"]
-    raw["compress_ratios"] = ratios[:num_layers] + ratios[len(ratios) - num_mtp :]
-    raw["num_hidden_layers"] = num_layers
-    folder = Path(tempfile.mkdtemp(prefix=f"{model}-slice-"))
-    (folder / "config.json").write_text(json.dumps(raw))
-    return folder
 
 
 class Driver:
