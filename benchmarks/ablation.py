@@ -1,6 +1,6 @@
 """What each fusion of the device engine is worth: decode steps and a prefill with one of them off at a time, and all.
 
-    python3 benchmarks/ablation.py $OUT/ablation.jsonl --seconds 220
+    python3 benchmarks/ablation.py $OUT/ablation.jsonl --seconds 190
 
 How to run it on the GPU machine is in gpu_smoke.py beside this file. Off are, by patches (unfused.py), the fused mHC
 boundary, the fused compressor, what shares launches, FP8 activations of experts; and graphs of decodes and prefills.
@@ -48,7 +48,7 @@ from interactivity import Side, at_equal_interactivity, day0_requests, day0_toke
 from support.device_engine import LOGITS_BOUND, median_row
 from unfused import SWITCHES, unfused
 
-from dsv4serve.cli.record import append_record, make_record
+from dsv4serve.cli.record import append_record, make_record, this_device
 from dsv4serve.config import ModelConfig, Numerics
 from dsv4serve.memory import CacheLayout
 from dsv4serve.model.device import DeviceTransformer
@@ -58,6 +58,7 @@ BF16 = "bf16-experts"
 GRAPHS = ("decode-graphs", "prefill-graphs")
 MODEL_SECONDS = 45  # a model is not begun when less is left
 VARIANT_SECONDS = 6  # nor a variant
+COMPARE_SECONDS = 15  # for which single variants leave time
 FEW_REQUESTS = (4, 16, 64)  # of all-off, whose interactivity is compared at
 
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--steps", type=int, default=20, help="decodes that are timed together (default %(default)s)")
     add("--repeats", type=int, default=3, help="of each timing (default %(default)s)")
     add("--switches", nargs="+", choices=(*SWITCHES, *GRAPHS), default=(*SWITCHES, *GRAPHS), help="(default all)")
-    add("--seconds", type=float, default=220, help="what would not end in time is left out (default %(default)s)")
+    add("--seconds", type=float, default=190, help="what would not end in time is left out (default %(default)s)")
     args = parser.parse_args(argv)
     deadline += args.seconds
     agrees = True
@@ -106,7 +107,7 @@ class Ablation:
     ) -> None:
         self.name, self.network, self.full, self.args, self._deadline = name, network, full, args, deadline
         self.engine = AblationEngine(network, max(args.batches), args.context, args.prefill, args.output)
-        self.agrees = True
+        self.agrees, self._device = True, this_device()
         impossible = set() if self.engine.is_cuda else set(GRAPHS)
         if not network.blocks[0].moe.w13.unpacked:
             impossible.add(BF16)
@@ -119,7 +120,8 @@ class Ablation:
         singles = [(switch,) for switch in self.everything]
         singles.sort(key=lambda off: off != (BF16,))  # all-off is compared with it
         for off in ((), *singles[:1], self.everything, *singles[1:]):
-            if off and self._left() < VARIANT_SECONDS:
+            is_single = off not in ((), self.everything)
+            if off and self._left() < VARIANT_SECONDS + COMPARE_SECONDS * is_single:
                 print(f"{self.name}: without {'+'.join(off)} left out, not enough time")
                 continue
             self.results[off] = results = self._variant(off)
@@ -135,9 +137,8 @@ class Ablation:
         config = self.network.config
         sizes = {"layers": config.num_hidden_layers, "experts": config.n_routed_experts}
         lengths = {name: getattr(self.args, name) for name in ("context", "prefill", "output")}
-        append_record(
-            self.args.out, make_record(sys.argv, "", {"model": self.name} | sizes | lengths | settings, results)
-        )
+        settings = {"model": self.name} | sizes | lengths | settings
+        append_record(self.args.out, make_record(sys.argv, self._device, settings, results))
 
     def _variant(self, off: tuple[str, ...]) -> dict[str, Any]:
         """One line: steps with what is in `off` off."""

@@ -141,7 +141,7 @@ class AblationEngine:
         @torch.inference_mode()
         def count() -> int:
             empty = graphs()
-            empty.eager(padded)  # makes the step's inputs
+            empty.fill(padded, {}, [])
             with counted_launches() as launches:
                 empty.eager(padded)
             return launches.number
@@ -158,7 +158,7 @@ class AblationEngine:
         """Milliseconds of a step of `batch` decodes behind the context, once for each repetition of `num_steps`."""
         self._reset(batch)
         slots = list(range(batch))
-        self._seconds(self.decoder, (self._output(decodes=slots) for _ in range(2)))
+        self._seconds(self.decoder, (self._output(decodes=slots) for _ in range(min(2, num_steps))))
         times = []
         for _ in range(repeats):
             seconds = self._seconds(self.decoder, (self._output(decodes=slots) for _ in range(num_steps)))

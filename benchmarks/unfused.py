@@ -8,9 +8,6 @@ Each switch replaces functions where the network or the step looks them up, and 
 | `compressor` | `compress_c4`, `compress_c128` | the reference's chain: gather, pool, norm, RoPE, round, store |
 | `launches` | what shares a launch (ADR 7) | the same Triton kernels, each in a launch of its own, see `_launches` |
 | `bf16-experts` | FP8 activations of the routed experts | BF16 activations, W4A16 (only on GPUs without FP4 products) |
-
-The chain of `compressor` never waits for the device: how many entries a step closes is known there alone, so it works
-on as many as could close, and what is none of them is written to the last row of a pool, which no kernel reads.
 """
 
 from __future__ import annotations
@@ -20,26 +17,25 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import plain_compressor
 import torch
 from torch import Tensor
 
-from dsv4_kernels.compressor.reference import finish, online_update, pool_c4
 from dsv4_kernels.compressor.triton import C4Compressor
 from dsv4_kernels.gemm import triton as gemm
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.indexer import triton as indexer
 from dsv4_kernels.indexer.queries import prepare_queries
-from dsv4_kernels.kv_store import Format, Planes, RowFormat, encode, store
 from dsv4_kernels.kv_store.triton import prepare_q
 from dsv4_kernels.mega_moe.combine import combine
 from dsv4_kernels.mega_moe.shared import shared_expert
 from dsv4_kernels.mega_moe.triton import pair_outputs
-from dsv4_kernels.metadata import C4, C128, Rows
+from dsv4_kernels.metadata import C4, Rows
 from dsv4_kernels.mhc import reference as mhc
 from dsv4_kernels.norm.reference import rms_norm as plain_norm
 from dsv4_kernels.norm.triton import rms_norm
-from dsv4_kernels.quant.reference import hadamard, quantize_fp8
+from dsv4_kernels.quant.reference import quantize_fp8
 from dsv4_kernels.quant.triton import launch as quantize
 from dsv4serve.model import device
 from dsv4serve.model.device import DeviceTransformer
@@ -62,7 +58,7 @@ def unfused(off: Collection[str], network: DeviceTransformer) -> Iterator[None]:
         if "mhc" in off:
             replace(device, mhc_boundary=_boundary, mhc_head=_head)
         if "compressor" in off:
-            replace(device_step, compress_c4=_compress_c4, compress_c128=_compress_c128)
+            replace(device_step, compress_c4=plain_compressor.compress_c4, compress_c128=plain_compressor.compress_c128)
         _moe(replace, "launches" in off, "bf16-experts" in off)
         yield
 
@@ -117,109 +113,6 @@ def _head(
 ) -> Tensor:
     streams = _added(streams, output, post, comb)
     return plain_norm(mhc.mhc_head(streams, fn, base, scale, hc_eps=hc_eps, norm_eps=norm_eps), norm, norm_eps)
-
-
-def _compact(wanted: Tensor, most: int) -> Tensor:
-    """Numbers int64 [most] of the rows that are wanted bool [rows], in order; -1 behind the last."""
-    places = torch.where(wanted, wanted.cumsum(0) - 1, most)
-    numbers = torch.full((most + 1,), -1, dtype=torch.int64, device=wanted.device)
-    return numbers.scatter_(0, places, torch.arange(len(wanted), device=wanted.device))[:most]
-
-
-def _store_entries(
-    pooled: Tensor,
-    rows: Tensor,  # int64 [n], the row that closes the entry; -1 = none
-    is_real: Tensor,
-    ratio: int,
-    norm: Tensor,
-    eps: float,
-    rotations: Tensor,
-    step: Rows,
-    page_table: Tensor,
-    page_tokens: int,
-    planes: Planes,
-    row_format: RowFormat,
-) -> None:
-    rows = rows.clamp_min(0)
-    entry = step.positions[rows].clamp_min(0).long() // ratio
-    per_page = page_tokens // ratio
-    pages = page_table[step.slots[rows].clamp_min(0).long(), entry // per_page].long()
-    targets = torch.where(is_real, pages * per_page + entry % per_page, len(planes[0]) - 1)
-    values = finish(pooled, norm, eps, rotations[rows], torch.bfloat16)
-    if row_format.format is Format.INDEX_FP4:
-        values = hadamard(values).to(torch.bfloat16)
-    store(planes, targets, encode(values, row_format))
-
-
-def _compress_c4(
-    compressors: Sequence[C4Compressor],
-    eps: float,
-    rotations: Tensor,
-    rows: Rows,
-    page_table: Tensor,
-    page_tokens: int,
-) -> None:
-    positions, num_rows, num_slots = rows.positions.long(), len(rows.positions), len(page_table)
-    closing = _compact((positions >= 0) & (positions % C4 == C4 - 1), min(num_rows, num_rows // C4 + num_slots))
-    row = closing.clamp_min(0)
-    start = positions[row] - (row - rows.firsts[row])
-    source = positions[row].unsqueeze(1) + torch.arange(-7, 1, device=row.device)  # positions that the entry pools
-    in_step = source >= start.unsqueeze(1)
-    step_row = (row.unsqueeze(1) + torch.arange(-7, 1, device=row.device)).clamp_min(0)
-    for each in compressors:
-        ring_rows, width = each.ring.shape[1:]
-        ring = each.ring.flatten(0, 1)
-        gates = each.raw[:, width // 2 :] + each.ape[positions % C4]
-        raw = torch.cat([each.raw[:, : width // 2], gates], 1)
-        ring_row = rows.slots[row].clamp_min(0).long().unsqueeze(1) * ring_rows + source % ring_rows
-        ring_row = torch.where(source >= 0, ring_row, len(ring) - 1)
-        history = torch.where(in_step.unsqueeze(2), raw[step_row], ring[ring_row])
-        pooled = pool_c4(history, source >= 0)
-        _store_entries(
-            pooled, closing, closing >= 0, C4, each.norm, eps, rotations, rows, page_table, page_tokens, each.planes,
-            each.row_format,
-        )  # fmt: skip
-        left = rows.counts + rows.firsts - torch.arange(num_rows, device=row.device)  # rows from here to the last
-        last = _compact((positions >= 0) & (left <= ring_rows), min(num_rows, ring_rows * num_slots))
-        kept = last.clamp_min(0)
-        target = rows.slots[kept].long() * ring_rows + positions[kept] % ring_rows
-        ring[torch.where(last >= 0, target, len(ring) - 1)] = raw[kept]
-
-
-def _compress_c128(
-    raw: Tensor,
-    ape: Tensor,
-    norm: Tensor,
-    eps: float,
-    rotations: Tensor,
-    rows: Rows,
-    page_table: Tensor,
-    page_tokens: int,
-    state: Tensor,
-    planes: Planes,
-    row_format: RowFormat,
-) -> None:
-    positions, num_rows, num_slots = rows.positions.long(), len(rows.positions), len(page_table)
-    number = torch.arange(num_rows, device=raw.device)
-    # Runs of a request's rows inside one block. A step of decodes has no more rows than there are slots.
-    longest, most = (1, num_rows) if num_rows <= num_slots else (C128, num_rows // C128 + 2 * num_slots)
-    most = min(num_rows, most)
-    first = _compact((positions >= 0) & ((number == rows.firsts) | (positions % C128 == 0)), most)
-    row = first.clamp_min(0)
-    in_block = positions[row] % C128
-    length = torch.minimum(C128 - in_block, rows.firsts[row] + rows.counts[row] - row)
-    offset = torch.arange(longest, device=raw.device)
-    present = (first >= 0).unsqueeze(1) & (offset < length.unsqueeze(1))
-    kv, gate = raw[row.unsqueeze(1) + torch.where(present, offset, 0)].chunk(2, dim=2)
-    gate = gate + ape[(in_block.unsqueeze(1) + offset) % C128]
-    slot = rows.slots[row].clamp_min(0).long()
-    updated = online_update(state[slot], in_block == 0, kv, gate, present)
-    closes = (first >= 0) & (in_block + length == C128)
-    _store_entries(
-        updated[:, 2], row + length - 1, closes, C128, norm, eps, rotations, rows, page_table, page_tokens, planes,
-        row_format,
-    )  # fmt: skip
-    state[torch.where((first >= 0) & ~closes, slot, len(state) - 1)] = updated
 
 
 class _Columns:

@@ -1,6 +1,7 @@
 """The engine that benchmarks/ablation.py takes apart computes the same, by the interpreter; and its arithmetic."""
 
 import argparse
+import copy
 import functools
 import json
 import sys
@@ -13,8 +14,10 @@ from support.device_engine import Sequences, _planes
 from support.device_models import RAW
 from support.models import random_ids
 
+from dsv4_kernels.mhc.triton import mhc_boundary
 from dsv4serve.config import EngineConfig, ExpertActivations, ModelConfig, Numerics
 from dsv4serve.memory import CacheLayout
+from dsv4serve.model import device
 from dsv4serve.model.device import DeviceTransformer
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.weights import dummy_weights, load_weights, write_checkpoint
@@ -24,6 +27,7 @@ from dsv4serve.weights.layout import official_view
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import ablation_engine
 from ablation import Ablation
 from gpu_models import SLICES
 from interactivity import Side, at_equal_interactivity, day0_requests, day0_token_bytes, requests_that_fit
@@ -74,27 +78,29 @@ def test_chunks_decodes_and_padding_compute_the_same_unfused(networks, off):
         sequences.check_step({3: 1, 0: 1}, num_rows=4)
 
 
-def test_an_ablation_leaves_a_line_for_each_variant_and_one_that_compares(networks, tmp_path, capsys):
-    """What is off is in no other variant; launches are counted; nothing of the patches is left."""
-    _, network = networks
-    args = argparse.Namespace(out=tmp_path / "lines.jsonl", batches=[2], context=0, prefill=9, output=256, steps=1,
-                              repeats=1, switches=("mhc", "launches"))  # fmt: skip
+def test_an_ablation_leaves_a_line_for_each_variant_and_one_that_compares(networks, tmp_path, capsys, monkeypatch):
+    """One layer. Launches are counted, what rounds differently has an error, and the patches are gone."""
+    monkeypatch.setattr(ablation_engine, "CHECK_STEPS", 1)
+    network = copy.copy(networks[1])
+    network.blocks = network.blocks[:1]
+    args = argparse.Namespace(out=tmp_path / "lines.jsonl", batches=[2], context=0, prefill=3, output=256, steps=1,
+                              repeats=1, switches=("mhc", "bf16-experts"))  # fmt: skip
     ablation = Ablation("tiny", network, CONFIG, args, deadline=float("inf"))
     ablation.run()
     assert ablation.agrees
     *variants, compared = [json.loads(line) for line in args.out.read_text().splitlines()]
     found = {"+".join(line["settings"]["off"]): line["results"] for line in variants}
-    assert list(found) == ["", "mhc", "mhc+launches", "launches"]
+    assert list(found) == ["", "bf16-experts", "mhc+bf16-experts", "mhc"]
+    assert [line["agrees"] for line in found.values()] == [True, None, True, True]
     for step in ("decode", "prefill"):
-        counts = [found[off][f"{step}_launches"] for off in ("", "launches", "mhc", "mhc+launches")]
-        assert counts == sorted(set(counts))
-        assert counts[1] - counts[0] == counts[3] - counts[2]
-        assert all(line[f"{step}_error"] <= 0.05 for line in found.values())
-    assert found[""]["decode_error"] == found[""]["prefill_error"] == 0
-    ratios = {line["off"]: line["decode_ratio"] for line in compared["results"]["switches"]}
-    assert set(ratios) == {"mhc off", "launches off", "all off"}
-    assert ratios["all off"] > 1
+        counts = {off: line[f"{step}_launches"] for off, line in found.items()}
+        assert counts[""] == counts["bf16-experts"] < counts["mhc"] == counts["mhc+bf16-experts"]
+        assert found[""][f"{step}_error"] == 0 < found["bf16-experts"][f"{step}_error"]
+    results = compared["results"]
+    assert [line["off"] for line in results["switches"]] == ["bf16-experts off", "all off", "mhc off"]
+    assert results["requests_that_fit"]["off"] < results["requests_that_fit"]["on"]
     assert "all off" in capsys.readouterr().out
+    assert device.mhc_boundary is mhc_boundary
 
 
 def pro():
