@@ -207,6 +207,18 @@ class AblationEngine:
             rows += [_row(result.logits[slot][0]) for slot in range(num_checked)]
         return torch.stack(rows)
 
+    @contextmanager
+    def nudged(self) -> Iterator[None]:
+        """Inside, half of the embedding's values have another last bit: what a rounding of the network's input does."""
+        embedding = self.network.embedding
+        generator = torch.Generator(embedding.device).manual_seed(2)
+        bits = torch.randint(2, embedding.shape, dtype=torch.int16, device=embedding.device, generator=generator)
+        self.network.embedding = bits.bitwise_xor_(embedding.view(torch.int16)).view(embedding.dtype)
+        try:
+            yield
+        finally:
+            self.network.embedding = embedding
+
     def prefill_logits(self) -> Tensor:
         """float32 [rows, vocab] behind the last 64 tokens of the prefill, which then runs eagerly."""
         wanted = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, num_prompt_logits=64)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.compressor.triton import C4Compressor
+from dsv4_kernels.gemm import library
 from dsv4_kernels.gemm import triton as gemm
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
@@ -35,6 +36,7 @@ from dsv4_kernels.metadata import C4, Rows
 from dsv4_kernels.mhc import reference as mhc
 from dsv4_kernels.norm.reference import rms_norm as plain_norm
 from dsv4_kernels.norm.triton import rms_norm
+from dsv4_kernels.out_proj.triton import LIBRARY_TOKENS
 from dsv4_kernels.quant.reference import quantize_fp8
 from dsv4_kernels.quant.triton import launch as quantize
 from dsv4serve.model import device
@@ -159,12 +161,16 @@ def _launches(replace: Replace, network: DeviceTransformer) -> None:
     def norm_fp8(x: Tensor, weight: Tensor, eps: float) -> Fp8Rows:
         return quantize_rows(rms_norm(x, weight, eps))
 
+    whole_out_proj = device.grouped_out_proj
+
     def out_proj(o: Tensor, wo_a: Fp8Weight, wo_b: Fp8Weight) -> Tensor:
+        if len(o) >= LIBRARY_TOKENS and library.is_for_library(o):
+            return whole_out_proj(o, wo_a, wo_b)  # which rounds in a launch of its own
         num_rows, depth = wo_a.codes.shape
         num_groups = o.shape[1] * o.shape[2] // depth
         low = torch.empty(len(o), num_rows, dtype=o.dtype, device=o.device)
         gemm.launch("wide", o.flatten(1), None, wo_a.codes, wo_a.exponents, num_groups, low, None, None)
-        return gemm.linear_fp8(quantize_rows(low), wo_b)
+        return library.linear_fp8(quantize_rows(low), wo_b)
 
     def queries(both: _Columns, num_heads: int, head_dim: int, eps: float, weights: Tensor, scale: float,
                 rotations: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip

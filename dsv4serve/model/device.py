@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
-from dsv4_kernels.gemm.triton import linear_bf16, linear_fp8
+from dsv4_kernels.gemm.library import linear_bf16, linear_fp8
 from dsv4_kernels.mega_moe.tiles import empty_tiles
 from dsv4_kernels.mega_moe.triton import choose_tile, expert_parts
 from dsv4_kernels.mega_moe.weights import Fp4Weight
@@ -191,7 +191,7 @@ class DeviceTransformer:
         self.config, self.dtype = config, torch.bfloat16
         self.embedding, self.head = weights["embed.weight"], weights["head.weight"]
         self.device = self.embedding.device
-        frequencies = [rope_table_frequencies(config, kind).to(self.device, torch.float32) for kind in (False, True)]
+        frequencies = [rope_table_frequencies(config, kind, self.device).float() for kind in (False, True)]
         self.blocks = [
             DeviceBlock(config, weights, index, frequencies[ratio > 0])
             for index, ratio in enumerate(config.layer_ratios)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import ablation_engine
 from ablation import Ablation
-from gpu_models import SLICES
+from gpu_models import slice_config, whole_config
 from interactivity import Side, at_equal_interactivity, day0_requests, day0_token_bytes, requests_that_fit
 from unfused import SWITCHES, unfused
 
@@ -95,6 +95,7 @@ def test_an_ablation_leaves_a_line_for_each_variant_and_one_that_compares(networ
     for step in ("decode", "prefill"):
         counts = {off: line[f"{step}_launches"] for off, line in found.items()}
         assert counts[""] == counts["bf16-experts"] < counts["mhc"] == counts["mhc+bf16-experts"]
+        assert found[""][f"{step}_noise"] > 0
         assert found[""][f"{step}_error"] == 0 < found["bf16-experts"][f"{step}_error"]
     results = compared["results"]
     assert [line["off"] for line in results["switches"]] == ["bf16-experts off", "all off", "mhc off"]
@@ -104,7 +105,7 @@ def test_an_ablation_leaves_a_line_for_each_variant_and_one_that_compares(networ
 
 
 def pro():
-    return ModelConfig.from_dict(SLICES["pro-slice"].full_config(), "pro")
+    return ModelConfig.from_dict(whole_config("pro-slice"), "pro")
 
 
 def test_the_cache_of_day_0_weighs_what_its_log_says():
@@ -136,10 +137,11 @@ def test_throughput_at_equal_interactivity():
 
 
 def test_a_slice_has_the_layers_and_experts_that_it_says():
-    config = ModelConfig.load(SLICES["pro-rank"].folder())
+    config = ModelConfig.from_dict(slice_config("pro-rank"), "slice")
     assert config.layer_ratios == pro().layer_ratios[3:9]
     assert sorted(config.layer_ratios) == [4] * 3 + [128] * 3
     assert (config.n_routed_experts, config.num_hash_layers) == (48, 0)
-    first = ModelConfig.load(SLICES["pro-slice"].folder())
+    first = ModelConfig.from_dict(slice_config("pro-slice"), "slice")
     assert first.layer_ratios == pro().layer_ratios[:4]
     assert (first.n_routed_experts, first.num_hash_layers) == (384, 3)
+    assert slice_config("pro-4") == slice_config("pro-slice")

@@ -16,14 +16,20 @@ import torch
 from support.models import oracle_logits, random_ids
 from torch import Tensor
 
+from dsv4_kernels.gemm.library import linear_bf16, linear_fp8
 from dsv4_kernels.gemm.quantize import quantize_rows
+from dsv4_kernels.gemm.reference import linear
 from dsv4_kernels.kv_store import decode
 from dsv4_kernels.metadata import Rows, StepMetadata
 from dsv4_kernels.mhc import mhc_post
+from dsv4_kernels.norm.reference import rms_norm
+from dsv4_kernels.norm.triton import rms_norm_fp8
+from dsv4_kernels.out_proj.triton import grouped_out_proj
 from dsv4serve.config import Numerics
 from dsv4serve.memory import CacheLayout, CachePools
+from dsv4serve.model.attention import Attention
 from dsv4serve.model.block import HyperConnection
-from dsv4serve.model.device import DeviceBlock, DeviceTransformer, Streams
+from dsv4serve.model.device import DeviceAttention, DeviceBlock, DeviceTransformer, Streams
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.model.whole import WholeSequence
 from dsv4serve.runner.device_batch import INPUTS
@@ -68,8 +74,8 @@ def check_layers(reference: Transformer, network: DeviceTransformer, length: int
         _, *found = _boundary(ours, Streams(streams.to(device)), ours.attn_hc, ours.attn_norm)
         for one, other in zip(found, (x, post, comb), strict=True):
             assert relative(one, other) <= LAYER_BOUND
-        output, x = seen[f"{theirs.prefix}attn.output"], x.to(device)
-        assert relative(ours.attention(x, quantize_rows(x), step), output) <= LAYER_BOUND, theirs.prefix
+        output = seen[f"{theirs.prefix}attn.output"]
+        _check_attention(ours.attention, theirs.attention, x, seen, step)
         before = Streams(*(value.to(device) for value in (streams, output, post, comb)))
         streams = mhc_post(output, streams, post, comb)
         x, post, comb = theirs._enter(streams, theirs.ffn_hc, theirs.ffn_norm)
@@ -82,6 +88,28 @@ def check_layers(reference: Transformer, network: DeviceTransformer, length: int
         before = Streams(*(value.to(device) for value in (streams, output, post, comb)))
         streams = seen[f"{theirs.prefix}streams"].contiguous()
     assert relative(network.logits(before), reference.logits(streams)) <= LAYER_BOUND
+
+
+def _check_attention(
+    ours: DeviceAttention, theirs: Attention, x: Tensor, seen: dict[str, Tensor], step: PagedDeviceStep
+) -> None:
+    """Each operation given the reference's input; all of them in the interpreter only, which adds FP8 products exactly:
+    the 14 bits of a tensor core's sums move E4M3 roundings, and a random network makes 2 to 8 % of that."""
+    rank, eps = ours.config.q_lora_rank, ours.config.rms_norm_eps
+    device, rows = ours.q_norm.device, quantize_rows(x.to(ours.q_norm.device))
+    latent = linear(x, theirs.w_latent, quantize=True)
+    assert relative(linear_fp8(rows, ours.w_latent), latent) <= LAYER_BOUND, theirs.names
+    given = latent.to(device)
+    queries = linear(rms_norm(latent[:, :rank], theirs.q_norm, eps), theirs.w_query, quantize=True)
+    found = linear_fp8(rms_norm_fp8(given[:, :rank], ours.q_norm, eps), ours.w_query)
+    assert relative(found, queries) <= LAYER_BOUND, theirs.names
+    raw = None if ours.w_raw is None else linear_bf16(x.to(device), ours.w_raw)
+    attended, output = (seen[theirs.names[part]] for part in ("attend", "output"))
+    found = step.attend(ours, queries.to(device), given[:, rank:], raw)
+    assert relative(found, attended) <= LAYER_BOUND, theirs.names
+    assert relative(grouped_out_proj(attended.to(device), ours.wo_a, ours.wo_b), output) <= LAYER_BOUND, theirs.names
+    if device.type == "cpu":
+        assert relative(ours(x.to(device), rows, step), output) <= LAYER_BOUND, theirs.names
 
 
 def _boundary(block: DeviceBlock, rows: Streams, hc: HyperConnection, norm: Tensor) -> tuple[Tensor, ...]:

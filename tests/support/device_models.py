@@ -49,8 +49,8 @@ def checkpoint(directory: Path) -> Path:
 
 def both(directory: Path, device: torch.device) -> tuple[Transformer, DeviceTransformer]:
     """The CPU reference with official numerics and the device's network, from one checkpoint."""
-    config = EngineConfig(model=directory)
-    reference = Transformer(CONFIG, load_weights(config, CONFIG), Numerics.OFFICIAL)
+    config, model = EngineConfig(model=directory), ModelConfig.load(directory)
+    reference = Transformer(model, load_weights(config, model), Numerics.OFFICIAL)
     # Where there is no GPU, the form of Hopper.
     unpacked = device.type == "cpu" or torch.cuda.get_device_capability(device)[0] < FIRST_FP4
-    return reference, DeviceTransformer(CONFIG, load_device_weights(config, CONFIG, device, unpacked))
+    return reference, DeviceTransformer(model, load_device_weights(config, model, device, unpacked))
