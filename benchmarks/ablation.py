@@ -6,8 +6,8 @@ How to run it on the GPU machine is in gpu_smoke.py beside this file. Off are, b
 boundary, the fused compressor, what shares launches, FP8 activations of experts; and graphs of decodes and prefills.
 One JSON line for each variant, one more for what follows from them. The time of a step is that of steps submitted one
 ahead, as the engine does, all requests at `--context`. Launches are counted on the host: Triton's, and torch's
-operations that are no views. With all off it has the shape of the engines of April 2026, or a worse one: their mHC was
-four to six kernels, where here each torch operation is one.
+operations that are no views. All off but graphs of decodes is about the shape of the engines of April 2026, or a worse
+one: their mHC was four to six kernels, where here each torch operation is one.
 
 Each variant must compute the same. `decode_error` and `prefill_error` are the median relative error of rows of logits
 against the engine as it is, or, for a variant with BF16 experts, which round differently, against it with these alone.
@@ -23,8 +23,9 @@ a closed loop, B prefills of I tokens happen while each request makes O tokens. 
 interactivity is 1 / TPOT, throughput is B (I + O) / (O TPOT). From a slice to the model of N layers: a step takes t
 with the slice's L layers, r without any (measured, too), and r + (t - r) N / L with N. That is one GPU which holds all
 layers; of `pro-rank` one of eight which divide the experts, without their exchange. d is linear between and beyond the
-measured batch sizes. For the interactivity that all-off has with some B, the engine as it is has the largest B that
-reaches it. Both have at most the requests of I + O tokens that fit into CACHE_BYTES (interactivity.py).
+measured batch sizes. For the interactivity that all-off, or all but decode graphs, has with some B, the engine as it is
+has the largest B that reaches it. All have at most the requests of I + O tokens that fit into CACHE_BYTES, as
+interactivity.py counts them.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from ablation_engine import AblationEngine, build_network, middle
 from gpu_models import whole_config
-from interactivity import Side, at_equal_interactivity, day0_requests, day0_token_bytes, requests_that_fit
+from interactivity import Side, at_equal_interactivity, day0_requests, day0_token_bytes, requests_that_fit, table
 from support.device_engine import LOGITS_BOUND, median_row
 from unfused import SWITCHES, unfused
 
@@ -53,13 +54,14 @@ from dsv4serve.cli.record import append_record, make_record, this_device
 from dsv4serve.config import ModelConfig, Numerics
 from dsv4serve.memory import CacheLayout
 from dsv4serve.model.device import DeviceTransformer
+from dsv4serve.types import PAGE_TOKENS
 
 CACHE_BYTES = 60 * 10**9
 BF16 = "bf16-experts"
 GRAPHS = ("decode-graphs", "prefill-graphs")
-MODEL_SECONDS = 45  # a model is not begun when less is left
+MODEL_SECONDS = 60  # a model is not begun when less is left
 VARIANT_SECONDS = 6  # nor a variant
-COMPARE_SECONDS = 15  # for which single variants leave time
+COMPARE_SECONDS = 25  # for which single variants leave time
 FEW_REQUESTS = (4, 16, 64)  # of all-off, whose interactivity is compared at
 
 
@@ -113,6 +115,7 @@ class Ablation:
         if not network.blocks[0].moe.w13.unpacked:
             impossible.add(BF16)
         self.everything = tuple(switch for switch in args.switches if switch not in impossible)
+        self.day0 = tuple(switch for switch in self.everything if switch != "decode-graphs")
         self.results: dict[tuple[str, ...], dict[str, Any]] = {}  # by what is off
         self._logits: dict[bool, tuple[Tensor, Tensor]] = {}  # of decodes and prefill, without and with BF16 experts
         self._bounds: list[float] = []  # of the errors of both
@@ -120,17 +123,21 @@ class Ablation:
     def run(self) -> None:
         """Measure, write and print."""
         singles = [(switch,) for switch in self.everything]
-        singles.sort(key=lambda off: off != (BF16,))  # all-off is compared with it
-        for off in ((), *singles[:1], self.everything, *singles[1:]):
-            is_single = off not in ((), self.everything)
+        singles.sort(key=lambda off: off != (BF16,))  # the sides are compared with it
+        for off in dict.fromkeys([(), *singles[:1], self.everything, self.day0, *singles[1:]]):
+            is_single = off not in ((), self.everything, self.day0)
             if off and self._left() < VARIANT_SECONDS + COMPARE_SECONDS * is_single:
-                print(f"{self.name}: without {'+'.join(off)} left out, not enough time")
+                print(f"{self.name}: {self._label(off)} left out, not enough time")
                 continue
             self.results[off] = results = self._variant(off)
             self._record({"off": list(off), "batch": self.args.batches[0]}, results)
-            print(f"{self.name} {_label(off, self.everything)}:", results, flush=True)
+            print(f"{self.name} {self._label(off)}:", results, flush=True)
         if self.everything in self.results and self._left() > VARIANT_SECONDS:
             self._compare()
+
+    def _label(self, off: tuple[str, ...]) -> str:
+        names = {self.day0: "all off but decode graphs", self.everything: "all off", (): "as it is"}
+        return names.get(off) or f"{off[0]} off"
 
     def _left(self) -> float:
         return self._deadline - time.perf_counter()
@@ -204,18 +211,23 @@ class Ablation:
         num_tokens = self.args.prefill + self.args.output
         fits = requests_that_fit(layout, CACHE_BYTES, num_tokens)
         fits_day0 = day0_requests(self.full, CACHE_BYTES, num_tokens)
-        on, off = self._side((), fits), self._side(self.everything, fits_day0)
-        batches = sorted({batch for batch in FEW_REQUESTS if batch <= off.most} | {off.most})
+        on = self._side((), fits)
+        sides = {off: self._side(off, fits_day0) for off in (self.everything, self.day0) if off in self.results}
+        batches = sorted({batch for batch in FEW_REQUESTS if batch <= fits_day0} | {fits_day0})
+        named = {"as it is": on} | {self._label(off): side for off, side in sides.items()}
         results = {
             "requests_that_fit": {"on": fits, "off": fits_day0},
             "bytes_of_a_request": {
-                "on": layout.slot_bytes + -(-num_tokens // 256) * layout.page_bytes,
+                "on": layout.slot_bytes + -(-num_tokens // PAGE_TOKENS) * layout.page_bytes,
                 "off": round(day0_token_bytes(self.full) * num_tokens),
             },
-            "model_decode_ms": {"on": on.decode_ms, "off": off.decode_ms},
-            "model_prefill_ms": {"on": on.prefill_ms, "off": off.prefill_ms},
+            "model_decode_ms": {name: side.decode_ms for name, side in named.items()},
+            "model_prefill_ms": {name: side.prefill_ms for name, side in named.items()},
             "switches": self._contributions(),
-            "equal_interactivity": [at_equal_interactivity(on, off, batch) for batch in batches],
+            "equal_interactivity": {
+                self._label(off): [at_equal_interactivity(on, side, batch) for batch in batches]
+                for off, side in sides.items()
+            },
         }
         self._record({"off": "compared", "cache_bytes": CACHE_BYTES}, results)
         print(table(self.name, results), flush=True)
@@ -246,7 +258,7 @@ class Ablation:
         lines = []
         for off, results in self.results.items():
             if off:
-                line: dict[str, Any] = {"off": _label(off, self.everything)}
+                line: dict[str, Any] = {"off": self._label(off)}
                 for name, field in (("decode", "decode_step_ms"), ("prefill", "prefill_ms")):
                     line[f"{name}_more_ms"] = round(results[field] - base[field], 3)
                     line[f"{name}_ratio"] = round(results[field] / base[field], 3)
@@ -263,31 +275,6 @@ def without_layers(network: DeviceTransformer) -> Iterator[None]:
         yield
     finally:
         network.blocks = blocks
-
-
-def _label(off: tuple[str, ...], everything: tuple[str, ...]) -> str:
-    return "as it is" if not off else "all off" if off == everything else f"{off[0]} off"
-
-
-def table(name: str, results: dict[str, Any]) -> str:
-    """What the last line of a model says, for people."""
-    lines = [f"{name}: off | decode x, +ms, launches | prefill x, +ms, launches"]
-    for line in results["switches"]:
-        parts = (
-            f"{line[f'{step}_ratio']:.3f} {line[f'{step}_more_ms']:+9.3f} {line[f'{step}_launches']:6}"
-            for step in ("decode", "prefill")
-        )
-        lines.append(f"  {line['off']:20} | " + " | ".join(parts))
-    fits, weigh = results["requests_that_fit"], results["bytes_of_a_request"]
-    lines.append(f"  a request weighs {weigh['on']:,} bytes, on day 0 {weigh['off']:,}")
-    lines.append(f"  requests in {CACHE_BYTES:,} bytes: {fits['on']}, on day 0 {fits['off']}")
-    lines.append("  tokens/s/user | all off: batch, tokens/s | as it is: batch, tokens/s | ratio, with equal memory")
-    for line in results["equal_interactivity"]:
-        lines.append(
-            f"  {line['interactivity']:>13.2f} | {line['batch_off']:4} {line['tokens_per_s_off']:>10,.0f} | "
-            f"{line['batch_on']:4} {line['tokens_per_s_on']:>10,.0f} | {line['ratio']:.2f} {line['ratio_of_speed']:.2f}"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

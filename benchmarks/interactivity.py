@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dsv4serve.config import ModelConfig
 from dsv4serve.memory import CacheLayout, plan_capacity
@@ -105,3 +106,25 @@ def at_equal_interactivity(on: Side, off: Side, batch: int) -> dict[str, float]:
         "ratio": round(on.tokens_per_s(mine) / throughput, 3),
         "ratio_of_speed": round(on.tokens_per_s(same) / throughput, 3),
     }
+
+
+def table(name: str, results: dict[str, Any]) -> str:
+    """What the last line of a model says, for people."""
+    lines = [f"{name}: off | decode x, +ms, launches | prefill x, +ms, launches"]
+    for line in results["switches"]:
+        parts = (
+            f"{line[f'{step}_ratio']:.3f} {line[f'{step}_more_ms']:+9.3f} {line[f'{step}_launches']:6}"
+            for step in ("decode", "prefill")
+        )
+        lines.append(f"  {line['off']:26} | " + " | ".join(parts))
+    fits, weigh = results["requests_that_fit"], results["bytes_of_a_request"]
+    lines.append(f"  a request weighs {weigh['on']:,} bytes, on day 0 {weigh['off']:,}")
+    lines.append(f"  requests in the cache: {fits['on']}, on day 0 {fits['off']}")
+    for off, rows in results["equal_interactivity"].items():
+        lines.append(f"  tokens/s/user | {off}: batch, tokens/s | as it is: batch, tokens/s | ratio, with equal memory")
+        for row in rows:
+            lines.append(
+                f"  {row['interactivity']:>13.2f} | {row['batch_off']:4} {row['tokens_per_s_off']:>10,.0f} | "
+                f"{row['batch_on']:4} {row['tokens_per_s_on']:>10,.0f} | {row['ratio']:.2f} {row['ratio_of_speed']:.2f}"
+            )
+    return "\n".join(lines)

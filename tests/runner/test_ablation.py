@@ -99,6 +99,7 @@ def test_an_ablation_leaves_a_line_for_each_variant_and_one_that_compares(networ
         assert found[""][f"{step}_error"] == 0 < found["bf16-experts"][f"{step}_error"]
     results = compared["results"]
     assert [line["off"] for line in results["switches"]] == ["bf16-experts off", "all off", "mhc off"]
+    assert list(results["equal_interactivity"]) == ["all off"]
     assert results["requests_that_fit"]["off"] < results["requests_that_fit"]["on"]
     assert "all off" in capsys.readouterr().out
     assert device.mhc_boundary is mhc_boundary
