@@ -3,11 +3,15 @@
 A slice has the first layers of the model at full width, embedding and head, and random weights (`pro-4` 4 of 61 layers,
 59 GB of weights; `flash-12` 12 of 43), so that one H100 runs true shapes. A slice's step is not a model's step:
 per-layer costs add up, the head and the step's own costs do not.
+
+`pro-rank` is what one of eight GPUs has that divide Pro's experts: layers 3 to 8, three of either ratio, with 48 of 384
+experts. As many tokens meet an expert as with eight such ranks; their exchange is left out.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +25,8 @@ from dsv4serve.config import Device, EngineConfig, LoadFormat, default_model
 from dsv4serve.runner import build_runner
 from dsv4serve.types import PAGE_TOKENS, Chunk, PageAppend, SamplingParams, SchedulerOutput, SlotStart, StepOutput
 
-SLICES = {"pro-slice": "pro-4", "flash-slice": "flash-12"}
+SLICES = {"pro-slice": "pro-4", "flash-slice": "flash-12", "pro-rank": "pro-3:9/8"}
+SLICE = re.compile(r"(\w+)-(?:(\d+):)?(\d+)(?:/(\d+))?")  # model, first layer, end, ranks that divide its experts
 MODELS = ("demo", *SLICES)
 
 
@@ -30,8 +35,30 @@ def engine_config(name: str, **settings: Any) -> EngineConfig:
     settings = {"device": Device.CUDA, **settings}
     if name == "demo":
         return EngineConfig(model=default_model(), **settings)
-    model, num_layers = SLICES.get(name, name).split("-")
-    return EngineConfig(model=_slice_folder(model, int(num_layers)), load_format=LoadFormat.DUMMY, **settings)
+    folder = Path(tempfile.mkdtemp(prefix="slice-"))
+    (folder / "config.json").write_text(json.dumps(slice_config(name)))
+    return EngineConfig(model=folder, load_format=LoadFormat.DUMMY, **settings)
+
+
+def whole_config(name: str) -> dict[str, Any]:
+    """config.json of the model that the slice is of."""
+    model = SLICES.get(name, name).partition("-")[0]
+    return json.loads((resources.files("dsv4serve_configs") / "models" / f"{model}.json").read_text("utf-8"))
+
+
+def slice_config(name: str) -> dict[str, Any]:
+    """config.json of a slice. Raises ValueError for other names."""
+    match = SLICE.fullmatch(SLICES.get(name, name))
+    if match is None:
+        raise ValueError(f"{name!r} is no slice; allowed: {', '.join(SLICES)}, or as pro-8 or pro-3:9/8")
+    first, end, num_ranks = int(match[2] or 0), int(match[3]), int(match[4] or 1)
+    raw = whole_config(name)
+    ratios = raw["compress_ratios"]
+    raw["compress_ratios"] = ratios[first:end] + ratios[len(ratios) - raw["num_nextn_predict_layers"] :]
+    raw["num_hidden_layers"] = end - first
+    raw["num_hash_layers"] = max(0, raw["num_hash_layers"] - first)
+    raw["n_routed_experts"] //= num_ranks
+    return raw
 
 
 def build(name: str, **settings: Any) -> Driver:
@@ -41,17 +68,6 @@ def build(name: str, **settings: Any) -> Driver:
     torch.cuda.synchronize()
     driver.start_s = time.perf_counter() - begin
     return driver
-
-
-def _slice_folder(model: str, num_layers: int) -> Path:
-    raw = json.loads((resources.files("dsv4serve_configs") / "models" / f"{model}.json").read_text("utf-8"))
-    num_mtp = raw["num_nextn_predict_layers"]
-    ratios = raw["compress_ratios"]
-    raw["compress_ratios"] = ratios[:num_layers] + ratios[len(ratios) - num_mtp :]
-    raw["num_hidden_layers"] = num_layers
-    folder = Path(tempfile.mkdtemp(prefix=f"{model}-slice-"))
-    (folder / "config.json").write_text(json.dumps(raw))
-    return folder
 
 
 class Driver:

@@ -15,6 +15,10 @@ annotated-types typing-inspection python-dotenv msgspec orjson pyzmq jsonschema 
     timeout 200 python3 -m pytest --confcutdir=tests/gpu -p no:cacheprovider tests/gpu/test_engine_gpu.py;
     timeout 250 python3 benchmarks/gpu_smoke.py $OUT/gpu-smoke.jsonl;
     timeout 120 python3 benchmarks/step.py $OUT/gpu-step.jsonl
+
+and, with the same first three lines, in a call of its own:
+
+    timeout 230 python3 benchmarks/ablation.py $OUT/ablation.jsonl --seconds 190
 """  # noqa: E501
 
 from __future__ import annotations
