@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from ablation_engine import AblationEngine, build_network, middle
 from gpu_models import whole_config
 from interactivity import Side, at_equal_interactivity, day0_requests, day0_token_bytes, requests_that_fit, table
-from support.device_engine import LOGITS_BOUND, median_row
+from support.device_engine import STEP_BOUND, median_row
 from unfused import SWITCHES, unfused
 
 from dsv4serve.cli.record import append_record, make_record, this_device
@@ -187,7 +187,7 @@ class Ablation:
         with self.engine.nudged(), self.engine.graph(self.engine.decode_bucket(batch), captured=False):
             nudged = self.engine.decode_logits(batch), self.engine.prefill_logits()
         errors = [median_row(*pair) for pair in zip(nudged, logits, strict=True)]
-        self._bounds = [max(LOGITS_BOUND, error) for error in errors]
+        self._bounds = [max(STEP_BOUND, error) for error in errors]
         return {
             f"{step}_noise": float(f"{error:.3g}") for step, error in zip(("decode", "prefill"), errors, strict=True)
         }
