@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4_kernels.sampling.triton import CHUNK, _target, _units
+from dsv4_kernels.sampling.search import _target, _units
+from dsv4_kernels.sampling.triton import CHUNK
 
 LEFT: tl.constexpr = tl.constexpr(1152921504606846976.0)  # 2^60
 
