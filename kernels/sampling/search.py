@@ -20,6 +20,12 @@ def _distance(values, top, temperature):
 
 
 @triton.jit
+def _inverse(temperature):
+    """One over the temperature, finite."""
+    return 1.0 / tl.maximum(temperature, 1.2e-38)
+
+
+@triton.jit
 def _units(distance):
     """Probability relative to the largest, in units."""
     return (tl.where(distance < 40.0, tl.exp(-distance), 0.0) * UNITS).to(tl.int64)
@@ -35,6 +41,14 @@ def _bins(distance, scale):
 def _target(share, units):
     """The unit that a random number in [0, 1] meets, int64."""
     return tl.minimum((share * units.to(tl.float64)).to(tl.int64), units - 1)
+
+
+@triton.jit
+def _part_of(sums, target):
+    """In which of some parts the target lies, and how far."""
+    lane = tl.arange(0, sums.shape[0])
+    part = tl.sum((tl.cumsum(sums, axis=0) <= target).to(tl.int32))
+    return part, target - tl.sum(tl.where(lane < part, sums, 0))
 
 
 @triton.jit

@@ -34,10 +34,12 @@ from dsv4_kernels.sampling.search import (
     _crossing,
     _distance,
     _find,
+    _inverse,
     _kth_bound,
     _likely,
     _nearer,
     _nth,
+    _part_of,
     _quotient,
     _target,
     _units,
@@ -53,12 +55,6 @@ PLAN = 16  # numbers of a row's plan, of which 13 are used
 @triton.jit
 def _has_k(top_k, vocab):
     return (top_k > 0) & (top_k < vocab)
-
-
-@triton.jit
-def _inverse(temperature):
-    """One over the temperature, finite."""
-    return 1.0 / tl.maximum(temperature, 1.2e-38)
 
 
 @triton.jit
@@ -79,14 +75,6 @@ def _chunk_masses(peaks, masses, row, num_chunks, top, inverse, CHUNKS: tl.const
     peak = tl.load(peaks + row * num_chunks + lane, mask=lane < num_chunks, other=float("-inf"))
     mass = tl.load(masses + row * num_chunks + lane, mask=lane < num_chunks, other=0.0)
     return peak, mass, tl.exp((peak - top) * inverse)
-
-
-@triton.jit
-def _part_of(sums, target):
-    """In which of some parts the target lies, and how far."""
-    lane = tl.arange(0, sums.shape[0])
-    part = tl.sum((tl.cumsum(sums, axis=0) <= target).to(tl.int32))
-    return part, target - tl.sum(tl.where(lane < part, sums, 0))
 
 
 @triton.jit
