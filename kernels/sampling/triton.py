@@ -215,7 +215,7 @@ def _narrow(units_table, count_table, total, scale, top_k, top_p, min_p, share, 
         tl.store(plan + 2, least)
     tl.store(plan, k_bin)
     tl.store(plan + 3, tl.where(has_k, inside, total))  # if the k-th token has no units, or min-p ends before it
-    p_first, p_last = share.to(tl.int32) * 0 + BINS, share.to(tl.int32) * 0 - 1
+    p_first, p_last = k_bin * 0 + BINS, k_bin * 0 + BINS
     if top_p < 1:
         p_first = tl.sum((sums <= _crossing(top_p, least)).to(tl.int32))
         p_last = tl.sum((sums <= _crossing(top_p, most)).to(tl.int32))
@@ -223,7 +223,7 @@ def _narrow(units_table, count_table, total, scale, top_k, top_p, min_p, share, 
         tl.store(plan + 6, least)
     tl.store(plan + 4, p_first)
     tl.store(plan + 5, p_last)
-    m_first, m_last = share.to(tl.int32) * 0 + BINS, share.to(tl.int32) * 0 - 1
+    m_first, m_last = k_bin * 0 + BINS, k_bin * 0 + BINS
     if min_p > 0:
         edge = -tl.log(min_p)  # in which 1e-4 is for rounding
         m_first = _bins(tl.maximum(edge - 1e-4, 0.0), scale)
@@ -279,20 +279,20 @@ def _weigh(
         top_k = tl.load(top_ks + row)
         has_k = _has_k(top_k, vocab)
         scale = BINS / cut
-        all_units = row * 0
+        all_units = tl.zeros([TURN // 4], tl.int64)
         for start in range(part * TURN, vocab, num_parts * TURN):
             tokens = start + tl.arange(0, TURN)
             logit = tl.load(logits + row * row_step + tokens, mask=tokens < vocab, other=float("-inf"))
             distance = _distance(logit, top, temperature)
             units = _units(distance)
-            all_units += tl.sum(units)
+            all_units += tl.sum(tl.reshape(units, [TURN // 4, 4]), axis=1)  # of one thread
             near, bin_ = distance <= cut, _bins(distance, scale)
             # Integers, so the order in which programs add does not show.
             tl.atomic_add(units_table + row * BINS + bin_, units, mask=near, sem="relaxed")
             if has_k:
                 ones = tl.full([TURN], 1, tl.int32)
                 tl.atomic_add(count_table + row * BINS + bin_, ones, mask=near, sem="relaxed")
-        tl.store(part_masses + row * num_parts + part, all_units)
+        tl.store(part_masses + row * num_parts + part, tl.sum(all_units))
         if is_last(arrived + row, num_parts):
             parts = tl.arange(0, PROGRAMS)
             total = tl.sum(tl.load(part_masses + row * num_parts + parts, mask=parts < num_parts, other=0))
@@ -332,6 +332,12 @@ def _draw(logits, ids, num, top, temperature, scale, top_p, min_p, share, plan, 
 
 
 @triton.jit
+def _within(bins, first, last):
+    """Which bins are `first` to `last`, where these are at least one."""
+    return (bins - first).to(tl.uint32) <= (last - first).to(tl.uint32)
+
+
+@triton.jit
 def _settle(
     logits,
     temperatures,
@@ -363,13 +369,13 @@ def _settle(
             logit = tl.load(logits + row * row_step + tokens, mask=tokens < vocab, other=float("-inf"))
             distance = _distance(logit, top, temperature)
             bin_ = _bins(distance, scale)
-            chosen = ((bin_ >= first) & (bin_ <= last)) | ((bin_ >= p_first) & (bin_ <= p_last))
-            chosen = chosen | ((bin_ >= m_first) & (bin_ <= m_last)) | (bin_ == k_bin)
-            ranks = tl.cumsum((chosen & (distance <= cut)).to(tl.int32), axis=0)
-            num = tl.max(ranks)
-            if num > 0:
-                place = tl.atomic_add(num_listed + row, num, sem="relaxed") + ranks - 1
-                tl.store(ids + row * vocab + place, tokens, mask=chosen & (distance <= cut))
+            chosen = _within(bin_, first, last) | _within(bin_, p_first, p_last)
+            chosen = (chosen | _within(bin_, m_first, m_last) | (bin_ == k_bin)) & (distance <= cut)
+            num = tl.sum(chosen.to(tl.int32))
+            if num > 0:  # in few turns
+                # In any order: what is searched for in the list does not depend on it.
+                place = tl.atomic_add(num_listed + row, num, sem="relaxed") - 1
+                tl.store(ids + row * vocab + place + tl.cumsum(chosen.to(tl.int32), axis=0), tokens, mask=chosen)
         if is_last(arrived + row, num_parts):
             top_p, min_p, share = tl.load(top_ps + row), tl.load(min_ps + row), tl.load(uniforms + row)
             listed, num = ids + row * vocab, tl.load(num_listed + row)
@@ -423,6 +429,6 @@ def sample(
     )  # fmt: skip
     _settle[(num_rows, num_parts)](
         logits, temperature, *filters, bounds, plans, ids, num_listed, drawn, arrived, vocab, row_step,
-        TURN=TURN, BLOCK=BLOCK, PLAN=PLAN, num_warps=8,
+        TURN=TURN, BLOCK=BLOCK, PLAN=PLAN, num_warps=8, maxnreg=80,
     )  # fmt: skip
     return drawn, bad.view(torch.bool)
