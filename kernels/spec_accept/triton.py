@@ -239,11 +239,12 @@ def _choose(
     left_sums,  # int64 [requests, chunks]
     arrived,
     vocab,
+    num_chunks,
     K: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    request, chunk, num_chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    request, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     temperature, filtered = tl.load(temperatures + request), tl.load(filters + request)
     num, has_refused = tl.load(accepted + request), tl.load(refused + request)
     if temperature != 0:
@@ -252,10 +253,11 @@ def _choose(
         behind = tl.minimum(num, K - 1)
         at = request * (2 * K + 1) + K + 1 + behind
         other = _side(proposal, proposal_lasts, tops, limits, totals, request * K + behind, at, vocab)
-        token = chunk * CHUNK + tl.arange(0, CHUNK)
-        parts = _left(token, mine, other, temperature, filtered, has_refused, vocab)
-        tl.store(left_sums + request * num_chunks + chunk, tl.sum(parts))
-        if is_last(arrived + request, num_chunks):
+        for chunk in range(part, num_chunks, num_parts):
+            token = chunk * CHUNK + tl.arange(0, CHUNK)
+            parts = _left(token, mine, other, temperature, filtered, has_refused, vocab)
+            tl.store(left_sums + request * num_chunks + chunk, tl.sum(parts))
+        if is_last(arrived + request, num_parts):
             lane = tl.arange(0, CHUNKS)
             sums = tl.load(left_sums + request * num_chunks + lane, mask=lane < num_chunks, other=0)
             total = tl.sum(sums)
@@ -308,8 +310,8 @@ def accept(
     accepted, tokens = (torch.empty(requests, dtype=torch.int64, device=target.device) for _ in range(2))
     if not requests:
         return accepted, tokens
-    num_chunks, rows = triton.cdiv(vocab, CHUNK), 2 * k + 1
-    num_parts = min(triton.cdiv(vocab, TURN), triton.cdiv(PROGRAMS, requests * rows))
+    num_chunks, num_turns, rows = triton.cdiv(vocab, CHUNK), triton.cdiv(vocab, TURN), 2 * k + 1
+    num_parts = min(num_turns, triton.cdiv(PROGRAMS, requests * rows))
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(requests, *shape, dtype=dtype, device=target.device)
@@ -317,7 +319,7 @@ def accept(
     peaks, masses = (empty(rows, num_chunks, dtype=torch.float32) for _ in range(2))
     tops, limits = (empty(rows, dtype=torch.float32) for _ in range(2))
     totals, sums = empty(rows, dtype=torch.float64), empty(rows, num_parts, dtype=torch.int64)
-    refused, left_sums = empty(dtype=torch.int32), empty(triton.cdiv(vocab, TURN), dtype=torch.int64)
+    refused, left_sums = empty(dtype=torch.int32), empty(num_turns, dtype=torch.int64)
     arrived = counters(target.device, requests * rows)
     sides = (target, target_lasts, proposal, proposal_lasts)
     _total[(requests * rows, num_chunks)](
@@ -329,8 +331,8 @@ def accept(
         vocab, K=k, LANES=triton.next_power_of_2(width), TURN=TURN, PROGRAMS=triton.next_power_of_2(num_parts),
         num_warps=8,
     )  # fmt: skip
-    _choose[(requests, left_sums.shape[1])](
+    _choose[(requests, min(num_turns, triton.cdiv(PROGRAMS, requests)))](
         *sides, draws, temperature, is_filtered, tops, limits, totals, accepted, refused, tokens, left_sums, arrived,
-        vocab, K=k, CHUNK=TURN, CHUNKS=triton.next_power_of_2(left_sums.shape[1]), num_warps=8,
+        vocab, num_turns, K=k, CHUNK=TURN, CHUNKS=triton.next_power_of_2(num_turns), num_warps=8,
     )  # fmt: skip
     return accepted, tokens
