@@ -108,6 +108,21 @@ def test_greedy_takes_the_lowest_id_of_equal_maxima():
     assert drawn.tolist() == [7, 30]
 
 
+def test_rows_without_filters_over_chunks_of_different_height():
+    """The mass of a chunk counts relative to its own largest logit."""
+    random = torch.Generator().manual_seed(9)
+    row = torch.randn(9000, generator=random) * 2
+    row[4096:8192] -= 3.0
+    row[8192:] += 1.5
+    rows = 21
+    assert_draws_as_the_reference(
+        row.expand(rows, -1), temperature=0.8, uniform=torch.linspace(0, 1 - 2**-53, rows, dtype=torch.float64)
+    )
+    row[8500:] = -torch.inf
+    given = settings(1, temperature=0.8, uniform=1.0)
+    assert triton.sample(row.unsqueeze(0), **given)[0].tolist() == [8499]
+
+
 def test_the_random_number_one_gives_the_last_token_that_filters_keep():
     """Drafts are judged with it (spec_accept)."""
     random = torch.Generator().manual_seed(7)
