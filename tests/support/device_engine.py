@@ -8,7 +8,7 @@ another expert or entry is chosen; so whole logits are compared by the median of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,7 +40,8 @@ from dsv4serve.runner.paged import PagedStep
 from dsv4serve.types import PAGE_TOKENS, Request, RequestOutput
 
 LAYER_BOUND = 1e-2  # one sublayer, the same input
-STEP_BOUND = 5e-2  # all layers: the median row of logits, and cache rows that a step wrote, all of a layer
+STEP_BOUND = 5e-2  # all layers
+Bounds = tuple[float, float]  # of a step's logits (median row), and of the cache rows that it wrote (all of a layer)
 NEAR_TIE = 0.5  # logits of deviation 2: a greedy token may be another one that the reference likes as much but for this
 
 
@@ -198,23 +199,15 @@ class Sequences:
         self.found.copy(self.expected)
         self._count(counts)
 
-    def check_step(self, counts: dict[int, int], num_rows: int, bound: float = STEP_BOUND) -> None:
+    def check_step(self, counts: dict[int, int], num_rows: int, bounds: Bounds = (STEP_BOUND, STEP_BOUND)) -> None:
         """The same step on both: logits, and what lies in the cache afterwards, but for the padding of scales."""
         expected = self.advance_reference(counts)
         found = self.advance_device(counts, num_rows)
         error = median_row(found, expected)
-        assert error <= bound, error
-        for own, given in zip(self.found.pools.layers, self.expected.pools.layers, strict=True):
-            layout = own.layout
-            pairs = [(layout.window, own.window, given.window), (layout.entry, own.entries, given.entries)]
-            pairs += [(layout.index, own.index, given.index), (layout.c4_state, own.c4_state, given.c4_state)]
-            pairs += [(layout.index_state, own.index_state, given.index_state)]
-            for row_format, one, other in pairs:
-                if row_format is not None:
-                    rows = (decode(tuple(p.cpu() for p in planes), row_format) for planes in (one, other))
-                    compare_rows(*rows, bound)
-            if own.c128_state is not None:
-                compare_rows(own.c128_state[:, 0, 2].cpu(), given.c128_state[:, 0, 2], bound)
+        assert error <= bounds[0], error
+        for one, other in cache_rows(self.found, self.expected):
+            error = rows_error(one, other)
+            assert error <= bounds[1], error
         self._count(counts)
 
     def _count(self, counts: dict[int, int]) -> None:
@@ -222,26 +215,42 @@ class Sequences:
             self.computed[slot] += count
 
 
+def cache_rows(found: Cache, expected: Cache) -> Iterator[tuple[Tensor, Tensor]]:
+    """Values of everything that both hold."""
+    for own, given in zip(found.pools.layers, expected.pools.layers, strict=True):
+        layout = own.layout
+        pairs = [(layout.window, own.window, given.window), (layout.entry, own.entries, given.entries)]
+        pairs += [(layout.index, own.index, given.index), (layout.c4_state, own.c4_state, given.c4_state)]
+        pairs += [(layout.index_state, own.index_state, given.index_state)]
+        for row_format, one, other in pairs:
+            if row_format is not None:
+                rows = (decode(tuple(p.cpu() for p in planes), row_format).float() for planes in (one, other))
+                yield next(rows), next(rows)
+        if own.c128_state is not None:
+            yield own.c128_state[:, 0, 2].cpu(), given.c128_state[:, 0, 2]
+
+
+def rows_error(found: Tensor, expected: Tensor) -> float:
+    """Relative error; rows that nobody wrote must be NaN on both sides."""
+    assert torch.equal(found.isnan(), expected.isnan())
+    written = ~expected.isnan().any(-1)
+    return relative(found[written], expected[written]) if bool(written.any()) else 0.0
+
+
 @torch.inference_mode()
-def rounding_noise(reference: Transformer, params: Mapping[str, Tensor], ids: Sequence[int]) -> float:
-    """What the reference itself makes of one BF16 rounding of its embeddings: median row error of the logits."""
+def rounding_noise(reference: Transformer, params: Mapping[str, Tensor], ids: Sequence[int]) -> Bounds:
+    """What the reference itself makes of one BF16 rounding of its embeddings."""
     draw = torch.Generator().manual_seed(1)
     embedding = params["embed.weight"]
     moved = (embedding * (1 + torch.randn(embedding.shape, generator=draw) * 2**-9)).bfloat16().float()
     other = Transformer(reference.config, {**params, "embed.weight": moved}, Numerics.OFFICIAL)
-    tokens = torch.tensor(ids)
-    found, expected = (one.logits(one(tokens, WholeSequence(len(ids)))) for one in (other, reference))
-    return median_row(found, expected)
-
-
-def compare_rows(found: Tensor, expected: Tensor, bound: float) -> None:
-    """Rows that nobody wrote are NaN on both sides, the others are close."""
-    found, expected = found.float(), expected.float()
-    assert torch.equal(found.isnan(), expected.isnan())
-    written = ~expected.isnan().any(-1)
-    if bool(written.any()):
-        error = relative(found[written], expected[written])
-        assert error <= bound, error
+    caches, logits = [], []
+    for one in (other, reference):
+        caches.append(Cache(CacheLayout.build(reference.config, Numerics.OFFICIAL), "cpu"))
+        table = caches[-1].page_table[:1].numpy().astype(np.int64)
+        metadata = StepMetadata(slots=[0], starts=[0], counts=[len(ids)], page_table=table, page_tokens=PAGE_TOKENS)
+        logits.append(one.logits(one(torch.tensor(ids), PagedStep(caches[-1].pools, metadata))))
+    return median_row(*logits), max(rows_error(*rows) for rows in cache_rows(*caches))
 
 
 def regret(expected: Tensor, tokens: Sequence[int]) -> float:
