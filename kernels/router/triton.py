@@ -27,7 +27,6 @@ from dsv4_kernels.quant.triton import store_quantized
 
 BLOCK_E = 64  # experts of a tile: rows of the tensor cores
 ROWS = 8  # tokens that are chosen for together; more cost registers
-SLICE_IF_GIVEN = 1024  # hidden dims that a program rounds
 
 
 @triton.jit
@@ -183,8 +182,10 @@ def _route(
     if not GIVEN:
         acc = _part(x, gate_weight, expert, real, token, keep, first, slice_size, hidden, BLOCK_E, BLOCK_T, BLOCK_D)
         tl.store(partials + tl.program_id(2) * step + at, acc, mask=mine)
-    if ROUNDS:  # noqa: SIM102  # decided by the compiler
-        if tl.program_id(0) == 0:
+    if ROUNDS:
+        if GIVEN:  # the programs of a tile of tokens share its row
+            _round(x, rounded, token, keep, tl.program_id(0) * slice_size, slice_size, hidden)
+        elif tl.program_id(0) == 0:
             _round(x, rounded, token, keep, first, slice_size, hidden)
 
     tile_number = 1 + tl.num_programs(1) + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -262,8 +263,10 @@ def route(
         return weights, expert_ids
     exact = x.dtype is torch.bfloat16 and gate_weight.dtype is torch.bfloat16
     given = exact and library.is_for_library(x)
-    block_t, slice_size = (ROWS, SLICE_IF_GIVEN) if given else tile_of(num_tokens, hidden)
+    block_t, slice_size = (ROWS, hidden) if given else tile_of(num_tokens, hidden)
     grid = triton.cdiv(num_experts, BLOCK_E), triton.cdiv(num_tokens, block_t), triton.cdiv(hidden, slice_size)
+    if given:
+        slice_size = triton.cdiv(hidden, 128 * grid[0]) * 128
     if given:
         partials = library.linear_bf16(x, gate_weight)
     else:

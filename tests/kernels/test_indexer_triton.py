@@ -5,6 +5,7 @@ import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
 
 from dsv4_kernels.arrival import NUM_COUNTERS, counters
+from dsv4_kernels.indexer import queries as index_queries
 from dsv4_kernels.indexer import reference, triton
 from dsv4_kernels.indexer.cases import CASES, DEMO_HEADS, HEADS, Case, Queries, row_scores
 from dsv4_kernels.indexer.queries import prepare_queries
@@ -206,6 +207,15 @@ def test_padding_rows_of_queries_are_not_written():
     assert index_q[real:].isnan().all()
     assert weights[real:].isnan().all()
     assert index_q[:real].isfinite().all()
+
+
+def test_many_rows_take_two_launches_for_the_same_bits(monkeypatch):
+    arguments = Queries(Case("three", (9, 70, 300), (1, 1, 1)).rows(), 8, DEMO_HEADS, 128).make(4)
+    given = arguments["queries"].clone()
+    few = prepare_queries(**arguments)
+    monkeypatch.setattr(index_queries, "MANY", 1)
+    many = prepare_queries(**arguments | {"queries": given})
+    assert all(torch.equal(one, other) for one, other in zip(few, many, strict=True))
 
 
 def test_queries_have_the_same_bits_alone_and_beside_a_broken_one():
