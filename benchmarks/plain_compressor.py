@@ -74,8 +74,10 @@ def compress_c4(
         gates = each.raw[:, width // 2 :] + each.ape[positions % C4]
         raw = torch.cat([each.raw[:, : width // 2], gates], 1)
         ring_row = rows.slots[row].clamp_min(0).long().unsqueeze(1) * ring_rows + source % ring_rows
-        ring_row = torch.where(source >= 0, ring_row, len(ring) - 1)
+        ring_row = torch.where(source >= 0, ring_row, 0)
         history = torch.where(in_step.unsqueeze(2), raw[step_row], ring[ring_row])
+        # Before the first position there is nothing: zeros, because a weight of zero still makes NaN of a NaN.
+        history = torch.where((source >= 0).unsqueeze(2), history, 0.0)
         pooled = pool_c4(history, source >= 0)
         _store_entries(
             pooled, closing, closing >= 0, C4, each.norm, eps, rotations, rows, page_table, page_tokens, each.planes,
