@@ -139,7 +139,7 @@ class PagedDeviceStep:
             self.rows,
             self._page_table,
             PAGE_TOKENS,
-            _present(cache.c128_state)[:, 0],
+            _present(cache.c128_state),
             _present(cache.entries),
             _present(cache.layout.entry),
         )

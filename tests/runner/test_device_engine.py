@@ -32,6 +32,15 @@ def test_chunks_decodes_and_padding_in_one_step_over_a_cache_that_the_cpu_engine
     sequences.check_step({3: 1, 0: 1, 2: 1}, num_rows=4)
 
 
+def test_verifies_leave_the_state_behind_each_of_their_rows_in_a_bank_of_its_own(networks):
+    """One ends a C128 block with its second row, one is a decode, one a chunk."""
+    ids = {2: random_ids(CONFIG, 140, 2), 0: random_ids(CONFIG, 40, 3), 3: random_ids(CONFIG, 20, 4)}
+    sequences = Sequences(*networks, ids=ids, num_draft_tokens=3)
+    sequences.prefill({2: 126, 0: 30})
+    sequences.check_step({2: 4, 0: 1, 3: 6}, num_rows=16)
+    sequences.check_step({2: 3, 0: 2, 3: 4}, num_rows=12)
+
+
 def test_the_runner_gives_the_reference_tokens_and_the_host_sampler_the_same(networks):
     """Three requests arrive one after the other, so that prefill, mixed steps and decodes in buckets of 1, 2 and 4 run.
     One of them wants its logits: its steps are sampled on the host. Alone, without, it gets the same tokens."""

@@ -122,15 +122,19 @@ def _planes(layer) -> list[Tensor]:
 
 @dataclass
 class Sequences:
-    """The same requests on both engines: their slots, and how many of each one's tokens are computed."""
+    """The same requests on both engines: their slots, and how many of each one's tokens are computed.
+
+    With room for drafts a request with no more rows than a verify can have is one, and all of its drafts are accepted.
+    """
 
     reference: Transformer
     network: DeviceTransformer
     ids: dict[int, list[int]]  # by slot
+    num_draft_tokens: int = 0
     computed: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        layout = CacheLayout.build(self.reference.config, Numerics.OFFICIAL)
+        layout = CacheLayout.build(self.reference.config, Numerics.OFFICIAL, self.num_draft_tokens)
         self.expected, self.found = Cache(layout, "cpu"), Cache(layout, self.network.device)
         self.computed = dict.fromkeys(self.ids, 0)
 
@@ -147,6 +151,9 @@ class Sequences:
             counts=list(counts.values()),
             page_table=self.expected.page_table[slots].numpy().astype(np.int64),
             page_tokens=PAGE_TOKENS,
+            c4_ring_rows=self.expected.pools.layout.c4_ring_rows,
+            drafts=[count - 1 if count <= 1 + self.num_draft_tokens else 0 for count in counts.values()],
+            c128_banks=self.expected.pools.layout.c128_banks,
         )
         streams = self.reference(torch.tensor(self._take(counts)), PagedStep(self.expected.pools, metadata))
         return self.reference.logits(streams)
@@ -186,12 +193,17 @@ class Sequences:
                 if row_format is not None:
                     compare_rows(*(decode(tuple(p.cpu() for p in planes), row_format) for planes in (one, other)))
             if own.c128_state is not None:
-                compare_rows(own.c128_state[:, 0, 2].cpu(), given.c128_state[:, 0, 2])
+                compare_rows(own.c128_state[:, :, 2].cpu(), given.c128_state[:, :, 2])
         self._count(counts)
 
     def _count(self, counts: dict[int, int]) -> None:
         for slot, count in counts.items():
             self.computed[slot] += count
+        verifies = {slot: count - 1 for slot, count in counts.items() if count <= 1 + self.num_draft_tokens}
+        slots, accepted = torch.tensor(list(verifies)), torch.tensor(list(verifies.values()))
+        for cache in (self.expected, self.found):
+            device = cache.page_table.device
+            cache.pools.commit(slots.to(device).long(), accepted.to(device).long())
 
 
 def compare_rows(found: Tensor, expected: Tensor) -> None:
@@ -199,7 +211,7 @@ def compare_rows(found: Tensor, expected: Tensor) -> None:
     found, expected = found.float(), expected.float()
     assert torch.equal(found.isnan(), expected.isnan())
     written = ~expected.isnan().any(-1)
-    if bool(written.any()):
+    if bool(expected[written].any()):
         error = relative(found[written], expected[written])
         assert error <= CACHE_BOUND, error
 
