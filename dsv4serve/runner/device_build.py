@@ -61,9 +61,9 @@ def reserved_bytes(config: EngineConfig, model: ModelConfig) -> int:
 
 def device_plan(config: EngineConfig, model: ModelConfig, free_bytes: int) -> CapacityPlan:
     """The capacity plan on a device with `free_bytes`: the cache gets of what weights and steps leave."""
-    reserved = reserved_bytes(config, model)
-    require_device_memory(model, max(0, free_bytes - reserved))
-    left = free_bytes - reserved - device_bytes(model)
+    reserved, has_drafts = reserved_bytes(config, model), config.num_draft_tokens > 0
+    require_device_memory(model, has_drafts, max(0, free_bytes - reserved))
+    left = free_bytes - reserved - device_bytes(model, has_drafts)
     if config.cache_bytes > left:
         raise CapacityError(
             f"cache_bytes is {config.cache_bytes:,}; the weights, and {reserved:,} bytes for steps, leave {left:,} on "

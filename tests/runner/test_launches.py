@@ -65,7 +65,8 @@ class Launches(TorchDispatchMode):
 @pytest.fixture(scope="module")
 def network():
     """With all experts, of which each is the same memory."""
-    network = DeviceTransformer(config(), DeviceWeights(config(), torch.device("cpu"), unpacked=True).weights)
+    weights = DeviceWeights(config(), torch.device("cpu"), unpacked=True, has_drafts=False).weights
+    network = DeviceTransformer(config(), weights)
     for block in network.blocks:
         for name in ("w13", "w2"):
             weight = getattr(block.moe, name)
