@@ -83,7 +83,7 @@ class DeviceForward:
         last = self._last_tokens[torch.where(rows.slots < 0, spare, rows.slots)]
         token_ids = torch.where(token_ids == LAST_TOKEN, last, token_ids)
         one_row_each = len(token_ids) == inputs.shape[1]
-        step = PagedDeviceStep(self._pools, rows, self.page_table, one_row_each=one_row_each)
+        step = PagedDeviceStep(self._pools, rows, self.page_table, fits_rings=one_row_each)
         streams = self.transformer(token_ids, step)
         sampling = streams
         if not one_row_each:

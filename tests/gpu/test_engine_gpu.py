@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.device_engine import Sequences, check_generation, check_layers, check_replay
+from support.device_engine import Sequences, check_generation, check_layers, check_mtp, check_replay
 from support.device_models import CONFIG, both, checkpoint
 from support.engine import Engine, greedy
 from support.models import random_ids
@@ -28,6 +28,18 @@ def networks(tmp_path_factory):
 
 def test_every_sublayer_of_a_prefill_equals_the_reference(networks):
     check_layers(*networks, length=300)
+
+
+def test_the_mtp_block_equals_the_reference_and_its_keys_can_be_had_alone(networks):
+    check_mtp(*networks, length=300)
+
+
+def test_verifies_leave_the_state_behind_each_of_their_rows_in_a_bank_of_its_own(networks):
+    ids = {slot: random_ids(CONFIG, 400, slot) for slot in range(4)}
+    sequences = Sequences(*networks, ids, num_draft_tokens=3)
+    sequences.prefill({0: 126, 2: 30, 3: 253})
+    sequences.check_step({0: 4, 2: 1, 1: 200, 3: 2}, num_rows=256)
+    sequences.check_step({2: 2, 3: 1, 0: 4, 1: 3}, num_rows=16)
 
 
 def test_chunks_decodes_and_padding_in_one_step_over_a_cache_that_the_cpu_engine_filled(networks):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
-from support.device_engine import Sequences, check_generation, check_layers
+from support.device_engine import Sequences, check_generation, check_layers, check_mtp
 from support.device_models import CONFIG, both, checkpoint
 from support.engine import Engine, greedy
 from support.models import random_ids
@@ -20,6 +20,10 @@ def networks(tmp_path_factory):
 
 def test_every_sublayer_of_a_prefill_equals_the_reference(networks):
     check_layers(*networks, length=21)
+
+
+def test_the_mtp_block_equals_the_reference_and_its_keys_can_be_had_alone(networks):
+    check_mtp(*networks, length=22)
 
 
 def test_chunks_decodes_and_padding_in_one_step_over_a_cache_that_the_cpu_engine_filled(networks):

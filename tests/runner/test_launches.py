@@ -82,7 +82,7 @@ def run_layer(network, monkeypatch, ratio: int, counts: list[int]) -> Launches:
     num_rows = sum(counts)
     rows = Rows.build(each * 0, each * 0 + 8000, each, num_rows)
     page_table = torch.zeros(1, PAGES, dtype=torch.int32)
-    step = PagedDeviceStep(pools, rows, page_table, one_row_each=set(counts) == {1})
+    step = PagedDeviceStep(pools, rows, page_table, fits_rings=set(counts) == {1})
     block = network.blocks[RATIOS.index(ratio)]
     launches = Launches(monkeypatch)
 

@@ -84,6 +84,30 @@ def check_layers(reference: Transformer, network: DeviceTransformer, length: int
     assert relative(network.logits(before), reference.logits(streams)) <= LAYER_BOUND
 
 
+@torch.inference_mode()
+def check_mtp(reference: Transformer, network: DeviceTransformer, length: int) -> None:
+    """The MTP block over one sequence, given the reference's streams; then its keys alone, which are the same."""
+    config, device = reference.config, network.device
+    ids = torch.tensor(random_ids(config, length, 2))
+    streams = reference(ids, WholeSequence(length))[:-1].contiguous()
+    assert reference.mtp is not None
+    assert network.mtp is not None
+    expected, expected_logits = reference.mtp(streams, ids[1:], WholeSequence(length - 1))
+    rings = []
+    given = streams.to(device), ids[1:].to(device)
+    for run in (network.mtp.advance, network.mtp.keep):
+        cache = Cache(CacheLayout.build(config, Numerics.OFFICIAL, 1), device)
+        arrays = (torch.tensor([value], dtype=torch.int32, device=device) for value in (1, 0, length - 1))
+        found = run(*given, PagedDeviceStep(cache.pools, Rows.build(*arrays, length - 1), cache.page_table))
+        layer = cache.pools.layers[-1]
+        rings.append(decode(tuple(plane.cpu() for plane in layer.window), layer.layout.window))
+        if found is not None:
+            after, x = network.mtp.head.collapse(found)
+            assert relative(after, expected) <= LAYER_BOUND
+            assert median_row(network.mtp.head.logits(x), expected_logits) <= 2 * LAYER_BOUND
+    compare_rows(*rings)
+
+
 def _boundary(block: DeviceBlock, rows: Streams, hc: HyperConnection, norm: Tensor) -> tuple[Tensor, ...]:
     """Streams, x, post and comb; what x is in E4M3 is what it quantises to."""
     streams, x, x_fp8, post, comb = block._boundary(rows, hc, norm)
@@ -167,8 +191,8 @@ class Sequences:
         rows = Rows.build(*(torch.tensor(array, dtype=torch.int32, device=device) for array in arrays), num_rows)
         ids = torch.zeros(num_rows, dtype=torch.int64)
         ids[: sum(counts.values())] = torch.tensor(self._take(counts))
-        one_row_each = set(counts.values()) == {1}
-        step = PagedDeviceStep(self.found.pools, rows, self.found.page_table, one_row_each=one_row_each)
+        fits_rings = max(counts.values()) <= 1 + self.num_draft_tokens
+        step = PagedDeviceStep(self.found.pools, rows, self.found.page_table, fits_rings=fits_rings)
         streams = self.network(ids.to(device), step)
         return self.network.logits(streams[: sum(counts.values())])
 

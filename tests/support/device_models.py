@@ -48,8 +48,8 @@ def checkpoint(directory: Path) -> Path:
 
 
 def both(directory: Path, device: torch.device) -> tuple[Transformer, DeviceTransformer]:
-    """The CPU reference with official numerics and the device's network, from one checkpoint."""
-    config = EngineConfig(model=directory)
+    """The CPU reference with official numerics and the device's network, from one checkpoint; both with MTP block."""
+    config = EngineConfig(model=directory, num_draft_tokens=1)
     reference = Transformer(CONFIG, load_weights(config, CONFIG), Numerics.OFFICIAL)
     # Where there is no GPU, the form of Hopper.
     unpacked = device.type == "cpu" or torch.cuda.get_device_capability(device)[0] < FIRST_FP4
