@@ -53,7 +53,7 @@ class CachePools:
             self._layer(layer, num_slots, num_pages, next(states) if layer.c128_state_dim else None)
             for layer in layout.layers
         ]
-        self.streams = torch.zeros(num_slots, layout.stream_bytes, dtype=torch.uint8, device=device)
+        self.streams = torch.zeros(num_slots + 1, layout.stream_bytes, dtype=torch.uint8, device=device)
         self._tail_rings = [
             [
                 torch.zeros(num_tails, len(ring) // (num_slots + 1), ring.shape[1], dtype=torch.uint8, device=device)

@@ -26,7 +26,7 @@ from dsv4serve.model.block import HyperConnection
 from dsv4serve.model.device import DeviceBlock, DeviceTransformer, Streams
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.model.whole import WholeSequence
-from dsv4serve.runner.device_batch import INPUTS
+from dsv4serve.runner.device_batch import INTEGERS
 from dsv4serve.runner.device_runner import DeviceRunner
 from dsv4serve.runner.device_step import PagedDeviceStep
 from dsv4serve.runner.graphs import Bucket
@@ -259,9 +259,9 @@ def check_generation(reference: Transformer, requests: list[Request], outputs: d
 def check_replay(runner: DeviceRunner, bucket: Bucket) -> None:
     """The bucket's last step again, by its graph and eagerly, from the same cache: all its bits."""
     graphs, forward = runner.graphs, runner.forward
-    num_requests = int((graphs.inputs(bucket)[INPUTS.index("count")] > 0).sum())
+    num_requests = int((graphs.inputs(bucket)[INTEGERS.index("count")] > 0).sum())
     assert num_requests
-    state = [forward._last_tokens]
+    state = [forward._tokens, runner.pools.streams]
     for layer in runner.pools.layers:
         state += _planes(layer) + ([] if layer.c128_state is None else [layer.c128_state])
     before = [tensor.clone() for tensor in state]
@@ -270,7 +270,10 @@ def check_replay(runner: DeviceRunner, bucket: Bucket) -> None:
         for tensor, saved in zip(state, before, strict=True):
             tensor.copy_(saved)
         output = run(bucket)
-        own = [output.tokens[:num_requests], output.logits[:num_requests], forward._last_tokens[:-1], *state[1:]]
+        own = [output.tokens[:num_requests], output.logits[:num_requests], forward._tokens[:-1]]
+        own += [runner.pools.streams[:-1], *state[2:]]
         results.append([tensor.clone() for tensor in own])
+    for tensor, saved in zip(state, before, strict=True):
+        tensor.copy_(saved)  # the engine may go on
     for replayed, eager in zip(*results, strict=True):
         assert torch.equal(replayed.view(torch.uint8), eager.view(torch.uint8))
