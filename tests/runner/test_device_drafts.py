@@ -21,7 +21,10 @@ from support.engine import Engine, greedy
 from support.models import random_ids
 from torch.testing import assert_close
 
+from dsv4_kernels.sampling import COIN, DRAFT, uniform
+from dsv4serve.runner.device_batch import empty_inputs, fill_inputs
 from dsv4serve.runner.device_drafts import judge
+from dsv4serve.types import SamplingParams, SlotStart
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,31 @@ def test_a_verify_whose_request_is_gone_leaves_nothing_to_the_next_one_of_its_sl
     while engine.outputs["next"].finish_reason is None:
         engine.step()
     assert engine.outputs["next"].token_ids == expected["next"].token_ids
+
+
+def test_each_random_number_has_its_output_and_stream_and_reaches_the_device(networks):
+    """Those of the CPU engine: of the second request, which has two outputs, one draft fewer than the other."""
+    runner = Engine(networks[1], on_device=True, num_draft_tokens=2).runner
+    for slot, num_outputs in ((1, 0), (3, 2)):
+        sampling = SamplingParams(max_tokens=9, seed=40 + slot, temperature=0.5, top_p=0.9, top_k=7, min_p=0.125)
+        start = SlotStart(
+            slot=slot, request_id="r", sampling=sampling, num_prompt_tokens=5, num_output_tokens=num_outputs
+        )
+        runner._slots.start(start)
+    inputs = empty_inputs(4, num_drafts=2, pinned=False)
+    fill_inputs(inputs, runner._columns([1, 3], [3, 2], [2, 1]))
+    found = runner.forward._read(inputs)
+    assert found.slots.tolist() == [1, 3, -1, -1]
+    assert found.places.tolist() == [1, 3, 4, 4]
+    assert found.counts.tolist() == [3, 2, 0, 0]
+    assert found.num_drafts.tolist() == [2, 1, 0, 0]
+    assert found.sampling_rows(2)[:2].tolist() == [[0, 1, 2], [3, 4, 4]]
+    assert found.settings["temperature"].tolist() == [0.5, 0.5, 0, 0]
+    assert found.settings["top_k"].tolist() == [7, 7, 0, 0]
+    for row, (seed, index) in enumerate(((41, 0), (43, 2))):
+        assert found.draws[row].tolist() == [uniform(seed, index + place) for place in range(3)]
+        assert found.coins[row].tolist() == [uniform(seed, index + place, COIN) for place in range(2)]
+        assert found.proposals[row].tolist() == [uniform(seed, index + place, DRAFT) for place in range(2)]
 
 
 @pytest.mark.parametrize("num_drafts", [1, 3])
