@@ -1,15 +1,20 @@
 """Engines on one GPU for the benchmarks beside this file: the demo checkpoint, and slices of Pro and Flash.
 
-A slice has the first layers of the model at full width, embedding and head, and random weights (`pro-slice` 4 of 61
-layers, 59 GB of weights; `flash-slice` 12 of 43), so that one H100 runs true shapes. A slice's step is not a model's
-step: per-layer costs add up, the head and the step's own costs do not.
+A slice has the first layers of the model at full width, embedding and head, and random weights (`pro-4` 4 of 61 layers,
+59 GB of weights; `flash-12` 12 of 43), so that one H100 runs true shapes. A slice's step is not a model's step:
+per-layer costs add up, the head and the step's own costs do not.
+
+`pro-rank` is what one of eight GPUs has that divide Pro's experts: layers 3 to 8, three of either ratio, with 48 of 384
+experts. As many tokens meet an expert as with eight such ranks; their exchange is left out.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,36 +25,49 @@ from dsv4serve.config import Device, EngineConfig, LoadFormat, default_model
 from dsv4serve.runner import build_runner
 from dsv4serve.types import PAGE_TOKENS, Chunk, PageAppend, SamplingParams, SchedulerOutput, SlotStart, StepOutput
 
-SLICES = {"pro-slice": ("pro", 4), "flash-slice": ("flash", 12)}
+SLICES = {"pro-slice": "pro-4", "flash-slice": "flash-12", "pro-rank": "pro-3:9/8"}
+SLICE = re.compile(r"(\w+)-(?:(\d+):)?(\d+)(?:/(\d+))?")  # model, first layer, end, ranks that divide its experts
 MODELS = ("demo", *SLICES)
 
 
 def engine_config(name: str, **settings: Any) -> EngineConfig:
-    """Of one of MODELS on the GPU, unless `settings` say otherwise."""
+    """Of one of MODELS, or of a slice by name and layers ("pro-8"), on the GPU, unless `settings` say otherwise."""
     settings = {"device": Device.CUDA, **settings}
     if name == "demo":
         return EngineConfig(model=default_model(), **settings)
-    return EngineConfig(model=_slice_folder(*SLICES[name]), load_format=LoadFormat.DUMMY, **settings)
+    folder = Path(tempfile.mkdtemp(prefix="slice-"))
+    (folder / "config.json").write_text(json.dumps(slice_config(name)))
+    return EngineConfig(model=folder, load_format=LoadFormat.DUMMY, **settings)
+
+
+def whole_config(name: str) -> dict[str, Any]:
+    """config.json of the model that the slice is of."""
+    model = SLICES.get(name, name).partition("-")[0]
+    return json.loads((resources.files("dsv4serve_configs") / "models" / f"{model}.json").read_text("utf-8"))
+
+
+def slice_config(name: str) -> dict[str, Any]:
+    """config.json of a slice. Raises ValueError for other names."""
+    match = SLICE.fullmatch(SLICES.get(name, name))
+    if match is None:
+        raise ValueError(f"{name!r} is no slice; allowed: {', '.join(SLICES)}, or as pro-8 or pro-3:9/8")
+    first, end, num_ranks = int(match[2] or 0), int(match[3]), int(match[4] or 1)
+    raw = whole_config(name)
+    ratios = raw["compress_ratios"]
+    raw["compress_ratios"] = ratios[first:end] + ratios[len(ratios) - raw["num_nextn_predict_layers"] :]
+    raw["num_hidden_layers"] = end - first
+    raw["num_hash_layers"] = max(0, raw["num_hash_layers"] - first)
+    raw["n_routed_experts"] //= num_ranks
+    return raw
 
 
 def build(name: str, **settings: Any) -> Driver:
-    """The device engine of one of MODELS, kernels compiled and graphs captured."""
+    """The device engine of a model as `engine_config` names it, kernels compiled and graphs captured."""
     begin = time.perf_counter()
     driver = Driver(build_runner(engine_config(name, **settings)))
     torch.cuda.synchronize()
     driver.start_s = time.perf_counter() - begin
     return driver
-
-
-def _slice_folder(model: str, num_layers: int) -> Path:
-    raw = json.loads((resources.files("dsv4serve_configs") / "models" / f"{model}.json").read_text("utf-8"))
-    num_mtp = raw["num_nextn_predict_layers"]
-    ratios = raw["compress_ratios"]
-    raw["compress_ratios"] = ratios[:num_layers] + ratios[len(ratios) - num_mtp :]
-    raw["num_hidden_layers"] = num_layers
-    folder = Path(tempfile.mkdtemp(prefix=f"{model}-slice-"))
-    (folder / "config.json").write_text(json.dumps(raw))
-    return folder
 
 
 class Driver:
@@ -65,10 +83,14 @@ class Driver:
         """Tokens that a slot's pages hold."""
         return self._pages_each * PAGE_TOKENS
 
+    def submit(self, **parts: Any) -> Callable[[], StepOutput]:
+        """Begin a step; the result waits for its end."""
+        self._step_id += 1
+        return self.runner.submit(SchedulerOutput(step_id=self._step_id, **parts))
+
     def execute(self, **parts: Any) -> StepOutput:
         """One step."""
-        self._step_id += 1
-        return self.runner.execute(SchedulerOutput(step_id=self._step_id, **parts))
+        return self.submit(**parts)()
 
     def begin(self, slot: int, ids: list[int], context: int = 0) -> list[int]:
         """Start a greedy request with all pages of its slot, and its prompt as one chunk; returns the first token.
@@ -91,9 +113,23 @@ class Driver:
         """One token for each slot."""
         return [tokens[0] for tokens in self.execute(decodes=slots).token_ids]
 
-    def generate(self, ids: list[int], num_tokens: int) -> list[int]:
-        """A greedy continuation in slot 0."""
+    def decode_ms(self, slots: list[int], num_steps: int) -> float:
+        """Mean time of a decode step, each submitted while the one before it runs."""
+        for _ in range(3):
+            self.decode(slots)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        last = self.submit(decodes=slots)
+        for _ in range(num_steps - 1):
+            following = self.submit(decodes=slots)
+            last()
+            last = following
+        last()
+        return (time.perf_counter() - begin) / num_steps * 1e3
+
+    def generate(self, ids: list[int], num_tokens: int, eos_id: int) -> list[int]:
+        """A greedy continuation in slot 0, to EOS at most."""
         tokens = self.begin(0, ids)
-        while len(tokens) < num_tokens:
+        while len(tokens) < num_tokens and tokens[-1] != eos_id:
             tokens += self.decode([0])
         return tokens

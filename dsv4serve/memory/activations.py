@@ -21,7 +21,7 @@ def row_bytes(config: ModelConfig) -> int:
     raw = 4 * config.head_dim + 4 * config.index_head_dim + config.index_n_heads
     attention = (config.q_lora_rank + config.head_dim) * BF16 + config.q_lora_rank + raw * F32
     attention += (2 * heads + 2 * index) * BF16 + config.index_topk * F32  # queries, also as prepared; the output
-    attention += config.o_groups * config.o_lora_rank + hidden * BF16
+    attention += config.o_groups * config.o_lora_rank * (BF16 + 1) + hidden * BF16
     width = config.moe_intermediate_size
     moe = experts * width * BF16 + 3 * width * BF16 + config.n_routed_experts * F32
     return around + max(attention, moe)
@@ -31,7 +31,8 @@ def step_bytes(config: ModelConfig, num_rows: int, num_requests: int, num_draft_
     """Of a step with so many rows and requests, each with so many drafts.
 
     Logits behind each token and of each draft twice: they are copied to where a graph leaves them, and when the product
-    is gone, sampling needs as much.
+    is gone, sampling needs as much. And wo_a in bfloat16 (kernels/out_proj/triton.py).
     """
     logits = 2 * num_requests * (1 + 2 * num_draft_tokens) * config.vocab_size * F32
-    return num_rows * row_bytes(config) + logits + (SCORE_BYTES if 4 in config.compress_ratios else 0)
+    wo_a = config.num_attention_heads * config.head_dim * config.o_lora_rank * BF16
+    return num_rows * row_bytes(config) + logits + wo_a + (SCORE_BYTES if 4 in config.compress_ratios else 0)

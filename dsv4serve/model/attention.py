@@ -19,16 +19,16 @@ from dsv4serve.model.context import AttentionInputs, StepContext
 
 
 @lru_cache(maxsize=16)
-def rope_table_frequencies(config: ModelConfig, compressed: bool) -> Tensor:
-    """RoPE frequencies of a layer kind: plain for ratio 0, YaRN on the compress theta for compressed layers.
+def rope_table_frequencies(config: ModelConfig, compressed: bool, device: torch.device) -> Tensor:
+    """RoPE frequencies of a layer kind, float64 on `device`: plain for ratio 0, YaRN on the compress theta for others.
 
     One tensor per kind, so that a step can share its rotations between layers.
     """
     if not compressed:
-        return rope_frequencies(config.qk_rope_head_dim, config.rope_theta, None)
+        return rope_frequencies(config.qk_rope_head_dim, config.rope_theta, None).to(device)
     scaling = config.rope_scaling
     yarn = (scaling.factor, scaling.original_max_position_embeddings, scaling.beta_fast, scaling.beta_slow)
-    return rope_frequencies(config.qk_rope_head_dim, config.compress_rope_theta, yarn)
+    return rope_frequencies(config.qk_rope_head_dim, config.compress_rope_theta, yarn).to(device)
 
 
 class Attention:
@@ -46,12 +46,12 @@ class Attention:
     ) -> None:
         self.config, self.index, self.quantize = config, index, quantize
         self.ratio = config.compress_ratios[index]
-        self.frequencies = rope_table_frequencies(config, self.ratio > 0)
         attn = prefix + "attn."
         self.names = {part: attn + part for part in ("q", "kv", "attend", "output")}  # of observed values
         self.q_norm = params[attn + "q_norm.weight"]
         self.kv_norm = params[attn + "kv_norm.weight"]
         self.sink = params[attn + "attn_sink"]
+        self.frequencies = rope_table_frequencies(config, self.ratio > 0, self.sink.device)
         self.wo_a = params[attn + "wo_a.weight"].mT.contiguous().mT  # column by column, as the loader stores the others
         self.wo_b = params[attn + "wo_b.weight"]
         # One product over the layer input for everything that takes it quantised, one for what takes it as it is.

@@ -27,8 +27,9 @@ class HyperConnection:
     @classmethod
     def load(cls, params: Mapping[str, Tensor], prefix: str, hc_mult: int) -> HyperConnection:
         """Read hc parameters named `prefix` + fn, base, scale; each of the three scales is repeated for its mixes."""
-        scale = params[prefix + "scale"]
-        scale = scale.repeat_interleave(torch.tensor([hc_mult, hc_mult, hc_mult * hc_mult], device=scale.device))
+        numbers = (hc_mult, hc_mult, hc_mult * hc_mult)
+        scales = params[prefix + "scale"].split(1)
+        scale = torch.cat([one.expand(number) for one, number in zip(scales, numbers, strict=True)])
         return cls(params[prefix + "fn"], params[prefix + "base"], scale)
 
 

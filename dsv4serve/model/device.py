@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
-from dsv4_kernels.gemm.triton import linear_bf16, linear_fp8
+from dsv4_kernels.gemm.library import linear_bf16, linear_fp8
 from dsv4_kernels.mega_moe.tiles import empty_tiles
 from dsv4_kernels.mega_moe.triton import choose_tile, expert_parts
 from dsv4_kernels.mega_moe.weights import Fp4Weight
@@ -76,6 +76,8 @@ class DeviceAttention:
         self.ratio = config.compress_ratios[index]
         attn = prefix + "attn."
         self.w_latent: Fp8Weight = weights[attn + "latent"]
+        rank = config.q_lora_rank
+        self.w_kv = Fp8Weight(self.w_latent.codes[rank:], self.w_latent.exponents[rank // GROUP :])  # no copy
         self.w_query: Fp8Weight = weights[attn + "query"]
         self.w_raw: Tensor | None = weights.get(attn + "raw")
         self.wo_a: Fp8Weight = weights[attn + "wo_a.weight"]
@@ -101,9 +103,7 @@ class DeviceAttention:
 
     def keep(self, x_fp8: Fp8Rows, step: DeviceStep) -> None:
         """All that later rows of a layer without entries see of these: store their keys."""
-        rank = self.config.q_lora_rank
-        w_kv = Fp8Weight(self.w_latent.codes[rank:], self.w_latent.exponents[rank // GROUP :])
-        step.keep(self, linear_fp8(x_fp8, w_kv))
+        step.keep(self, linear_fp8(x_fp8, self.w_kv))
 
 
 class DeviceMoE:
@@ -261,7 +261,7 @@ class DeviceTransformer:
         self.config, self.dtype = config, torch.bfloat16
         self.embedding = weights["embed.weight"]
         self.device = self.embedding.device
-        frequencies = [rope_table_frequencies(config, kind).to(self.device, torch.float32) for kind in (False, True)]
+        frequencies = [rope_table_frequencies(config, kind, self.device).float() for kind in (False, True)]
         self.blocks = [
             DeviceBlock(config, weights, f"layers.{index}.", index, frequencies[ratio > 0])
             for index, ratio in enumerate(config.layer_ratios)

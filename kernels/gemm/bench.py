@@ -3,9 +3,9 @@
 Bytes: the weight once, with its scales (1 + 2^-14 bytes a value in FP8, 2 in bfloat16), activations in and out once.
 FLOPs: 2 T N K. The floor takes the FP8 or the bfloat16 rate of the library's product of two large matrices.
 
-Beside them: the library in bfloat16 (`torch.mm`), and in FP8 with the same scales (`torch.nn.functional.scaled_mm`) or,
-where the library refuses those, with one scale a row, which is a yardstick of speed only. What `quantize_rows` costs
-is a line of its own, because several products share it.
+Beside them: the library in bfloat16 (`torch.mm`), and in FP8 as `library.py` calls it or, where that does not, with one
+scale a row, which is a yardstick of speed only. What `quantize_rows` costs is a line of its own, because several
+products share it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dsv4_kernels.benching import Measured, measure, num_copies, relative_error, write_lines
 from dsv4_kernels.cases import MODELS, released
+from dsv4_kernels.gemm import library
 from dsv4_kernels.gemm.cases import Product, products
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
@@ -47,17 +48,6 @@ def flops(product: Product, num_tokens: int) -> int:
     return 2 * num_tokens * product.num_rows * product.depth
 
 
-def per_block(rows: Fp8Rows, weight: Fp8Weight) -> Callable[[], Tensor]:
-    """The library's FP8 product with the same scales: of x column by column, of the weight in columns of whole 16 B."""
-    recipes = torch.nn.functional.ScalingType
-    row_scale = (rows.exponents.int() << 23).view(torch.float32).t().contiguous().t()
-    padded = torch.nn.functional.pad(weight.exponents, (0, -weight.exponents.shape[1] % 4))
-    block_scale = (padded.int() << 23).view(torch.float32).t()
-    return lambda: torch.nn.functional.scaled_mm(
-        rows.codes, weight.codes.t(), row_scale, recipes.BlockWise1x128, block_scale, recipes.BlockWise128x128
-    )
-
-
 def per_row(rows: Fp8Rows, weight: Fp8Weight) -> Callable[[], Tensor]:
     """The library's FP8 product with one scale a row."""
     row_scale, column_scale = (
@@ -79,13 +69,11 @@ def fp8_lines(product: Product, num_tokens: int) -> Iterator[tuple[str, list[Cal
     yield "triton", [lambda pair=pair: linear_fp8(*pair) for pair in quantised], {"relative_error": error}
     for label, tiles in OTHERS.items() if num_tokens == OTHER_TOKENS else ():
         yield label, [lambda pair=pair, tiles=tiles: linear_fp8(*pair, tiles=tiles) for pair in quantised], {}
-    try:
-        error = relative_error(per_block(rows, weight)()[:ERROR_TOKENS], expected)
-    except (RuntimeError, ValueError) as refusal:
-        print("scaled_mm per block:", str(refusal).splitlines()[0])
+    if not library.is_for_library(rows.codes):
         yield "scaled_mm per row", [per_row(*pair) for pair in quantised], {}
     else:
-        yield "scaled_mm per block", [per_block(*pair) for pair in quantised], {"relative_error": error}
+        error = relative_error(library.linear_fp8(rows, weight)[:ERROR_TOKENS], expected)
+        yield "library", [lambda pair=pair: library.linear_fp8(*pair) for pair in quantised], {"relative_error": error}
 
 
 def bf16_lines(product: Product, num_tokens: int) -> Iterator[tuple[str, list[Callable[[], Tensor]], dict[str, float]]]:
@@ -95,7 +83,7 @@ def bf16_lines(product: Product, num_tokens: int) -> Iterator[tuple[str, list[Ca
     expected = linear(x[:ERROR_TOKENS], weight, out_dtype=torch.float32)
     error = relative_error(linear_bf16(x, weight)[:ERROR_TOKENS], expected)
     yield "triton", [lambda pair=pair: linear_bf16(*pair) for pair in made], {"relative_error": error}
-    yield "mm bf16", [lambda pair=pair: pair[0] @ pair[1].t() for pair in made], {}
+    yield "library", [lambda pair=pair: torch.mm(pair[0], pair[1].t(), out_dtype=torch.float32) for pair in made], {}
 
 
 def quantise_line(name: str, hidden: int, num_tokens: int, measure: Callable[..., Measured]) -> dict[str, Any]:

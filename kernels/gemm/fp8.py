@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -72,6 +73,15 @@ class Fp8Weight:
                 )
         codes = torch.cat([weight.codes.view(torch.uint8) for weight in weights]).view(torch.float8_e4m3fn)
         return cls(codes, torch.cat([weight.exponents for weight in weights]))
+
+    @cached_property
+    def float_scales(self) -> Tensor:
+        """Scales as float32 [K / 128 + padding, ceil(N / 128)], columns of whole 16 bytes, for the library's product.
+
+        The first call allocates; make it before a CUDA graph is captured.
+        """
+        padded = torch.nn.functional.pad(self.exponents, (0, -self.exponents.shape[1] % 4))
+        return (padded.int() << 23).view(torch.float32).t()
 
     def first_rows(self, num_rows: int) -> Fp8Weight:
         """The first rows of a stack, no copy."""

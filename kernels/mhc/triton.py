@@ -3,13 +3,13 @@
 Equal to `mhc_post`, `mhc_pre`, `rms_norm` and `quantize_rows` of the references, one after the other.
 
 `_mix` adds up the parts of a sublayer's output and forms the new streams, slice by slice of the hidden size, and the
-partial sums of their mix logits. What follows needs whole rows (`_finish_token`): it adds the slices, runs Sinkhorn,
+partial sums of their mix logits. What follows needs whole rows (`finish_token`): it adds the slices, runs Sinkhorn,
 merges the streams, applies the RMSNorm and quantises. What it reads of the streams was just written: 57 KB a token on
-Pro, from L2. For one or two tokens the last program of a token's `_mix` does it; for more a second launch, `_finish`,
+Pro, from L2. For one or two tokens the last program of a token's `_mix` does it; for more a second launch
 with a program for each token, because the last program of a tile would do its tokens one after the other.
 
-Tiles depend on the number of tokens and the hidden size; with fixed ones (`tiles=`) a token has the same bits in any
-batch.
+Many tokens do the first half in another way (`many.py`). Tiles depend on the number of tokens and the hidden size; with
+fixed ones (`tiles=`) a token has the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -24,13 +24,18 @@ from torch import Tensor
 from dsv4_kernels.arrival import counters, is_last
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows
 from dsv4_kernels.gemm.quantize import empty_rows
-from dsv4_kernels.quant.device import inverse_power_of_two, scale_exponent
+from dsv4_kernels.mhc.finish import finish_token, finish_tokens
+from dsv4_kernels.mhc.many import LANES, mix_many
 
 STREAMS = 4  # c of every released model; the kernels are written out for it
-LANES = 32  # 2c + c * c = 24 mixes and, in lane 24, the sum of squares; padded to a power of two
 BLOCK_D = 32  # hidden dims of one product
 PROGRAMS = 132  # programs of `_mix`, at most, while its slices can grow: one for each multiprocessor
 MAX_SLICE = 512
+MANY = 256  # tokens from which on the other way is faster
+
+
+# By tokens of a tile; what keeps everything in registers (tests/kernels/test_compile_gate.py).
+WARPS_STAGES = {1: (8, 3), 16: (8, 3), 64: (8, 2)}
 
 
 class Tiles(NamedTuple):
@@ -73,86 +78,6 @@ def _add(s0, s1, s2, s3, output, post, comb, token, inside, J: tl.constexpr):
     return value + tl.load(comb + 12, mask=inside, other=0.0)[:, None] * s3
 
 
-@triton.jit
-def _entry(table, index, at: tl.constexpr):
-    """One number of a table."""
-    return tl.sum(tl.sum(tl.where(index == at, table, 0.0), axis=1), axis=0)
-
-
-@triton.jit
-def _finish_token(
-    token,  # int64
-    streams,  # [tokens, 4, hidden]
-    partials,  # f32 [tokens, slices, 32]
-    base,
-    scale,
-    norm,  # f32 [hidden]
-    x,  # [tokens, hidden]
-    codes,  # e4m3 [tokens, hidden]
-    exponents,  # uint8 [tokens, hidden / 128], strides 1 and exponent_step
-    post,  # f32 [tokens, 4]
-    comb,  # f32 [tokens, 4, 4]
-    hidden,
-    num_slices,
-    exponent_step,
-    hc_eps,
-    norm_eps,
-    ITERATIONS: tl.constexpr,  # of Sinkhorn; 0 = the final collapse, which gives x alone
-    SLICES: tl.constexpr,  # num_slices padded to a power of two
-    GROUPS: tl.constexpr,  # of 128 hidden dims, padded to a power of two
-):
-    """All that needs a whole row."""
-    group = tl.arange(0, GROUPS)
-    dim = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    inside = dim < hidden
-    # All of this comes while Sinkhorn runs, which takes longer.
-    at = streams + token * 4 * hidden + dim
-    s0 = tl.load(at, mask=inside, other=0.0)
-    s1 = tl.load(at + hidden, mask=inside, other=0.0)
-    s2 = tl.load(at + 2 * hidden, mask=inside, other=0.0)
-    s3 = tl.load(at + 3 * hidden, mask=inside, other=0.0)
-
-    weight = tl.load(norm + dim, mask=inside, other=0.0)
-    # As rows of four: pre, post, four of comb, the sum of squares and three zeros, four zeros.
-    index = tl.arange(0, 8)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    is_mix = index < (24 if ITERATIONS > 0 else 4)
-    factor = tl.load(scale + index, mask=is_mix, other=0.0)
-    offset = tl.load(base + index, mask=is_mix, other=0.0)
-    part = tl.arange(0, SLICES)[:, None]
-    lane = tl.arange(0, 32)[None, :]
-    sums = tl.load(partials + (token * num_slices + part) * 32 + lane, mask=part < num_slices, other=0.0)
-    sums = tl.reshape(tl.sum(sums, axis=0), (8, 4))
-    inverse = 1.0 / tl.sqrt(_entry(sums, index, 24) / (4 * hidden) + norm_eps)
-    mixes = sums * inverse * factor + offset
-    gates = tl.sigmoid(mixes)
-    if ITERATIONS > 0:
-        tl.store(post + token * 4 + index - 4, 2.0 * gates, mask=(index >= 4) & (index < 8))
-        in_comb = (index >= 8) & (index < 24)
-        mixing = tl.exp(mixes - tl.max(mixes, axis=1)[:, None])
-        mixing = tl.where(in_comb, mixing / tl.sum(mixing, axis=1)[:, None] + hc_eps, 0.0)
-        mixing = mixing / (tl.sum(mixing, axis=0)[None, :] + hc_eps)
-        for _ in range(ITERATIONS - 1):
-            mixing = mixing / (tl.sum(mixing, axis=1)[:, None] + hc_eps)
-            mixing = mixing / (tl.sum(mixing, axis=0)[None, :] + hc_eps)
-        tl.store(comb + token * 16 + index - 8, mixing, mask=in_comb)
-
-    merged = (_entry(gates, index, 0) + hc_eps) * s0.to(tl.float32)
-    merged += (_entry(gates, index, 1) + hc_eps) * s1.to(tl.float32)
-    merged += (_entry(gates, index, 2) + hc_eps) * s2.to(tl.float32)
-    merged += (_entry(gates, index, 3) + hc_eps) * s3.to(tl.float32)
-    merged = merged.to(streams.dtype.element_ty).to(tl.float32)
-    variance = tl.sum(tl.sum(merged * merged, axis=1), axis=0) / hidden
-    normed = merged * (1.0 / tl.sqrt(variance + norm_eps)) * weight
-    normed = normed.to(x.dtype.element_ty)
-    tl.store(x + token * hidden + dim, normed, mask=inside)
-    if ITERATIONS > 0:
-        values = normed.to(tl.float32)
-        exponent = scale_exponent(values, 1, FP4=False)
-        values = values * inverse_power_of_two(exponent)[:, None]
-        tl.store(codes + token * hidden + dim, values.to(codes.dtype.element_ty), mask=inside)
-        tl.store(exponents + token + group * exponent_step, exponent.to(tl.uint8), mask=group * 128 < hidden)
-
-
 # Not compiled anew for other numbers of tokens.
 @triton.jit(do_not_specialize=["num_tokens", "exponent_step"])
 def _mix(
@@ -166,7 +91,7 @@ def _mix(
     fn_row,
     fn_column,
     counts,  # int32 [tiles], zero
-    partials,  # from here on of `_finish_token`
+    partials,  # from here on of `finish_token`
     base,
     scale,
     norm,
@@ -216,50 +141,30 @@ def _mix(
                 tl.store(new_streams + at + j * hidden, value, mask=keep)
             else:
                 value = tl.load(streams + at + j * hidden, mask=keep, other=0.0)
-            value = value.to(tl.float32)
-            squares += tl.sum(value * value, axis=1)
+            exact = value.to(tl.float32)
+            squares += tl.sum(exact * exact, axis=1)
             column = (j * hidden + dim).to(tl.int64)
             weights = tl.load(
                 fn + lane[None, :] * fn_row + column[:, None] * fn_column,
                 mask=(dim < hidden)[:, None] & (lane < (24 if ITERATIONS > 0 else 4))[None, :],
                 other=0.0,
             )
-            sums = tl.dot(value, weights, sums, input_precision="tf32x3")
+            if value.dtype == tl.bfloat16:
+                # Three bfloat16 hold the 24 bits of a float32, and a product of two is exact.
+                for _ in tl.static_range(3):
+                    term = weights.to(tl.bfloat16)
+                    sums = tl.dot(value, term, sums)
+                    weights -= term.to(tl.float32)
+            else:
+                sums = tl.dot(value, weights, sums, input_precision="tf32x3")
     sums = tl.where((lane == 24)[None, :], squares[:, None], sums)
     tl.store(partials + (token * num_slices + part)[:, None] * 32 + lane[None, :], sums, mask=inside[:, None])
     if TOKENS == 1:  # noqa: SIM102  # `and` would count where nobody shall
         if is_last(counts + tl.program_id(0), num_slices):
-            _finish_token(
-                tl.program_id(0).to(tl.int64), new_streams, partials, base, scale, norm, x, codes, exponents, post,
-                comb, hidden, num_slices, exponent_step, hc_eps, norm_eps, ITERATIONS, SLICES, GROUPS,
+            finish_token(
+                tl.program_id(0).to(tl.int64), new_streams, partials, partials, base, scale, norm, x, codes, exponents,
+                post, comb, hidden, num_slices, exponent_step, hc_eps, norm_eps, ITERATIONS, SLICES, GROUPS, False,
             )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["exponent_step"])
-def _finish(
-    streams,
-    partials,
-    base,
-    scale,
-    norm,
-    x,
-    codes,
-    exponents,
-    post,
-    comb,
-    hidden,
-    num_slices,
-    exponent_step,
-    hc_eps,
-    norm_eps,
-    ITERATIONS: tl.constexpr,
-    SLICES: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    _finish_token(
-        tl.program_id(0).to(tl.int64), streams, partials, base, scale, norm, x, codes, exponents, post, comb, hidden,
-        num_slices, exponent_step, hc_eps, norm_eps, ITERATIONS, SLICES, GROUPS,
-    )  # fmt: skip
 
 
 def mhc_boundary(
@@ -348,54 +253,56 @@ def _launch(
     num_tokens, num_streams, hidden = streams.shape
     if num_streams != STREAMS or not streams.is_contiguous():
         raise ValueError(f"mhc: streams are {list(streams.shape)}; the Triton kernels take contiguous [T, 4, D]")
-    new_streams = streams if output is None else torch.empty_like(streams)
     x = torch.empty(num_tokens, hidden, device=streams.device, dtype=streams.dtype)
     if not num_tokens:
-        return new_streams, x
-    tiles = tiles or tiles_for(num_tokens, hidden)
-    num_tiles, num_slices = triton.cdiv(num_tokens, tiles.tokens), triton.cdiv(hidden, tiles.dims)
-    partials = torch.empty(num_tokens, num_slices, LANES, device=streams.device, dtype=torch.float32)
+        return (streams if output is None else torch.empty_like(streams)), x
     outs = (x, x, x, x) if results is None else (results[0].codes, results[0].exponents, *results[1:])
-    sizes = {
-        "ITERATIONS": sinkhorn_iters,
-        "SLICES": triton.next_power_of_2(num_slices),
-        "GROUPS": triton.next_power_of_2(triton.cdiv(hidden, GROUP)),
-    }
-    # What keeps everything in registers (tests/kernels/test_compile_gate.py).
-    num_warps, num_stages = {1: (8, 3), 16: (8, 3), 64: (8, 2)}[tiles.tokens]
-    _mix[(num_tiles, num_slices)](
-        streams,
-        streams if output is None else output,
-        streams if post is None else post,
-        streams if comb is None else comb,
-        fn,
-        new_streams,
-        num_tokens,
-        fn.stride(0),
-        fn.stride(1),
-        counters(streams.device, num_tiles) if tiles.tokens == 1 else partials,
-        partials,
-        base,
-        scale,
-        norm,
-        x,
-        *outs,
-        hidden,
-        num_tokens,
-        hc_eps,
-        norm_eps,
-        PARTS=0 if output is None else output.numel() // (num_tokens * hidden),
-        TOKENS=tiles.tokens,
-        DIMS=tiles.dims,
-        BLOCK_D=BLOCK_D,
-        **sizes,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        maxnreg=255,  # left alone, the assembler spills to let more programs run side by side than there are
-    )
-    if tiles.tokens > 1:
-        _finish[(num_tokens,)](
-            new_streams, partials, base, scale, norm, x, *outs, hidden, num_slices, num_tokens, hc_eps, norm_eps,
-            **sizes, num_warps=8,
-        )  # fmt: skip
+    sizes = {"ITERATIONS": sinkhorn_iters, "GROUPS": triton.next_power_of_2(triton.cdiv(hidden, GROUP))}
+    if tiles is None and num_tokens >= MANY and streams.dtype is torch.bfloat16:
+        new_streams, partials, squares = mix_many(streams, fn, output, post, comb)
+        sizes |= {"SLICES": triton.next_power_of_2(partials.shape[1]), "HAS_SQUARES": True}
+    else:
+        new_streams = streams if output is None else torch.empty_like(streams)
+        tiles = tiles or tiles_for(num_tokens, hidden)
+        num_tiles, num_slices = triton.cdiv(num_tokens, tiles.tokens), triton.cdiv(hidden, tiles.dims)
+        partials = squares = torch.empty(num_tokens, num_slices, LANES, device=streams.device, dtype=torch.float32)
+        sizes["SLICES"] = triton.next_power_of_2(num_slices)
+        num_warps, num_stages = WARPS_STAGES[tiles.tokens]
+        _mix[(num_tiles, num_slices)](
+            streams,
+            streams if output is None else output,
+            streams if post is None else post,
+            streams if comb is None else comb,
+            fn,
+            new_streams,
+            num_tokens,
+            fn.stride(0),
+            fn.stride(1),
+            counters(streams.device, num_tiles) if tiles.tokens == 1 else partials,
+            partials,
+            base,
+            scale,
+            norm,
+            x,
+            *outs,
+            hidden,
+            num_tokens,
+            hc_eps,
+            norm_eps,
+            PARTS=0 if output is None else output.numel() // (num_tokens * hidden),
+            TOKENS=tiles.tokens,
+            DIMS=tiles.dims,
+            BLOCK_D=BLOCK_D,
+            **sizes,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            maxnreg=255,  # left alone, the assembler spills to let more programs run side by side than there are
+        )
+        if tiles.tokens == 1:
+            return new_streams, x
+        sizes["HAS_SQUARES"] = False
+    finish_tokens[(num_tokens,)](
+        new_streams, partials, squares, base, scale, norm, x, *outs, hidden, partials.shape[1], num_tokens, hc_eps,
+        norm_eps, **sizes, num_warps=8,
+    )  # fmt: skip
     return new_streams, x

@@ -1,5 +1,7 @@
 """Expert routing in Triton, in one launch: scores in slices of the hidden size, and the last programs choose.
 
+Many tokens get their logits from the library's product, where that is faster (gemm/library.py).
+
 Equal to `route` of the reference, with a token's experts in the order of their ids. Three times the last of several
 programs goes on (ADR 7): of the slices of a tile of logits, to add them and make scores of them; of the tiles of the
 same tokens, to choose for these; and of all, to put the pairs of few tokens into the tiles of the expert products.
@@ -19,11 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.arrival import counters, is_last
+from dsv4_kernels.gemm import library
 from dsv4_kernels.mega_moe.tiles import FEW_PAIRS, Tiles, fill_few, fill_tiles
 from dsv4_kernels.quant.triton import store_quantized
 
 BLOCK_E = 64  # experts of a tile: rows of the tensor cores
 ROWS = 8  # tokens that are chosen for together; more cost registers
+SLICE_IF_GIVEN = 1024  # hidden dims that a program rounds
 
 
 @triton.jit
@@ -136,7 +140,7 @@ def _route(
     token_ids,  # [tokens], with HASHED
     positions,  # int32 [tokens], -1 = padding, with HAS_POSITIONS
     arrived,  # int32, zero: of all, of each tile of tokens, of each tile of logits
-    partials,  # f32 [slices, tokens, experts]
+    partials,  # f32 [slices, tokens, experts]; with GIVEN the logits
     scores,  # f32 [tokens, experts]
     weights,  # f32 [tokens, TOP_K]
     expert_ids,  # int64 [tokens, TOP_K]
@@ -161,6 +165,7 @@ def _route(
     TILE: tl.constexpr,  # pairs of a tile, 0 = tiles are not filled
     BINS: tl.constexpr,  # more than num_experts, a power of two
     PAIRS: tl.constexpr,  # at least all pairs, a power of two
+    GIVEN: tl.constexpr,  # x has been multiplied
     SLICES: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -172,11 +177,12 @@ def _route(
     first_token = tl.program_id(1).to(tl.int64) * BLOCK_T
     token, _, keep = _tokens(positions, first_token, num_tokens, BLOCK_T, HAS_POSITIONS)
     first = tl.program_id(2) * slice_size
-    acc = _part(x, gate_weight, expert, real, token, keep, first, slice_size, hidden, BLOCK_E, BLOCK_T, BLOCK_D)
     at = token[None, :] * num_experts + expert[:, None]
     mine = real[:, None] & keep[None, :]
     step = num_tokens.to(tl.int64) * num_experts
-    tl.store(partials + tl.program_id(2) * step + at, acc, mask=mine)
+    if not GIVEN:
+        acc = _part(x, gate_weight, expert, real, token, keep, first, slice_size, hidden, BLOCK_E, BLOCK_T, BLOCK_D)
+        tl.store(partials + tl.program_id(2) * step + at, acc, mask=mine)
     if ROUNDS:  # noqa: SIM102  # decided by the compiler
         if tl.program_id(0) == 0:
             _round(x, rounded, token, keep, first, slice_size, hidden)
@@ -184,7 +190,7 @@ def _route(
     tile_number = 1 + tl.num_programs(1) + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     if is_last(arrived + tile_number, SLICES):
         logits = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
-        for part in tl.static_range(SLICES):  # all loads are under way together
+        for part in tl.static_range(1 if GIVEN else SLICES):  # all loads are under way together
             logits += tl.load(partials + part * step + at, mask=mine, other=0.0)
         tl.store(scores + at, _score(logits), mask=mine)
         if is_last(arrived + 1 + tl.program_id(1), tl.num_programs(0)):
@@ -254,10 +260,14 @@ def route(
     expert_ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=x.device)
     if num_tokens == 0:
         return weights, expert_ids
-    block_t, slice_size = tile_of(num_tokens, hidden)
-    grid = triton.cdiv(num_experts, BLOCK_E), triton.cdiv(num_tokens, block_t), triton.cdiv(hidden, slice_size)
-    partials = torch.empty(grid[2], num_tokens, num_experts, dtype=torch.float32, device=x.device)
     exact = x.dtype is torch.bfloat16 and gate_weight.dtype is torch.bfloat16
+    given = exact and library.is_for_library(x)
+    block_t, slice_size = (ROWS, SLICE_IF_GIVEN) if given else tile_of(num_tokens, hidden)
+    grid = triton.cdiv(num_experts, BLOCK_E), triton.cdiv(num_tokens, block_t), triton.cdiv(hidden, slice_size)
+    if given:
+        partials = library.linear_bf16(x, gate_weight)
+    else:
+        partials = torch.empty(grid[2], num_tokens, num_experts, dtype=torch.float32, device=x.device)
     few = tiles is not None and num_tokens * top_k <= FEW_PAIRS
     table = (tiles.pairs, tiles.experts, tiles.firsts, tiles.counts) if few else (expert_ids,) * 4
     _route[grid](
@@ -290,6 +300,7 @@ def route(
         TILE=tiles.tile_tokens if few else 0,
         BINS=triton.next_power_of_2(num_experts + 1),
         PAIRS=max(128, triton.next_power_of_2(num_tokens * top_k)) if few else 1,
+        GIVEN=given,
         SLICES=grid[2],
         BLOCK_E=BLOCK_E,
         BLOCK_T=block_t,

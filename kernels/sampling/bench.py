@@ -2,7 +2,8 @@
 
 Bytes: every logit once, 4 a token. FLOPs: an exponential and two additions a token; memory decides. Logits are normal
 with the deviation that the run names: 4 keeps few tokens, as language models do; 1 is flat, so that top-p keeps tens of
-thousands and the search must walk over whole rows. Beside it: the same filters by a sort of every row in plain torch.
+thousands and each token of a row is added to its histogram. Beside it: the same filters by a sort of every row in plain
+torch.
 """
 
 from __future__ import annotations

@@ -1,14 +1,22 @@
-"""Sampling in Triton: `sample` of the reference without a sort and without the host, four launches for any settings.
+"""Sampling in Triton: `sample` of the reference without a sort and without the host, three launches for any settings.
 
 Probabilities relative to the largest are whole numbers of units, 2^45 of them for the largest: sums of units are exact
 in any order, so a row has the same draw in any batch, and no mass is lost between two passes.
 
-`_scan` finds the largest logit of every chunk of a row; `_weigh` the distances to it, the units of every chunk and a
-histogram of the distances in steps of half a nat; `_collect` packs the nearest tokens, as many as fit, in the order of
-ids; `_draw` draws. What filters keep is a prefix of the order (distance, id), and its end, like the token that the
-random number meets, is where a count or a sum of units passes a target. `_find` looks for that distance bit by bit,
-over the packed tokens if the answer is certainly among them and over the whole row if not: exact either way, slow only
-for flat rows that keep more than CAPACITY tokens.
+1. `_scan` finds the largest logit of every chunk and the mass of the chunk relative to it. Then the last program of a
+   row knows the token of a greedy row. For a row with filters it bounds the distance from the largest logit within
+   which all answers lie (`_cut`).
+2. `_weigh` draws for a row without filters, from one chunk. Of a row with filters it makes a histogram of the distances
+   within the bound: units and, for top-k, tokens. What filters keep is a prefix of the order (distance, id), and its
+   end, like the token that the random number meets, is where a count or a sum of units passes a target. The last
+   program of a row knows in which few bins each of them lies (`_narrow`).
+3. `_settle` lists the tokens of these bins, and its last program finds the answers among them (`_draw`).
+
+Programs of rows that are done leave at once. The list is as long as it must be: some tens of tokens of most rows,
+hundreds of a flat one, all of a row whose logits are equal.
+
+Programs of a row meet by `is_last`. What they store or add before it, the last one sees; its own loads of it stand
+behind `is_last`. What a launch leaves to the next one needs nothing.
 """
 
 from __future__ import annotations
@@ -18,269 +26,224 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 4096  # tokens of one program
-CAPACITY = 1024  # packed tokens of a row
-BINS = 64  # of the histogram; the last holds all that is 31.5 nats away or more, and is never packed
-UNITS: tl.constexpr = tl.constexpr(35184372088832.0)  # 2^45; the units of 2^17 tokens fit in int64
+from dsv4_kernels.arrival import counters, is_last
+from dsv4_kernels.sampling.scan import _chunk_masses, _draw_by_id, _has_k, _scan
+from dsv4_kernels.sampling.search import (
+    BINS,
+    _bins,
+    _crossing,
+    _distance,
+    _find,
+    _inverse,
+    _likely,
+    _nearer,
+    _nth,
+    _quotient,
+    _target,
+    _units,
+)
+
+CHUNK = 4096  # tokens of one program of `_scan`
+TURN = 2048  # tokens of one turn of a program of `_weigh` and `_settle`, whose results do not depend on it
+BLOCK = 512  # listed tokens that are searched at a time
+PROGRAMS = 2048  # of `_weigh` and `_settle`, about, for many rows: those that leave at once cost time too
+PLAN = 16  # numbers of a row's plan, of which 13 are used
 
 
 @triton.jit
-def _units(distance):
-    """Probability relative to the largest, in units."""
-    return (tl.where(distance < 40.0, tl.exp(-distance), 0.0) * UNITS).to(tl.int64)
+def _before(bins, table, end):
+    """What lies in the bins before `end`."""
+    return tl.sum(tl.where(bins < end, table, 0))
 
 
 @triton.jit
-def _bins(distance):
-    """Bin of the histogram."""
-    return tl.where(distance < 31.5, (distance * 2.0).to(tl.int32), 63)
+def _narrow(units_table, count_table, total, scale, top_k, top_p, min_p, share, has_k, plan):
+    """Store in which bins the answers lie, and what lies before these.
 
-
-@triton.jit
-def _top(peaks, row, num_chunks, CHUNKS: tl.constexpr):
-    """The largest logit of a row, and whether the row has NaN, or no finite maximum."""
-    chunk = tl.arange(0, CHUNKS)
-    peak = tl.load(peaks + row * num_chunks + chunk, mask=chunk < num_chunks, other=float("-inf"))
-    top = tl.max(peak)
-    bad = (tl.max((peak != peak).to(tl.int32)) > 0) | (top == float("inf")) | (top == float("-inf"))
-    return top, bad
-
-
-@triton.jit
-def _scan(logits, peaks, places, vocab, row_step, CHUNK: tl.constexpr):
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    values = tl.load(logits + row * row_step + token, mask=token < vocab, other=float("-inf"))
-    peak = tl.max(values)
-    at = row * tl.num_programs(1) + chunk
-    tl.store(places + at, tl.min(tl.where(values == peak, token, vocab - 1)))
-    tl.store(peaks + at, tl.where(tl.max((values != values).to(tl.int32)) > 0, float("nan"), peak))
+    Each depends on the one before: the mass that top-k keeps, where top-p crosses in it, what min-p leaves, what the
+    random number meets. Of each the least and the most is known, so the bins of the next.
+    """
+    bins = tl.arange(0, BINS)
+    units = tl.load(units_table + bins)
+    sums = tl.cumsum(units, axis=0)
+    inside = tl.sum(units)
+    k_bin, least, most = share.to(tl.int32) * 0 + BINS, total, total
+    if has_k:
+        counts = tl.load(count_table + bins)
+        k_bin = tl.sum((tl.cumsum(counts, axis=0) < top_k).to(tl.int32))
+        least, most = _before(bins, units, k_bin), _before(bins, units, k_bin + 1)
+        tl.store(plan + 1, top_k - _before(bins, counts, k_bin))
+        tl.store(plan + 2, least)
+    tl.store(plan, k_bin)
+    tl.store(plan + 3, tl.where(has_k, inside, total))  # if the k-th token has no units, or min-p ends before it
+    p_first, p_last = k_bin * 0 + BINS, k_bin * 0 + BINS
+    if top_p < 1:
+        p_first = tl.sum((sums <= _crossing(top_p, least)).to(tl.int32))
+        p_last = tl.sum((sums <= _crossing(top_p, most)).to(tl.int32))
+        least, most = _before(bins, units, p_first), _before(bins, units, p_last + 1)
+        tl.store(plan + 6, least)
+    tl.store(plan + 4, p_first)
+    tl.store(plan + 5, p_last)
+    m_first, m_last = k_bin * 0 + BINS, k_bin * 0 + BINS
+    if min_p > 0:
+        edge = -tl.log(min_p)  # in which 1e-4 is for rounding
+        m_first = _bins(tl.maximum(edge - 1e-4, 0.0), scale)
+        m_last = _bins(tl.maximum(edge + 1e-4, 0.0), scale)
+        likely = _before(bins, units, m_first)
+        least, most = tl.minimum(least, likely), tl.minimum(most, _before(bins, units, m_last + 1))
+        tl.store(plan + 9, likely)
+    tl.store(plan + 7, m_first)
+    tl.store(plan + 8, m_last)
+    first = tl.sum((sums <= _target(share, tl.maximum(least, 35184372088832))).to(tl.int32))
+    last = tl.sum((sums <= _target(share, tl.maximum(most, 35184372088832))).to(tl.int32))
+    tl.store(plan + 10, first)
+    tl.store(plan + 11, last)
+    tl.store(plan + 12, _before(bins, units, first))
 
 
 @triton.jit
 def _weigh(
     logits,
     temperatures,
-    peaks,
-    distances,  # float32 [rows, vocab]: the reference's `scaled`, negated, so that its bits are in order
-    masses,
-    counts,
-    vocab,
-    row_step,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    num_chunks = tl.num_programs(1)
-    temperature = tl.load(temperatures + row)
-    if temperature != 0:
-        top, _ = _top(peaks, row, num_chunks, CHUNKS)
-        token = chunk * CHUNK + tl.arange(0, CHUNK)
-        values = tl.load(logits + row * row_step + token, mask=token < vocab, other=float("-inf"))
-        distance = tl.abs(tl.div_rn(values - top, temperature))
-        tl.store(distances + row * vocab + token, distance, mask=token < vocab)
-        at = row * num_chunks + chunk
-        tl.store(masses + at, tl.sum(_units(distance)))
-        tl.store(counts + at * 64 + tl.arange(0, 64), tl.histogram(_bins(distance), 64))
-
-
-@triton.jit
-def _collect(
-    temperatures,
-    distances,
-    counts,
-    packed,  # float32 [rows, CAPACITY], distances
-    packed_ids,
-    num_packed,
-    num_bins,
-    vocab,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CAPACITY: tl.constexpr,
-):
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    num_chunks = tl.num_programs(1)
-    if tl.load(temperatures + row) != 0:
-        part, bin_ = tl.arange(0, CHUNKS), tl.arange(0, 64)
-        table = tl.load(
-            counts + (row * num_chunks + part)[:, None] * 64 + bin_[None, :],
-            mask=(part < num_chunks)[:, None],
-            other=0,
-        )
-        totals = tl.sum(table, axis=0)
-        last = tl.sum(((tl.cumsum(totals, axis=0) <= CAPACITY) & (bin_ < 63)).to(tl.int32))
-        packs = bin_ < last
-        first = tl.sum(tl.sum(tl.where((part < chunk)[:, None] & packs[None, :], table, 0), axis=1))
-        if chunk == 0:
-            tl.store(num_packed + row, tl.sum(tl.where(packs, totals, 0)))
-            tl.store(num_bins + row, last)
-        token = chunk * CHUNK + tl.arange(0, CHUNK)
-        distance = tl.load(distances + row * vocab + token, mask=token < vocab, other=float("inf"))
-        chosen = _bins(distance) < last
-        rank = first + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-        chosen = chosen & (rank < CAPACITY)
-        tl.store(packed + row * CAPACITY + rank, distance, mask=chosen)
-        tl.store(packed_ids + row * CAPACITY + rank, token, mask=chosen)
-
-
-@triton.jit
-def _find(distances, num, target, BY_COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Bits of the distance at which the count (or the units) of what is nearer passes `target`, two bits a pass."""
-    quarter = tl.arange(0, 4).to(tl.int64)
-    found = target * 0
-    for step in range(16):
-        shift = 30 - 2 * step
-        threshold = tl.minimum(found + (quarter << shift), 0x7FFFFFFF).to(tl.int32)
-        sums = tl.zeros([4], tl.int64)
-        for start in range(0, num, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            distance = tl.load(distances + at, mask=at < num, other=float("inf"))
-            weights = (at < num).to(tl.int64) if BY_COUNT else _units(distance)
-            nearer = distance.to(tl.int32, bitcast=True)[:, None] < threshold[None, :]
-            sums += tl.sum(tl.where(nearer, weights[:, None], 0), axis=0)
-        found += (tl.sum((sums <= target).to(tl.int64)) - 1) << shift
-    return found.to(tl.int32)
-
-
-@triton.jit
-def _nearer(distances, num, bits, BLOCK: tl.constexpr):
-    """Count and units of what is nearer than the distance with these bits, and the units of one at it."""
-    count, units, one = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
-    for start in range(0, num, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        distance = tl.load(distances + at, mask=at < num, other=float("inf"))
-        weights, order = _units(distance), distance.to(tl.int32, bitcast=True)
-        count += (order < bits).to(tl.int64)
-        units += tl.where(order < bits, weights, 0)
-        one = tl.maximum(one, tl.where(order == bits, weights, 0))
-    return tl.sum(count), tl.sum(units), tl.max(one)
-
-
-@triton.jit
-def _likely(distances, num, min_p, BLOCK: tl.constexpr):
-    """Units of what has at least `min_p` as probability relative to the largest."""
-    units = tl.zeros([BLOCK], tl.int64)
-    for start in range(0, num, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        distance = tl.load(distances + at, mask=at < num, other=float("inf"))
-        units += tl.where(tl.exp(-distance) >= min_p, _units(distance), 0)
-    return tl.sum(units)
-
-
-@triton.jit
-def _nth(distances, num, bits, rank, BLOCK: tl.constexpr):
-    """Place of the one with `rank` others before it that are as far: ties go by id."""
-    place, seen = rank * 0, rank * 0
-    for start in range(0, num, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        distance = tl.load(distances + at, mask=at < num, other=float("inf"))
-        equal = ((distance.to(tl.int32, bitcast=True) == bits) & (at < num)).to(tl.int64)
-        hit = (equal > 0) & (seen + tl.cumsum(equal, axis=0) - 1 == rank)
-        place += tl.sum(tl.where(hit, at, 0).to(tl.int64))
-        seen += tl.sum(equal)
-    return place
-
-
-@triton.jit
-def _target(share, units):
-    """The unit that a random number in [0, 1) meets, int64."""
-    return tl.minimum((share * units.to(tl.float64)).to(tl.int64), units - 1)
-
-
-@triton.jit
-def _quotient(units, one):
-    """units // one of int64, at most 2^17 (so float32 is right to one): an integer division would be a call."""
-    guess = (units.to(tl.float32) / one.to(tl.float32)).to(tl.int64)
-    guess -= (guess * one > units).to(tl.int64)
-    return guess + ((guess + 1) * one <= units).to(tl.int64)
-
-
-@triton.jit
-def _crossing(top_p, units):
-    """The last unit that top-p keeps: tokens are kept while less than top_p of the units lies before them."""
-    return tl.maximum(tl.ceil(top_p.to(tl.float64) * units.to(tl.float64)).to(tl.int64) - 1, 0)
-
-
-@triton.jit
-def _draw_by_id(distances, vocab, mass, total, share, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """The token of a row without filters, whose order is that of ids; `mass` are the units of its chunks."""
-    target = _target(share, total)
-    chunk = tl.sum((tl.cumsum(mass, axis=0) <= target).to(tl.int32))
-    before = tl.sum(tl.where(tl.arange(0, CHUNKS) < chunk, mass, 0))
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    distance = tl.load(distances + token, mask=token < vocab, other=float("inf"))
-    sums = before + tl.cumsum(_units(distance), axis=0)
-    return chunk * CHUNK + tl.sum((sums <= target).to(tl.int64))
-
-
-@triton.jit
-def _draw(
-    temperatures,
-    top_ks,  # int64
+    top_ks,
     top_ps,
     min_ps,
-    uniforms,  # float64
+    uniforms,
     peaks,
-    places,
-    distances,
     masses,
-    packed,
-    packed_ids,
-    num_packed,
-    num_bins,
-    drawn,  # int64
-    bad_rows,  # uint8
+    bounds,
+    part_masses,  # int64 [rows, programs]
+    units_table,
+    count_table,
+    plans,  # int64 [rows, PLAN]
+    drawn,
+    arrived,
     vocab,
+    row_step,
     num_chunks,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    TURN: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    top, cut = tl.load(bounds + row * 2), tl.load(bounds + row * 2 + 1)
     temperature = tl.load(temperatures + row)
-    top, bad = _top(peaks, row, num_chunks, CHUNKS)
-    chunk = tl.arange(0, CHUNKS)
-    at = row * num_chunks + chunk
-    peak = tl.load(peaks + at, mask=chunk < num_chunks, other=float("nan"))
-    place = tl.load(places + at, mask=chunk < num_chunks, other=0)
-    token = tl.min(tl.where(peak == top, place, vocab - 1)).to(tl.int64)
-    if (temperature != 0) & (bad == 0):
-        top_k, top_p, min_p = tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row)
-        share = tl.load(uniforms + row)
-        mass = tl.load(masses + at, mask=chunk < num_chunks, other=0)
-        total = tl.sum(mass)
-        has_k = (top_k > 0) & (top_k < vocab)
-        if has_k | (top_p < 1) | (min_p > 0):
-            listed, num = packed + row * CAPACITY, tl.load(num_packed + row)
-            _, packed_units, _ = _nearer(listed, num, 0x7FFFFFFF, CAPACITY)
-            all_likely = tl.exp(tl.load(num_bins + row) * -0.5) < min_p
-            settled = (top_p < 1) & (_crossing(top_p, total) < packed_units) | all_likely
-            settled = (has_k & (top_k <= num)) | ((has_k == 0) & settled)
-            if settled == 0:
-                listed, num = distances + row * vocab, vocab
-            limit = total
+    if (cut == 0) & (part == 0):
+        inverse, share = _inverse(temperature), tl.load(uniforms + row)
+        peak, mass, relative = _chunk_masses(peaks, masses, row, num_chunks, top, inverse, CHUNKS)
+        values = logits + row * row_step
+        token = _draw_by_id(values, vocab, peak, mass, relative, inverse, share, CHUNK, CHUNKS)
+        tl.store(drawn + row, tl.minimum(token, vocab - 1))
+    if cut > 0:
+        top_k = tl.load(top_ks + row)
+        has_k = _has_k(top_k, vocab)
+        scale = BINS / cut
+        all_units = tl.zeros([TURN // 4], tl.int64)
+        for start in range(part * TURN, vocab, num_parts * TURN):
+            tokens = start + tl.arange(0, TURN)
+            logit = tl.load(logits + row * row_step + tokens, mask=tokens < vocab, other=float("-inf"))
+            distance = _distance(logit, top, temperature)
+            units = _units(distance)
+            all_units += tl.sum(tl.reshape(units, [TURN // 4, 4]), axis=1)  # of one thread
+            near, bin_ = distance <= cut, _bins(distance, scale)
+            # Integers, so the order in which programs add does not show.
+            tl.atomic_add(units_table + row * BINS + bin_, units, mask=near, sem="relaxed")
             if has_k:
-                bits = _find(listed, num, top_k - 1, True, CAPACITY)
-                count, units, one = _nearer(listed, num, bits, CAPACITY)
-                limit = units + (top_k - count) * one
-            kept = limit
-            if min_p > 0:
-                kept = tl.minimum(kept, _likely(listed, num, min_p, CAPACITY))
-            crossing = _crossing(top_p, limit)
-            if (top_p < 1) & ((settled == 0) | (crossing < packed_units)):
-                bits = _find(listed, num, crossing, False, CAPACITY)
-                _, units, one = _nearer(listed, num, bits, CAPACITY)
-                kept = tl.minimum(kept, units + (_quotient(crossing - units, one) + 1) * one)
-            target = _target(share, tl.maximum(kept, 35184372088832))
-            bits = _find(listed, num, target, False, CAPACITY)
-            _, units, one = _nearer(listed, num, bits, CAPACITY)
-            token = _nth(listed, num, bits, _quotient(target - units, one), CAPACITY)
-            if settled:
-                token = tl.load(packed_ids + row * CAPACITY + token).to(tl.int64)
-        else:
-            token = _draw_by_id(distances + row * vocab, vocab, mass, total, share, CHUNK, CHUNKS)
-    tl.store(drawn + row, tl.minimum(token, vocab - 1))
-    tl.store(bad_rows + row, bad.to(tl.uint8))
+                ones = tl.full([TURN], 1, tl.int32)
+                tl.atomic_add(count_table + row * BINS + bin_, ones, mask=near, sem="relaxed")
+        tl.store(part_masses + row * num_parts + part, tl.sum(all_units))
+        if is_last(arrived + row, num_parts):
+            parts = tl.arange(0, PROGRAMS)
+            total = tl.sum(tl.load(part_masses + row * num_parts + parts, mask=parts < num_parts, other=0))
+            top_p, min_p, share = tl.load(top_ps + row), tl.load(min_ps + row), tl.load(uniforms + row)
+            tables, plan = (units_table + row * BINS, count_table + row * BINS), plans + row * PLAN
+            _narrow(*tables, total, scale, top_k, top_p, min_p, share, has_k, plan)
+
+
+@triton.jit
+def _draw(logits, ids, num, top, temperature, scale, top_p, min_p, share, plan, BLOCK: tl.constexpr):
+    """The token that the random number meets, from the list of all tokens in the bins of the plan."""
+    k_bin, limit = tl.load(plan).to(tl.int32), tl.load(plan + 3)
+    if k_bin < BINS:
+        rank, base = tl.load(plan + 1) - 1, tl.load(plan + 2)
+        bits = _find(logits, ids, num, top, temperature, scale, k_bin, k_bin, rank, True, BLOCK)
+        count, units, one, _, _ = _nearer(logits, ids, num, top, temperature, scale, k_bin, k_bin, bits, BLOCK)
+        limit = base + units + (rank + 1 - count) * one
+    kept = limit
+    if min_p > 0:
+        first, base = tl.load(plan + 7).to(tl.int32), tl.load(plan + 9)
+        kept = tl.minimum(kept, base + _likely(logits, ids, num, top, temperature, scale, first, min_p, BLOCK))
+    first, last = tl.load(plan + 4).to(tl.int32), tl.load(plan + 5).to(tl.int32)
+    if first < BINS:
+        base = tl.load(plan + 6)
+        rest = _crossing(top_p, limit) - base
+        bits = _find(logits, ids, num, top, temperature, scale, first, last, rest, False, BLOCK)
+        _, units, one, _, _ = _nearer(logits, ids, num, top, temperature, scale, first, last, bits, BLOCK)
+        kept = tl.minimum(kept, base + units + (_quotient(rest - units, one) + 1) * one)
+    first, last = tl.load(plan + 10).to(tl.int32), tl.load(plan + 11).to(tl.int32)
+    rest = _target(share, tl.maximum(kept, 35184372088832)) - tl.load(plan + 12)
+    bits = _find(logits, ids, num, top, temperature, scale, first, last, rest, False, BLOCK)
+    _, units, one, equal, token = _nearer(logits, ids, num, top, temperature, scale, first, last, bits, BLOCK)
+    if equal > 1:
+        rank = _quotient(rest - units, one)
+        token = _nth(logits, ids, num, top, temperature, scale, bits, rank, BLOCK)
+    return token
+
+
+@triton.jit
+def _within(bins, first, last):
+    """Which bins are `first` to `last`, where these are at least one."""
+    return (bins - first).to(tl.uint32) <= (last - first).to(tl.uint32)
+
+
+@triton.jit
+def _settle(
+    logits,
+    temperatures,
+    top_ps,
+    min_ps,
+    uniforms,
+    bounds,
+    plans,
+    ids,  # int32 [rows, vocab]: listed tokens of a row
+    num_listed,
+    drawn,
+    arrived,
+    vocab,
+    row_step,
+    TURN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PLAN: tl.constexpr,
+):
+    row, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    top, cut = tl.load(bounds + row * 2), tl.load(bounds + row * 2 + 1)
+    if cut > 0:
+        temperature, scale, plan = tl.load(temperatures + row), BINS / cut, plans + row * PLAN
+        k_bin = tl.load(plan).to(tl.int32)
+        p_first, p_last = tl.load(plan + 4).to(tl.int32), tl.load(plan + 5).to(tl.int32)
+        m_first, m_last = tl.load(plan + 7).to(tl.int32), tl.load(plan + 8).to(tl.int32)
+        first, last = tl.load(plan + 10).to(tl.int32), tl.load(plan + 11).to(tl.int32)
+        for start in range(part * TURN, vocab, num_parts * TURN):
+            tokens = start + tl.arange(0, TURN)
+            logit = tl.load(logits + row * row_step + tokens, mask=tokens < vocab, other=float("-inf"))
+            distance = _distance(logit, top, temperature)
+            bin_ = _bins(distance, scale)
+            chosen = _within(bin_, first, last) | _within(bin_, p_first, p_last)
+            chosen = (chosen | _within(bin_, m_first, m_last) | (bin_ == k_bin)) & (distance <= cut)
+            num = tl.sum(chosen.to(tl.int32))
+            if num > 0:  # in few turns
+                # In any order: what is searched for in the list does not depend on it.
+                place = tl.atomic_add(num_listed + row, num, sem="relaxed") - 1
+                tl.store(ids + row * vocab + place + tl.cumsum(chosen.to(tl.int32), axis=0), tokens, mask=chosen)
+        if is_last(arrived + row, num_parts):
+            top_p, min_p, share = tl.load(top_ps + row), tl.load(min_ps + row), tl.load(uniforms + row)
+            listed, num = ids + row * vocab, tl.load(num_listed + row)
+            token = _draw(
+                logits + row * row_step, listed, num, top, temperature, scale, top_p, min_p, share, plan, BLOCK
+            )
+            tl.store(drawn + row, token.to(tl.int64))
 
 
 def sample(
@@ -301,29 +264,32 @@ def sample(
         )
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(*shape, device=logits.device, dtype=dtype)
+        return torch.empty(num_rows, *shape, device=logits.device, dtype=dtype)
 
-    drawn, bad = empty(num_rows, dtype=torch.int64), empty(num_rows, dtype=torch.uint8)
+    drawn, bad = empty(dtype=torch.int64), empty(dtype=torch.uint8)
     if not num_rows:
         return drawn, bad.view(torch.bool)
     num_chunks = triton.cdiv(vocab, CHUNK)
-    peaks, places = empty(num_rows, num_chunks, dtype=torch.float32), empty(num_rows, num_chunks, dtype=torch.int32)
-    masses, counts = (
-        empty(num_rows, num_chunks, dtype=torch.int64),
-        empty(num_rows, num_chunks, BINS, dtype=torch.int32),
-    )
-    distances = empty(num_rows, vocab, dtype=torch.float32)
-    packed, packed_ids = (empty(num_rows, CAPACITY, dtype=dtype) for dtype in (torch.float32, torch.int32))
-    num_packed, num_bins = (empty(num_rows, dtype=torch.int32) for _ in range(2))
-    grid, row = (num_rows, num_chunks), logits.stride(0)
+    num_parts = min(triton.cdiv(vocab, TURN), triton.cdiv(PROGRAMS, num_rows))
+    peaks, masses = (empty(num_chunks, dtype=torch.float32) for _ in range(2))
+    near, places = empty(num_chunks, CHUNK // 128, dtype=torch.float32), empty(num_chunks, dtype=torch.int32)
+    tables = empty(BINS.value, dtype=torch.int64), empty(BINS.value, dtype=torch.int32)
+    bounds, num_listed = empty(2, dtype=torch.float32), empty(dtype=torch.int32)
+    part_masses, plans = empty(num_parts, dtype=torch.int64), empty(PLAN, dtype=torch.int64)
+    ids = empty(vocab, dtype=torch.int32)
+    filters, row_step = (top_p, min_p, uniform), logits.stride(0)
+    arrived = counters(logits.device, num_rows)
     sizes = {"CHUNK": CHUNK, "CHUNKS": triton.next_power_of_2(num_chunks), "num_warps": 8}
-    _scan[grid](logits, peaks, places, vocab, row, CHUNK=CHUNK, num_warps=8)
-    _weigh[grid](logits, temperature, peaks, distances, masses, counts, vocab, row, **sizes)
-    _collect[grid](
-        temperature, distances, counts, packed, packed_ids, num_packed, num_bins, vocab, CAPACITY=CAPACITY, **sizes
-    )
-    _draw[(num_rows,)](
-        temperature, top_k, top_p, min_p, uniform, peaks, places, distances, masses, packed, packed_ids, num_packed,
-        num_bins, drawn, bad, vocab, num_chunks, CAPACITY=CAPACITY, **sizes,
+    _scan[(num_rows, num_chunks)](
+        logits, temperature, top_k, top_p, min_p, peaks, places, masses, near, *tables, num_listed, bounds, drawn, bad,
+        arrived, vocab, row_step, BINS_EACH=triton.next_power_of_2(triton.cdiv(BINS.value, num_chunks)), **sizes,
+    )  # fmt: skip
+    _weigh[(num_rows, num_parts)](
+        logits, temperature, top_k, *filters, peaks, masses, bounds, part_masses, *tables, plans, drawn, arrived, vocab,
+        row_step, num_chunks, TURN=TURN, PROGRAMS=triton.next_power_of_2(num_parts), PLAN=PLAN, **sizes,
+    )  # fmt: skip
+    _settle[(num_rows, num_parts)](
+        logits, temperature, *filters, bounds, plans, ids, num_listed, drawn, arrived, vocab, row_step,
+        TURN=TURN, BLOCK=BLOCK, PLAN=PLAN, num_warps=8, maxnreg=80,
     )  # fmt: skip
     return drawn, bad.view(torch.bool)

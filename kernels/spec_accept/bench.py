@@ -20,8 +20,8 @@ from dsv4_kernels.spec_accept.triton import accept
 ROWS = (1, 16, 64)  # requests
 
 
-def make(requests: int) -> dict[str, Tensor]:
-    """Keyword arguments of `accept` on the GPU, without filters."""
+def make(requests: int, is_filtered: bool) -> dict[str, Tensor]:
+    """Keyword arguments of `accept` on the GPU; a filter that cuts nothing costs as much as one that does."""
     vocab, k = PRO.vocab_size, NUM_DRAFTS
     target, proposal = (torch.randn(requests, n, vocab, device="cuda") * 4 for n in (k + 1, k))
     return {
@@ -31,21 +31,23 @@ def make(requests: int) -> dict[str, Tensor]:
         "proposal_lasts": torch.full((requests, k), vocab - 1, device="cuda"),
         "drafts": proposal.argmax(-1),
         "temperature": torch.ones(requests, device="cuda"),
-        "is_filtered": torch.zeros(requests, dtype=torch.uint8, device="cuda"),
+        "is_filtered": torch.full((requests,), int(is_filtered), dtype=torch.uint8, device="cuda"),
         "coins": torch.rand(requests, k, dtype=torch.float64, device="cuda"),
         "draws": torch.rand(requests, k + 1, dtype=torch.float64, device="cuda"),
     }
 
 
 def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
-    """One line for each number of requests. The models have one vocabulary."""
+    """One line for each number of requests, without and with filters. The models have one vocabulary."""
     for requests in ROWS:
         tokens = requests * (2 * NUM_DRAFTS + 1) * PRO.vocab_size
-        cases = [make(requests) for _ in range(num_copies(4 * tokens))]
-        calls = [lambda case=case: accept(**case) for case in cases]
-        yield measure(calls, 4 * tokens, 3 * tokens).as_line(
-            op=f"accept, {NUM_DRAFTS} drafts", implementation="triton", shapes="released", num_tokens=requests
-        )
+        for is_filtered, label in ((False, ""), (True, ", filtered")):
+            cases = [make(requests, is_filtered) for _ in range(num_copies(4 * tokens))]
+            calls = [lambda case=case: accept(**case) for case in cases]
+            yield measure(calls, 4 * tokens, 3 * tokens).as_line(
+                op=f"accept, {NUM_DRAFTS} drafts{label}", implementation="triton", shapes="released",
+                num_tokens=requests,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@ import torch
 from safetensors.torch import load_file
 from support.models import random_ids, small_config, small_transformer
 
+from dsv4_kernels.mega_moe import reference
 from dsv4_kernels.mhc.reference import sinkhorn
+from dsv4_kernels.out_proj import reference as out_proj_reference
 from dsv4_kernels.quant import (
     dequantize_fp4_weight,
     dequantize_fp8_blocks,
+    fake_quantize_fp4,
     quantize_fp4_weight,
     quantize_fp8_blocks,
 )
@@ -17,7 +20,8 @@ from dsv4_kernels.rope import apply_rope, rope_table
 from dsv4serve.config import EngineConfig, ModelConfig
 from dsv4serve.model.whole import WholeSequence
 from dsv4serve.weights.loader import load_weights
-from tools.demo_model import trainer
+from tools.demo_model import __main__ as command
+from tools.demo_model import operations, trainer
 from tools.demo_model.config import model_config
 from tools.demo_model.muon import orthogonalize
 from tools.demo_model.network import initial_weights, losses, total_loss
@@ -116,6 +120,37 @@ def test_fp4_inputs_are_another_loss_with_gradients():
     assert weights[name].grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("activations", ["fp8", "fp4"])
+def test_grouped_experts_are_those_of_the_reference(activations):
+    draw = torch.Generator().manual_seed(0)
+    width, hidden, num_tokens = 128, 128, 50
+    shapes = [(4, 2 * width, hidden), (4, hidden, width), (2 * width, hidden), (hidden, width)]
+    matrices = [fake_quantize_fp4(torch.randn(*shape, generator=draw) * 0.1) for shape in shapes]
+    values = [torch.randn(num_tokens, hidden, generator=draw).bfloat16(), torch.rand(num_tokens, 2, generator=draw)]
+    ids = torch.rand(num_tokens, 4, generator=draw).argsort(1)[:, :2]
+    ids[ids == 3] = ids.flip(1)[ids == 3]  # nobody chooses the last expert
+    results = []
+    for operation in (operations.mega_moe, reference.mega_moe):
+        x, weights, *leaves = (value.clone().requires_grad_() for value in (*values, *matrices))
+        output = operation(x, ids, weights, *leaves, limit=10.0, activations=activations, quantize_shared=True)
+        (output.float() * torch.linspace(-1, 1, hidden)).sum().backward()
+        results.append([output, *(leaf.grad for leaf in (x, weights, *leaves))])
+    assert torch.equal(results[0][0], results[1][0])
+    for found, expected in zip(*results, strict=True):
+        assert (found.float() - expected.float()).norm() <= 5e-3 * expected.float().norm()
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_products_in_bfloat16_are_those_of_the_reference(quantize):
+    draw = torch.Generator().manual_seed(0)
+    o = torch.randn(20, 8, 64, generator=draw).bfloat16()
+    wo_a, wo_b = (fake_quantize_fp4(torch.randn(*shape, generator=draw)) for shape in ((2, 64, 256), (96, 128)))
+    found, expected = (
+        module.grouped_out_proj(o, wo_a, wo_b, quantize=quantize) for module in (operations, out_proj_reference)
+    )
+    assert (found.float() - expected.float()).norm() <= 5e-3 * expected.float().norm()
+
+
 class RandomBatches:
     """Random tokens in place of the builders' text."""
 
@@ -140,3 +175,17 @@ def test_a_run_leaves_checkpoints_that_hold_its_weights(tmp_path):
     start = read_weights(out / "master")
     assert start.keys() == trained.keys()
     assert all(torch.equal(start[name], trained[name].bfloat16().float()) for name in start if dtypes[name] != "F32")
+
+
+def test_one_command_makes_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "DATA", tmp_path)
+    monkeypatch.setattr(command, "TOKENIZER", tmp_path / "tokenizer")
+    modules = [module for module, *_ in command.steps(["out"])]
+    assert modules == ["fetch", "extract_facts", "builders.natural", "tokenizer", "train"]
+    for name in ("facts.json", "natural.jsonl.xz"):
+        (tmp_path / name).touch()
+    assert [module for module, *_ in command.steps(["out"])] == ["tokenizer", "train"]
+    (tmp_path / "tokenizer").mkdir()
+    assert command.steps(["out", "--seed", "1"]) == [
+        ["train", "out", "--seed", "1", "--tokenizer", str(tmp_path / "tokenizer")]
+    ]

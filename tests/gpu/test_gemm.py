@@ -6,6 +6,7 @@ import torch
 from dsv4_kernels.arrival import counters
 from dsv4_kernels.benching import relative_error
 from dsv4_kernels.cases import DEMO, FLASH, PRO
+from dsv4_kernels.gemm import library
 from dsv4_kernels.gemm.cases import products
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.gemm.reference import linear
@@ -45,6 +46,20 @@ def test_fp8_product_equals_the_reference(name, product):
         found = linear_fp8(rows, weight)
         assert found.dtype == torch.bfloat16
         assert relative_error(found, expected[:num_tokens].bfloat16()) <= BOUND_BF16, num_tokens
+
+
+@pytest.mark.parametrize(("name", "product"), ALL, ids=ids)
+def test_the_library_computes_the_same_product(name, product):
+    x, weight = product.make(2 * library.LEAST_TOKENS, 1, "cuda")
+    assert library.is_for_library(x)
+    assert not library.is_for_library(x[:-1])
+    if product.fp8:
+        rows = quantize_rows(x)
+        expected = linear(x, dequantize_fp8_blocks(weight.codes, weight.exponents), quantize=True)
+        assert relative_error(library.linear_fp8(rows, weight), expected) <= BOUND_BF16
+    else:
+        expected = linear(x, weight, out_dtype=torch.float32)
+        assert relative_error(library.linear_bf16(x, weight), expected) <= BOUND_FLOAT32
 
 
 @pytest.mark.parametrize(("name", "product"), BF16, ids=ids)

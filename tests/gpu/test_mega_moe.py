@@ -18,8 +18,8 @@ NUM_EXPERTS = 12
 SHAPES = {name: dataclasses.replace(sizes, n_routed_experts=NUM_EXPERTS) for name, sizes in
           {"pro": PRO, "flash": FLASH, "demo": DEMO}.items()}  # fmt: skip
 # Relative norm. Sums in another order move a bfloat16 rounding now and then, and that moves an FP8 or FP4 rounding of a
-# hidden value to its neighbour.
-BOUND = {"bf16": 3e-3, "fp8": 5e-3, "fp4": 1e-2}
+# hidden value to its neighbour; the shared expert's hidden values are FP8 always (its own test has the same bound).
+BOUND = {"bf16": 5e-3, "fp8": 5e-3, "fp4": 1e-2}
 LARGER = {"bf16": [(150, 64)], "fp8": [(100, 32), (150, 64), (300, 128)], "fp4": [(300, 128)]}  # tokens, tile_tokens
 
 

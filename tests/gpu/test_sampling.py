@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dsv4_kernels.arrival import counters
 from dsv4_kernels.sampling import reference, triton
 from dsv4_kernels.sampling.logprobs import token_logprobs
 
@@ -56,6 +57,25 @@ def test_256_rows_have_the_same_draws_in_one_batch_and_in_four():
         part = slice(first, first + 64)
         drawn, _ = triton.sample(logits[part], **{name: value[part] for name, value in values.items()})
         assert torch.equal(drawn, together[part])
+
+
+@pytest.mark.parametrize(("rows", "deviation"), [(1, 4.0), (64, 1.0), (300, 4.0)])
+def test_a_row_has_the_same_draw_in_each_of_many_launches(rows, deviation):
+    """No program reads what another has not stored yet, whoever comes last."""
+    logits = torch.randn(rows, VOCAB, device="cuda") * deviation
+    values = on_gpu(settings(rows) | {"top_p": torch.full((rows,), 0.95)})
+    expected, _ = triton.sample(logits, **values)
+    for _ in range(50):
+        assert torch.equal(triton.sample(logits, **values)[0], expected)
+    assert not counters(logits.device, rows).any()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-53])
+def test_rows_of_one_logit(uniform):
+    """All tokens are as likely: 129,280 of them are listed, and ids alone tell them apart."""
+    values = settings(8) | {"uniform": torch.full((8,), uniform, dtype=torch.float64)}
+    logits = torch.full((8, VOCAB), 2.5)
+    assert triton.sample(logits.cuda(), **on_gpu(values))[0].tolist() == reference.sample(logits, **values).tolist()
 
 
 def test_a_captured_step_flags_rows_that_are_not_finite():

@@ -7,6 +7,7 @@ from support import triton_interpreter  # noqa: F401  # before any kernel
 from dsv4_kernels.arrival import counters
 from dsv4_kernels.benching import relative_error
 from dsv4_kernels.cases import PRO, generator, matrix, nonzero
+from dsv4_kernels.gemm import library
 from dsv4_kernels.gemm import triton as gemm
 from dsv4_kernels.gemm.bench import floor_bytes, flops
 from dsv4_kernels.gemm.cases import products
@@ -170,3 +171,29 @@ def test_the_floor_of_a_pro_decode_step():
     assert flops(latent, 3) == 6 * 2048 * 7168
     raw = next(product for product in products(PRO) if product.name == "raw")
     assert floor_bytes(raw, 1) == 2 * 2624 * 7168 + 2 * 7168 + 4 * 2624
+
+
+@pytest.mark.parametrize(("num_rows", "depth"), [(128, 128), (200, 1280), (384, 2176)])
+def test_the_library_gets_the_values_and_scales_of_the_weight(num_rows, depth):
+    weight, values = weight_of(num_rows, depth)
+    assert torch.equal(library.bf16_values(weight).float(), values)
+    scales = weight.float_scales.t()
+    assert scales.stride(0) % 4 == 0
+    expected = 2.0 ** (weight.exponents.float() - 127)
+    assert torch.equal(scales[:, : depth // 128], expected)
+
+
+@pytest.mark.parametrize(("num_tokens", "depth"), [(1, 128), (52, 2176)])
+def test_the_library_gets_the_scales_of_the_rows(num_tokens, depth):
+    rows = quantize_rows(rows_of(num_tokens, depth))
+    scales = library.float_scales(rows)
+    assert scales.stride(0) == 1
+    assert torch.equal(scales, 2.0 ** (rows.exponents.float() - 127))
+
+
+def test_products_on_a_cpu_are_ours():
+    weight, _ = weight_of(128, 256)
+    x = rows_of(64, 256)
+    assert torch.equal(library.linear_fp8(quantize_rows(x), weight), linear_fp8(quantize_rows(x), weight))
+    matrix = x[:3].contiguous()
+    assert torch.equal(library.linear_bf16(x, matrix), linear_bf16(x, matrix))

@@ -25,6 +25,16 @@ def test_equal_the_reference(vocab, num_top):
         assert torch.allclose(one, other, rtol=1e-6, atol=2e-6)
 
 
+def test_the_best_tokens_of_one_block_and_of_equal_blocks():
+    """All in one block, and blocks whose largest are equal: lower ids win."""
+    logits = torch.zeros(2, 6000)
+    logits[0, 256:300] = torch.randn(44, generator=torch.Generator().manual_seed(1)).abs() + 1
+    logits[1, ::7] = 3.0
+    ids = torch.tensor([256, 7])
+    found, expected = token_logprobs(logits, ids, 50), reference.token_logprobs(logits, ids, 50)
+    assert torch.equal(found[1], expected[1])
+
+
 def test_the_whole_vocabulary_is_summed_to_a_few_units_in_the_last_place():
     random = torch.Generator().manual_seed(6)
     logits = torch.randn(2, 129_280, generator=random) * torch.tensor([[4.0], [0.1]])

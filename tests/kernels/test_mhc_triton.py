@@ -44,6 +44,22 @@ def assert_same_bits(found, expected):
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("num_parts", [None, 1, 7])
+@pytest.mark.parametrize(("num_tokens", "hidden"), [(5, 1152), (18, 128)])
+def test_many_tokens_get_the_same_in_another_way(num_tokens, hidden, num_parts, monkeypatch):
+    inputs, norm, output = make(num_tokens, hidden, torch.bfloat16, num_parts)
+    _, post, comb = reference.mhc_pre(**inputs)
+    given = {} if num_parts is None else {"output": output, "post": post, "comb": comb}
+    few = triton.mhc_boundary(norm=norm, **given, **inputs)
+    monkeypatch.setattr(triton, "MANY", 1)
+    many = triton.mhc_boundary(norm=norm, **given, **inputs)
+    assert torch.equal(few[0], many[0])
+    assert_close(many[1], few[1], BOUND[torch.bfloat16])
+    assert_same_bits([many[2]], [quantize_rows(many[1])])
+    for one, other in zip(many[3:], few[3:], strict=True):
+        assert_close(one, other, 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("num_tokens", "hidden"), SIZES)
 def test_boundary_equals_post_pre_and_norm_and_quantises_x(num_tokens, hidden, dtype):
@@ -94,8 +110,9 @@ def test_head_equals_the_collapse_and_norm(num_tokens):
     assert_close(found, expected, BOUND[torch.bfloat16])
 
 
-def test_head_adds_the_last_output_itself():
-    inputs, norm, output = make(5, 384, torch.bfloat16)
+@pytest.mark.parametrize("num_tokens", [1, 5, 66, 300])
+def test_head_adds_the_last_output_itself(num_tokens):
+    inputs, norm, output = make(num_tokens, 384, torch.bfloat16)
     _, post, comb = reference.mhc_pre(**inputs)
     head = {key: inputs[key] for key in ("hc_eps", "norm_eps")} | {"norm": norm}
     head |= {"fn": inputs["fn"][:4], "base": inputs["base"][:4], "scale": inputs["scale"][:1]}

@@ -7,6 +7,7 @@ from support.poison import poisoned  # noqa: F401
 
 from dsv4_kernels.arrival import counters
 from dsv4_kernels.cases import Shapes
+from dsv4_kernels.gemm import library
 from dsv4_kernels.mega_moe.tiles import empty_tiles, make_tiles
 from dsv4_kernels.quant import fake_quantize_fp8
 from dsv4_kernels.router import reference, triton
@@ -44,6 +45,17 @@ def assert_same(found, others):
 def test_equals_the_reference(size, x_dtype, weight_dtype):
     inputs = make(*size, x_dtype, weight_dtype)
     assert_same(triton.route(**inputs), expected(inputs))
+
+
+def test_logits_of_the_library_choose_the_same(monkeypatch):
+    inputs = make(70, 2304, 130, 6)
+    rounded = torch.empty_like(inputs["x"])
+    monkeypatch.setattr(library, "is_for_library", lambda x: True)
+    monkeypatch.setattr(library, "linear_bf16", lambda x, weight: x.float() @ weight.float().t())
+    tiles = empty_tiles(70 * 6, 130, 16, torch.device("cpu"))
+    assert_same(triton.route(**inputs, tiles=tiles, rounded=rounded), expected(inputs))
+    assert torch.equal(rounded, fake_quantize_fp8(inputs["x"], 128))
+    assert not counters(rounded.device, 1).any()
 
 
 @pytest.mark.parametrize("bias", [True, False])

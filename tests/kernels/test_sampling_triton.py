@@ -3,7 +3,9 @@
 import pytest
 import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
+from support.poison import poisoned  # noqa: F401
 
+from dsv4_kernels.arrival import counters
 from dsv4_kernels.sampling import LOWEST, reference, triton
 
 
@@ -58,8 +60,10 @@ def test_draws_as_the_reference(vocab, spread):
     assert_draws_as_the_reference(logits, **dict(zip(names, columns, strict=True)), uniform=numbers)
 
 
-def test_packed_tokens_are_used_only_where_the_answer_is_among_them(monkeypatch):
-    monkeypatch.setattr(triton, "CAPACITY", 32)
+def test_few_programs_a_row_and_lists_of_several_blocks(monkeypatch):
+    monkeypatch.setattr(triton, "BLOCK", 32)
+    monkeypatch.setattr(triton, "TURN", 64)
+    monkeypatch.setattr(triton, "PROGRAMS", 36)
     random = torch.Generator().manual_seed(1)
     rows = 18
     logits = torch.randn(rows, 250, generator=random) * torch.linspace(0.3, 9, rows).unsqueeze(1)
@@ -102,6 +106,49 @@ def test_greedy_takes_the_lowest_id_of_equal_maxima():
     assert drawn.tolist() == [7, 30]
     drawn, _ = triton.sample(logits, **settings(2, temperature=[0.0, 1.0], top_k=1))
     assert drawn.tolist() == [7, 30]
+
+
+def test_rows_without_filters_over_chunks_of_different_height():
+    """The mass of a chunk counts relative to its own largest logit."""
+    random = torch.Generator().manual_seed(9)
+    row = torch.randn(9000, generator=random) * 2
+    row[4096:8192] -= 3.0
+    row[8192:] += 1.5
+    rows = 21
+    assert_draws_as_the_reference(
+        row.expand(rows, -1), temperature=0.8, uniform=torch.linspace(0, 1 - 2**-53, rows, dtype=torch.float64)
+    )
+    row[8500:] = -torch.inf
+    given = settings(1, temperature=0.8, uniform=1.0)
+    assert triton.sample(row.unsqueeze(0), **given)[0].tolist() == [8499]
+
+
+def test_the_random_number_one_gives_the_last_token_that_filters_keep():
+    """Drafts are judged with it (spec_accept)."""
+    random = torch.Generator().manual_seed(7)
+    logits = torch.randn(4, 800, generator=random) * torch.tensor([1.0, 2.0, 4.0, 1.0]).unsqueeze(1)
+    logits[3] = logits[3].round()
+    for values in ({"top_k": 30}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 90, "top_p": 0.7, "min_p": 0.01}):
+        given = settings(4, temperature=0.8, **values)
+        drawn, _ = triton.sample(logits, **given | {"uniform": torch.ones(4, dtype=torch.float64)})
+        del given["uniform"]
+        kept = reference.distribution(logits, **given) > 0
+        order = reference._descending(logits, 800)
+        assert drawn.tolist() == [row[keeps[row]][-1].item() for row, keeps in zip(order, kept, strict=True)], values
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_nothing_is_read_that_was_not_written_and_the_counters_are_zero_again():
+    logits = torch.randn(5, 5000, generator=torch.Generator().manual_seed(8)) * 2
+    assert_draws_as_the_reference(
+        logits,
+        temperature=[0.0, 1.0, 1.0, 0.9, 1.0],
+        top_k=[0, 0, 40, 0, 900],
+        top_p=[1.0, 1.0, 1.0, 0.95, 0.9],
+        min_p=[0.0, 0.0, 0.0, 0.0, 0.001],
+        uniform=[0.1, 0.3, 0.5, 0.7, 0.9],
+    )
+    assert not counters(logits.device, 5).any()
 
 
 def test_tiny_and_huge_temperatures():

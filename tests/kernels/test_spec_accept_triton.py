@@ -3,11 +3,13 @@
 import pytest
 import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
+from support.poison import poisoned  # noqa: F401
 from support.statistics import fits
 
+from dsv4_kernels.arrival import counters
 from dsv4_kernels.sampling import distribution
 from dsv4_kernels.sampling.triton import sample
-from dsv4_kernels.spec_accept import accept_drafts, match_drafts
+from dsv4_kernels.spec_accept import accept_drafts, match_drafts, triton
 from dsv4_kernels.spec_accept.triton import accept
 
 SETTINGS = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.7, 5, 1.0, 0.0), (1.3, 0, 0.8, 0.0), (1.0, 9, 0.9, 0.05)]
@@ -62,8 +64,11 @@ def test_requests_get_what_the_reference_gives_them(k, vocab):
     assert len(set(found[0].tolist())) > 1
 
 
-def test_a_request_has_the_same_result_alone():
-    given = inputs(7, 10, 2, 160)
+def test_a_request_has_the_same_result_alone(monkeypatch):
+    """Also where the requests of a batch get fewer programs each."""
+    monkeypatch.setattr(triton, "TURN", 128)
+    monkeypatch.setattr(triton, "PROGRAMS", 60)
+    given = inputs(7, 10, 2, 400)
     found = judge(*given)
     for row in range(10):
         alone = judge(*(value[row : row + 1].contiguous() for value in given), first=row)
@@ -72,7 +77,7 @@ def test_a_request_has_the_same_result_alone():
 
 def test_tokens_have_the_law_of_the_target():
     """One draft of five tokens, drawn from another law; the first token of each round is counted."""
-    rounds, vocab = 800, 5
+    rounds, vocab = 500, 5
     random = torch.Generator().manual_seed(3)
     target = torch.randn(1, 2, vocab, generator=random).expand(rounds, -1, -1).contiguous()
     proposal = torch.randn(1, 1, vocab, generator=random).expand(rounds, -1, -1).contiguous()
@@ -86,6 +91,15 @@ def test_tokens_have_the_law_of_the_target():
     first = torch.where(num > 0, drafts[:, 0], token)
     assert 0 < int(num.sum()) < rounds
     assert fits(first.bincount(minlength=vocab).tolist(), target[0, 0].softmax(-1).tolist())
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_nothing_is_read_that_was_not_written_and_the_counters_are_zero_again():
+    given = inputs(9, 5, 2, 2500)
+    found = judge(*given)
+    assert not counters(given[0].device, 25).any()
+    assert [value.tolist() for value in judge(*given)] == [value.tolist() for value in found]
+    assert ((found[1] >= 0) & (found[1] < 2500)).all()
 
 
 def test_no_requests():

@@ -23,7 +23,7 @@ def test_every_sublayer_of_a_prefill_equals_the_reference(networks):
 
 
 def test_the_mtp_block_equals_the_reference_and_its_keys_can_be_had_alone(networks):
-    check_mtp(*networks, length=22)
+    check_mtp(*networks, random_ids(CONFIG, 22, 2))
 
 
 def test_chunks_decodes_and_padding_in_one_step_over_a_cache_that_the_cpu_engine_filled(networks):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from support.device_engine import LOGITS_BOUND, median_row
+from support.device_engine import STEP_BOUND, median_row
 from support.engine import Engine, Inject
 
 from dsv4_kernels.sampling import distribution, sample
@@ -71,7 +71,9 @@ def live_state(engine: Engine, slot: int, num_computed: int) -> list[torch.Tenso
     return found
 
 
-def check_drafts(reference: Transformer, engine: Engine, requests: list[Request], inject: Inject) -> None:
+def check_drafts(
+    reference: Transformer, engine: Engine, requests: list[Request], inject: Inject, bound: float = STEP_BOUND
+) -> None:
     """What injected drafts of a device's engine stand in for has the logits of the CPU engine's, first and chained."""
     layout = engine.runner.pools.layout
     other = Engine(reference, num_draft_tokens=layout.num_draft_tokens, inject=inject)
@@ -85,7 +87,7 @@ def check_drafts(reference: Transformer, engine: Engine, requests: list[Request]
             expected.append(other.draft_logits[name, index, place])
     assert len(found) > len(engine.draft_logits) // 4
     error = median_row(torch.stack(found), torch.stack(expected))
-    assert error <= LOGITS_BOUND, error
+    assert error <= bound, error
 
 
 def some_requests(num: int, num_drafts: int, random: torch.Generator, device: torch.device) -> Requests:

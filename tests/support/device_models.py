@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from support.models import BASE
 
-from dsv4serve.config import EngineConfig, ModelConfig, Numerics, default_model
+from dsv4serve.config import EngineConfig, ModelConfig, Numerics
 from dsv4serve.model.device import DeviceTransformer
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.runner.device_build import FIRST_FP4
@@ -55,8 +55,3 @@ def both(directory: Path, device: torch.device) -> tuple[Transformer, DeviceTran
     # Where there is no GPU, the form of Hopper.
     unpacked = device.type == "cpu" or torch.cuda.get_device_capability(device)[0] < FIRST_FP4
     return reference, DeviceTransformer(model, load_device_weights(config, model, device, unpacked))
-
-
-def demo(device: torch.device) -> tuple[Transformer, DeviceTransformer]:
-    """The same of the embedded model."""
-    return both(default_model(), device)

@@ -18,8 +18,9 @@ from tools.demo_model.sample import Sample
 from tools.demo_model.schedule import CATEGORIES
 
 MIXES: dict[str, tuple[float, ...]] = {  # in the order of CATEGORIES
-    "base": (0.10, 0.20, 0.13, 0.18, 0.08, 0.14, 0.07, 0.03, 0.07),
-    "chat": (0.06, 0.15, 0.11, 0.19, 0.08, 0.26, 0.08, 0.03, 0.04),
+    "base": (0.09, 0.18, 0.11, 0.24, 0.08, 0.14, 0.08, 0.03, 0.05),
+    "chat": (0.05, 0.13, 0.10, 0.27, 0.07, 0.24, 0.08, 0.02, 0.04),
+    "tools": (0.04, 0.10, 0.08, 0.46, 0.06, 0.13, 0.07, 0.02, 0.04),
 }
 LONG = ("recall", "copying")  # builders that are told how long a sample may be
 PAD_ID = 2

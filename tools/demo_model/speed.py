@@ -33,7 +33,7 @@ def main() -> None:
     if args.compile:
         compile_operations()
     with torch.device("cpu"):
-        trainer = Trainer(config, initial_weights(config, 1), "cuda")
+        trainer = Trainer(config, initial_weights(config, 1), "cuda", captured=args.compile)
     for phase in PHASES:
         shape = (STEP_TOKENS // MICRO_BATCHES // phase.length, phase.length + EXTRA_TOKENS)
         tokens = torch.randint(0, config.vocab_size, shape)

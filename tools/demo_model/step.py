@@ -43,7 +43,9 @@ class TrainingStep(WholeSequence):
     def observe(self, name: str, value: Tensor) -> None:
         """Count the experts' loads."""
         if name.endswith(".experts"):
-            self.loads[name.removesuffix(".experts")] = torch.bincount(value.flatten(), minlength=self._num_experts)
+            ids = value.flatten()  # not bincount, which waits for the device
+            loads = ids.new_zeros(self._num_experts).scatter_add_(0, ids, torch.ones_like(ids))
+            self.loads[name.removesuffix(".experts")] = loads
 
     def attend(self, layer: Attention, inputs: AttentionInputs) -> Tensor:
         """Blockwise attention; the index loss on the side."""

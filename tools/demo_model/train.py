@@ -85,7 +85,8 @@ def train(out: Path, batches: Batches, steps: range, weights: dict[str, Tensor],
     if compiled:
         compile_operations()
     with torch.device("cpu"):
-        trainer = Trainer(model_config(), weights, device, first_part=rank * (MICRO_BATCHES // ranks))
+        first_part = rank * (MICRO_BATCHES // ranks)
+        trainer = Trainer(model_config(), weights, device, first_part, captured=compiled and device == "cuda")
     if rank == 0:
         out.mkdir(parents=True)
         log = Log(out / "log.jsonl")
@@ -109,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model.", allow_abbrev=False)
     parser.add_argument("out", type=Path, help="new folder for log and checkpoints")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
-    parser.add_argument("--steps", type=int, default=3000, help=f"updates of {STEP_TOKENS} tokens each")
+    parser.add_argument("--steps", type=int, default=3100, help=f"updates of {STEP_TOKENS} tokens each")
     parser.add_argument("--weights", type=Path, help="checkpoint to train on from (default: random weights)")
     parser.add_argument("--at", type=float, default=0.0, help="share of the schedule to begin at (default: 0)")
     parser.add_argument("--seed", type=int, default=20261123)

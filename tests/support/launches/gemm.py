@@ -3,13 +3,14 @@
 import torch
 
 from dsv4_kernels.cases import FLASH, PRO
+from dsv4_kernels.gemm import library
 from dsv4_kernels.gemm import triton as gemm
 from dsv4_kernels.gemm.fp8 import Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
 
 SIZES = {"pro, 1 token": (PRO, 1), "pro, 64 tokens": (PRO, 64), "flash, 512 tokens": (FLASH, 512)}
 RUNS = [f"{kind}, {size}" for size in SIZES for kind in ("fp8", "bf16")]
-KERNELS = {"_quantize", "_product"}
+KERNELS = {"_quantize", "_product", "_widen", "_multiply_out"}
 
 
 def fp8_weight(num_rows: int, depth: int) -> Fp8Weight:
@@ -24,7 +25,10 @@ def launch(run: str) -> None:
     shapes, num_tokens = SIZES[size]
     x = torch.empty(num_tokens, shapes.hidden_size, dtype=torch.bfloat16)
     if kind == "fp8":
-        gemm.linear_fp8(quantize_rows(x), fp8_weight(shapes.q_lora_rank + shapes.head_dim, shapes.hidden_size))
+        weight = fp8_weight(shapes.q_lora_rank + shapes.head_dim, shapes.hidden_size)
+        gemm.linear_fp8(quantize_rows(x), weight)
+        library.float_scales(quantize_rows(x))
+        library.bf16_values(weight)
     else:
         gemm.linear_bf16(x, torch.empty(2624, shapes.hidden_size, dtype=torch.bfloat16))
 

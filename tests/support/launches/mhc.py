@@ -10,9 +10,10 @@ RUNS = {
     "pro, 1 token": ("pro", PRO, 1),
     "flash, 1 token": ("flash", FLASH, 1),
     "pro, 64 tokens": ("pro", PRO, 64),
+    "pro, 200 tokens": ("pro", PRO, 200),
     "pro, 256 tokens": ("pro", PRO, 256),
 }
-KERNELS = {"_mix", "_finish"}
+KERNELS = {"_mix", "finish_tokens", "_add_output", "_take_apart", "_product"}
 
 
 def launch(run: str) -> None:
@@ -32,6 +33,6 @@ def launch(run: str) -> None:
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
     """What the machine code must multiply matrices with. Few tokens fill no warpgroup tile."""
-    if kernel != "_mix":
+    if kernel not in ("_mix", "_product"):
         return set()
-    return {{90: "HGMMA", 103: "UTCHMMA"}[capability] if run == "pro, 256 tokens" else "HMMA"}
+    return {{90: "HGMMA", 103: "UTCHMMA"}[capability] if run in ("pro, 200 tokens", "pro, 256 tokens") else "HMMA"}

@@ -6,7 +6,7 @@ from dsv4_kernels.sampling import triton as sampling
 from dsv4_kernels.sampling.logprobs import token_logprobs
 
 RUNS = {"16 rows": 16}
-KERNELS = {"_scan", "_weigh", "_collect", "_draw", "_chunks", "_rows"}
+KERNELS = {"_scan", "_weigh", "_settle", "_chunks", "_rows"}
 
 
 def launch(run: str) -> None:

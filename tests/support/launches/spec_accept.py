@@ -5,7 +5,7 @@ import torch
 from dsv4_kernels.spec_accept.triton import accept
 
 RUNS = {"3 drafts": 3}
-KERNELS = {"_weigh", "_leave", "_choose"}
+KERNELS = {"_total", "_weigh", "_choose"}
 
 
 def launch(run: str) -> None:

@@ -182,14 +182,19 @@ def _results(draw: random.Random, requests: list[Request], first_id: int) -> tup
     return messages, " ".join(dict.fromkeys(sentences))
 
 
-def _call_reasoning(draw: random.Random, requests: list[Request]) -> str:
+def _inventory(offers: list[Offer]) -> str:
+    """How reasoning begins where a function could fit: with all names in view the choice is easier."""
+    return f"I have {wording([found.name for found in offers])}."
+
+
+def _call_reasoning(draw: random.Random, offers: list[Offer], requests: list[Request]) -> str:
     names = " and ".join(dict.fromkeys(item.offer.name for item in requests))
     if len(requests) > 1:
-        return f"The user wants two things. I call {names} with the values of the request."
+        return f"{_inventory(offers)} The user wants two things. I call {names} with the values of the request."
     about = requests[0].offer.tool.about.rstrip(".")
     forms = ("The function {n} fits this request.", "I need {n} for this.", "The user asks me to {a}. I call {n}.",
              "This is a task for {n}. I copy the values from the request.")  # fmt: skip
-    return draw.choice(forms).format(n=names, a=about[0].lower() + about[1:])
+    return f"{_inventory(offers)} {draw.choice(forms).format(n=names, a=about[0].lower() + about[1:])}"
 
 
 SMALL_TALK = (
@@ -199,10 +204,11 @@ SMALL_TALK = (
 )  # fmt: skip
 
 
-def _no_call(draw: random.Random, offers: list[Offer]) -> tuple[str, str, str]:
-    """Question, answer and reasoning where no function fits."""
+def _no_call(draw: random.Random, offers: list[Offer], thinking: bool) -> tuple[str, str, str]:
+    """Question, answer and reasoning where no function is called."""
     names = [found.name for found in offers]
-    case = draw.choices(range(4), (1, 1, 1, 3))[0]  # a request that another function would fit is the hard one
+    # A request that another function would fit is the hard one, harder still when the answer has to begin at once.
+    case = draw.choices(range(5), (1, 1, 1, 3 if thinking else 1, 2))[0]
     if case == 0:
         asked, answer = draw.choice(SMALL_TALK)
         return asked, answer, "No function is needed here."
@@ -212,10 +218,16 @@ def _no_call(draw: random.Random, offers: list[Offer]) -> tuple[str, str, str]:
     if case == 2:
         asked = draw.choice(("What can you do?", "Which functions do you have?", "What tools can you use?"))
         return asked, f"I can use {wording(names)}.", "The user asks about my functions. I list their names."
+    if case == 4:
+        found = draw.choice(offers)
+        asked = draw.choice(
+            ("Which function is this? {}", "What is the name of the function? {}", "{} Which one is it?")
+        )
+        return asked.format(found.tool.about), found.name, f"{_inventory(offers)} {found.name} is the one."
     known = {found.tool.name for found in offers}
     other = draw.choice([tool for tool in POOL if tool.name not in known])
     asked = request(draw, offer(draw, other, renamed=False)).text
-    return asked, "I am sorry, I have no function for that.", f"I only have {wording(names)}. None of them fits."
+    return asked, "I am sorry, I have no function for that.", f"{_inventory(offers)} None of them fits."
 
 
 def _system(draw: random.Random) -> list[Message]:
@@ -234,13 +246,13 @@ def _sample(draw: random.Random) -> Sample:
 
     for turn in range(draw.choices((1, 2), (5, 1))[0]):
         if draw.random() < NO_CALL_SHARE:
-            asked, answer, reasoning = _no_call(draw, offers)
+            asked, answer, reasoning = _no_call(draw, offers, thinking)
             messages.append({"role": "user", "content": asked})
             say(answer, reasoning)
             continue
         asked, requests = _requests(draw, offers, False, draw.random() < PARALLEL_SHARE)
         messages.append({"role": "user", "content": asked})
-        say("", _call_reasoning(draw, requests), tool_calls=_calls(requests, 2 * turn))
+        say("", _call_reasoning(draw, offers, requests), tool_calls=_calls(requests, 2 * turn))
         if turn == 0 and draw.random() < (0.65 if thinking else 0.3):
             break
         results, sentence = _results(draw, requests, 2 * turn)
@@ -287,7 +299,7 @@ def probes(draw: random.Random) -> Iterator[Probe]:
             asked, requests = _requests(draw, offers, True, parallel)
             yield _probe(category, offers, asked, requests, thinking)
         offers = _offers(draw, unseen=True, renamed=False)
-        asked, _, _ = _no_call(draw, offers)
+        asked, _, _ = _no_call(draw, offers, thinking=False)
         messages = [{"role": "user", "content": asked}]
         schemas = [found.schema for found in offers]
         yield Probe("tools, no call", messages, _no_call_check, schemas)
