@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from support.device_engine import STEP_BOUND, median_row
+from support.device_engine import STEP_BOUND, median_row, regret_of, rounded
 from support.engine import Engine, Inject
 
 from dsv4_kernels.sampling import distribution, sample
@@ -51,6 +51,15 @@ def injected(expected: dict[str, RequestOutput], accepts: Callable[[str, int], b
         return right if accepts(name, index) else (right + 1) % vocab
 
     return inject
+
+
+def rounding_regret(reference: Transformer, params: Mapping[str, torch.Tensor], requests: list[Request]) -> float:
+    """What the reference itself loses by one BF16 rounding of its embeddings: the largest regret of a greedy token."""
+    worst = 0.0
+    for seed in range(3):
+        outputs = Engine(rounded(reference, params, seed)).run(requests)
+        worst = max([worst, *(regret_of(reference, each, outputs[each.request_id]) for each in requests)])
+    return worst
 
 
 def live_state(engine: Engine, slot: int, num_computed: int) -> list[torch.Tensor]:

@@ -260,15 +260,20 @@ class Sequences:
             cache.pools.commit(slots.to(device).long(), accepted.to(device).long())
 
 
+def rounded(reference: Transformer, params: Mapping[str, Tensor], seed: int = 1) -> Transformer:
+    """The reference with each value of its embeddings moved by about one BF16 rounding."""
+    draw = torch.Generator().manual_seed(seed)
+    embedding = params["embed.weight"]
+    moved = (embedding * (1 + torch.randn(embedding.shape, generator=draw) * 2**-9)).bfloat16().float()
+    return Transformer(reference.config, {**params, "embed.weight": moved}, Numerics.OFFICIAL)
+
+
 @torch.inference_mode()
 def rounding_noise(reference: Transformer, params: Mapping[str, Tensor], ids: Sequence[int]) -> float:
     """What the reference itself makes of one BF16 rounding of its embeddings: median row error of the logits."""
-    draw = torch.Generator().manual_seed(1)
-    embedding = params["embed.weight"]
-    moved = (embedding * (1 + torch.randn(embedding.shape, generator=draw) * 2**-9)).bfloat16().float()
-    other = Transformer(reference.config, {**params, "embed.weight": moved}, Numerics.OFFICIAL)
     tokens = torch.tensor(ids)
-    found, expected = (one.logits(one(tokens, WholeSequence(len(ids)))) for one in (other, reference))
+    both = (rounded(reference, params), reference)
+    found, expected = (one.logits(one(tokens, WholeSequence(len(ids)))) for one in both)
     return median_row(found, expected)
 
 
@@ -288,13 +293,21 @@ def regret(expected: Tensor, tokens: Sequence[int]) -> float:
     return float((expected.max(-1).values - chosen).max())
 
 
-def check_generation(reference: Transformer, requests: list[Request], outputs: dict[str, RequestOutput]) -> None:
+def check_generation(
+    reference: Transformer, requests: list[Request], outputs: dict[str, RequestOutput], near_tie: float = NEAR_TIE
+) -> None:
     """Greedy tokens are the reference's on the same history, but for near ties."""
     for request in requests:
-        tokens = outputs[request.request_id].token_ids
-        assert len(tokens) == request.sampling.max_tokens
-        expected = oracle_logits(reference, request.prompt_ids + tokens[:-1])[len(request.prompt_ids) - 1 :]
-        assert regret(expected, tokens) <= NEAR_TIE, request.request_id
+        assert len(outputs[request.request_id].token_ids) == request.sampling.max_tokens
+        lost = regret_of(reference, request, outputs[request.request_id])
+        assert lost <= near_tie, (request.request_id, lost)
+
+
+def regret_of(reference: Transformer, request: Request, output: RequestOutput) -> float:
+    """The largest regret of an output's tokens."""
+    tokens = output.token_ids
+    expected = oracle_logits(reference, request.prompt_ids + tokens[:-1])[len(request.prompt_ids) - 1 :]
+    return regret(expected, tokens)
 
 
 @torch.inference_mode()
