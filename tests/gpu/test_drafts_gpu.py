@@ -40,7 +40,7 @@ def reading():
     tokens = ChatTokenizer(default_model()).encode(text)
     reference, network = both(default_model(), CUDA)
     weights = load_weights(EngineConfig(model=default_model()), reference.config)
-    noise = rounding_noise(reference, weights, tokens[:256])
+    noise, _ = rounding_noise(reference, weights, tokens[:256])
     return reference, network, tokens, noise, 2 * rounding_regret(reference, weights, requests(tokens=tokens))
 
 

@@ -8,7 +8,7 @@ another expert or entry is chosen; so whole logits are compared by the median of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,7 +40,8 @@ from dsv4serve.runner.paged import PagedStep
 from dsv4serve.types import PAGE_TOKENS, Request, RequestOutput
 
 LAYER_BOUND = 1e-2  # one sublayer, the same input
-STEP_BOUND = 5e-2  # all layers: the median row of logits, and cache rows that a step wrote, all of a layer
+STEP_BOUND = 5e-2  # all layers
+Bounds = tuple[float, float]  # of a step's logits (median row), and of the cache rows that it wrote (all of a layer)
 NEAR_TIE = 0.5  # logits of deviation 2: a greedy token may be another one that the reference likes as much but for this
 
 
@@ -91,7 +92,10 @@ def check_layers(reference: Transformer, network: DeviceTransformer, length: int
 
 @torch.inference_mode()
 def check_mtp(
-    reference: Transformer, network: DeviceTransformer, tokens: Sequence[int], bound: float = 2 * LAYER_BOUND
+    reference: Transformer,
+    network: DeviceTransformer,
+    tokens: Sequence[int],
+    bounds: Bounds = (2 * LAYER_BOUND, 2 * LAYER_BOUND),
 ) -> None:
     """The MTP block over one sequence, given the reference's streams; then its keys alone, which are the same."""
     config, device = reference.config, network.device
@@ -107,12 +111,12 @@ def check_mtp(
         arrays = (torch.tensor([value], dtype=torch.int32, device=device) for value in (1, 0, length - 1))
         found = run(*given, PagedDeviceStep(cache.pools, Rows.build(*arrays, length - 1), cache.page_table))
         layer = cache.pools.layers[-1]
-        rings.append(decode(tuple(plane.cpu() for plane in layer.window), layer.layout.window))
+        rings.append(decode(tuple(plane.cpu() for plane in layer.window), layer.layout.window).float())
         if found is not None:
             after, x = network.mtp.head.collapse(found)
-            assert relative(after, expected) <= bound
-            assert median_row(network.mtp.head.logits(x), expected_logits) <= bound
-    compare_rows(*rings, bound)
+            assert relative(after, expected) <= bounds[0]
+            assert median_row(network.mtp.head.logits(x), expected_logits) <= bounds[0]
+    assert rows_error(*rings) <= bounds[1]
 
 
 def _check_attention(
@@ -231,23 +235,15 @@ class Sequences:
         self.found.copy(self.expected)
         self._count(counts)
 
-    def check_step(self, counts: dict[int, int], num_rows: int, bound: float = STEP_BOUND) -> None:
+    def check_step(self, counts: dict[int, int], num_rows: int, bounds: Bounds = (STEP_BOUND, STEP_BOUND)) -> None:
         """The same step on both: logits, and what lies in the cache afterwards, but for the padding of scales."""
         expected = self.advance_reference(counts)
         found = self.advance_device(counts, num_rows)
         error = median_row(found, expected)
-        assert error <= bound, error
-        for own, given in zip(self.found.pools.layers, self.expected.pools.layers, strict=True):
-            layout = own.layout
-            pairs = [(layout.window, own.window, given.window), (layout.entry, own.entries, given.entries)]
-            pairs += [(layout.index, own.index, given.index), (layout.c4_state, own.c4_state, given.c4_state)]
-            pairs += [(layout.index_state, own.index_state, given.index_state)]
-            for row_format, one, other in pairs:
-                if row_format is not None:
-                    rows = (decode(tuple(p.cpu() for p in planes), row_format) for planes in (one, other))
-                    compare_rows(*rows, bound)
-            if own.c128_state is not None:
-                compare_rows(own.c128_state[:, :, 2].cpu(), given.c128_state[:, :, 2], bound)
+        assert error <= bounds[0], error
+        for one, other in cache_rows(self.found, self.expected):
+            error = rows_error(one, other)
+            assert error <= bounds[1], error
         self._count(counts)
 
     def _count(self, counts: dict[int, int]) -> None:
@@ -268,23 +264,38 @@ def rounded(reference: Transformer, params: Mapping[str, Tensor], seed: int = 1)
     return Transformer(reference.config, {**params, "embed.weight": moved}, Numerics.OFFICIAL)
 
 
-@torch.inference_mode()
-def rounding_noise(reference: Transformer, params: Mapping[str, Tensor], ids: Sequence[int]) -> float:
-    """What the reference itself makes of one BF16 rounding of its embeddings: median row error of the logits."""
-    tokens = torch.tensor(ids)
-    both = (rounded(reference, params), reference)
-    found, expected = (one.logits(one(tokens, WholeSequence(len(ids)))) for one in both)
-    return median_row(found, expected)
+def cache_rows(found: Cache, expected: Cache) -> Iterator[tuple[Tensor, Tensor]]:
+    """Values of everything that both hold."""
+    for own, given in zip(found.pools.layers, expected.pools.layers, strict=True):
+        layout = own.layout
+        pairs = [(layout.window, own.window, given.window), (layout.entry, own.entries, given.entries)]
+        pairs += [(layout.index, own.index, given.index), (layout.c4_state, own.c4_state, given.c4_state)]
+        pairs += [(layout.index_state, own.index_state, given.index_state)]
+        for row_format, one, other in pairs:
+            if row_format is not None:
+                rows = (decode(tuple(p.cpu() for p in planes), row_format).float() for planes in (one, other))
+                yield next(rows), next(rows)
+        if own.c128_state is not None:
+            yield own.c128_state[:, :, 2].cpu(), given.c128_state[:, :, 2]
 
 
-def compare_rows(found: Tensor, expected: Tensor, bound: float) -> None:
-    """Rows that nobody wrote are NaN on both sides, the others are close."""
-    found, expected = found.float(), expected.float()
+def rows_error(found: Tensor, expected: Tensor) -> float:
+    """Relative error; rows that nobody wrote must be NaN on both sides."""
     assert torch.equal(found.isnan(), expected.isnan())
     written = ~expected.isnan().any(-1)
-    if bool(expected[written].any()):
-        error = relative(found[written], expected[written])
-        assert error <= bound, error
+    return relative(found[written], expected[written]) if bool(expected[written].any()) else 0.0
+
+
+@torch.inference_mode()
+def rounding_noise(reference: Transformer, params: Mapping[str, Tensor], ids: Sequence[int]) -> Bounds:
+    """What the reference itself makes of one BF16 rounding of its embeddings."""
+    caches, logits = [], []
+    for one in (rounded(reference, params), reference):
+        caches.append(Cache(CacheLayout.build(reference.config, Numerics.OFFICIAL), "cpu"))
+        table = caches[-1].page_table[:1].numpy().astype(np.int64)
+        metadata = StepMetadata(slots=[0], starts=[0], counts=[len(ids)], page_table=table, page_tokens=PAGE_TOKENS)
+        logits.append(one.logits(one(torch.tensor(ids), PagedStep(caches[-1].pools, metadata))))
+    return median_row(*logits), max(rows_error(*rows) for rows in cache_rows(*caches))
 
 
 def regret(expected: Tensor, tokens: Sequence[int]) -> float:
