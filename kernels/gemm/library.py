@@ -1,6 +1,6 @@
 """Products with weights as the engine calls them: the library's (cuBLAS) where it is faster, else ours in `triton`.
 
-Measured on an H100 (benchmarks/results/kernels-h100.jsonl): up to 32 tokens our split products are ahead; from 64 on
+Measured on an H100 (benchmarks/results/kernels.jsonl): up to 32 tokens our split products are ahead; from 64 on
 the library is, two to three times in a prefill. Its FP8 product takes the same E4M3 values and power-of-two scales, as
 float32, and Hopper only.
 """
