@@ -115,26 +115,27 @@ class AblationEngine:
             self.decoder.pools.put_slots(slots, rings)
         self.decoder.forward.set_last_tokens(slots.tolist(), self._inputs[0][:batch])
 
-    def decode_bucket(self, batch: int) -> tuple[DeviceRunner, int, int]:
-        """Runner, rows and requests of a decode step."""
-        return self.decoder, batch, batch
+    def decode_bucket(self, batch: int) -> tuple[DeviceRunner, list[int]]:
+        """Runner, and rows of each request of a decode step."""
+        return self.decoder, [1] * batch
 
     @property
-    def prefill_bucket(self) -> tuple[DeviceRunner, int, int]:
+    def prefill_bucket(self) -> tuple[DeviceRunner, list[int]]:
         """The same of the prefill."""
-        return self.prefiller, self.prefill, 1
+        return self.prefiller, [self.prefill]
 
     @contextmanager
-    def graph(self, bucket: tuple[DeviceRunner, int, int], captured: bool) -> Iterator[Callable[[], int]]:
+    def graph(self, bucket: tuple[DeviceRunner, list[int]], captured: bool) -> Iterator[Callable[[], int]]:
         """Inside, the bucket's steps replay a graph if `captured`, else run eagerly, as all other steps do.
 
         Gives a function that counts the launches of such a step, run eagerly without any request.
         """
-        runner, num_rows, num_requests = bucket
-        padded = bucket_for(num_rows, num_requests, runner.num_slots)
+        runner, counts = bucket
+        padded = bucket_for(counts, runner.num_slots)
 
         def graphs() -> StepGraphs:
-            made = StepGraphs(runner.forward, runner.num_slots, max_step_rows(num_rows, runner.num_slots))
+            max_rows = max_step_rows(sum(counts), runner.num_slots, num_draft_tokens=0)
+            made = StepGraphs(runner.forward, runner.num_slots, max_rows, num_draft_tokens=0)
             made.buckets = [padded]
             return made
 

@@ -103,7 +103,8 @@ def compress_c128(
     planes: Planes,
     row_format: RowFormat,
 ) -> None:
-    """Of the running states: float32 [slots + 1, 3, d], the last being nobody's."""
+    """Of the running states: float32 [slots + 1, 1, 3, d], the last being nobody's; no drafts."""
+    state = state.squeeze(1)
     positions, num_rows, num_slots = rows.positions.long(), len(rows.positions), len(page_table)
     number = torch.arange(num_rows, device=raw.device)
     # Runs of a request's rows inside one block. A step of decodes has no more rows than there are slots.

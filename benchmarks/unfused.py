@@ -112,9 +112,10 @@ def _head(
     output: Tensor | None = None,
     post: Tensor | None = None,
     comb: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     streams = _added(streams, output, post, comb)
-    return plain_norm(mhc.mhc_head(streams, fn, base, scale, hc_eps=hc_eps, norm_eps=norm_eps), norm, norm_eps)
+    merged = mhc.mhc_head(streams, fn, base, scale, hc_eps=hc_eps, norm_eps=norm_eps)
+    return streams, plain_norm(merged, norm, norm_eps)
 
 
 class _Columns:

@@ -95,14 +95,14 @@ def build_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
         prefix_cache=config.prefix_cache,
         max_waiting=config.max_waiting_requests,
         ageing_s=config.priority_ageing_s,
-        drafts=_draft_policy(config),
+        drafts=_draft_policy(config, runner),
     )
 
 
-def _draft_policy(config: EngineConfig) -> DraftPolicy | None:
+def _draft_policy(config: EngineConfig, runner: Runner) -> DraftPolicy | None:
     if not config.num_draft_tokens:
         return None
-    return DraftPolicy(config.num_draft_tokens, adaptive=config.draft_mode is DraftMode.ADAPTIVE)
+    return DraftPolicy(config.num_draft_tokens, config.draft_mode is DraftMode.ADAPTIVE, runner.may_draft)
 
 
 if __name__ == "__main__":

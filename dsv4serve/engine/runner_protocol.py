@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
 
-from dsv4serve.types import Constraint, SchedulerOutput, StepOutput
+from dsv4serve.types import Constraint, SamplingParams, SchedulerOutput, StepOutput
 
 
 class Runner(Protocol):
@@ -20,6 +20,9 @@ class Runner(Protocol):
     eos_token_id: int
     steps_ahead: int
     """Steps that may be submitted while the result of an earlier one is still to come."""
+
+    def may_draft(self, params: SamplingParams, /) -> bool:
+        """Whether it can make drafts for a request with these parameters without changing what tokens mean."""
 
     def prepare(self, constraint: Constraint, /) -> Future[None]:
         """Begin to make ready for a request with this constraint, beside the steps. The result raises InvalidRequest

@@ -27,9 +27,12 @@ def row_bytes(config: ModelConfig) -> int:
     return around + max(attention, moe)
 
 
-def step_bytes(config: ModelConfig, num_rows: int, num_requests: int) -> int:
-    """Of a step with so many rows and requests: logits twice, because they are copied to where a graph leaves them, and
-    wo_a in bfloat16 (kernels/out_proj/triton.py)."""
-    logits = 2 * num_requests * config.vocab_size * F32
+def step_bytes(config: ModelConfig, num_rows: int, num_requests: int, num_draft_tokens: int) -> int:
+    """Of a step with so many rows and requests, each with so many drafts.
+
+    Logits behind each token and of each draft twice: they are copied to where a graph leaves them, and when the product
+    is gone, sampling needs as much. And wo_a in bfloat16 (kernels/out_proj/triton.py).
+    """
+    logits = 2 * num_requests * (1 + 2 * num_draft_tokens) * config.vocab_size * F32
     wo_a = config.num_attention_heads * config.head_dim * config.o_lora_rank * BF16
     return num_rows * row_bytes(config) + logits + wo_a + (SCORE_BYTES if 4 in config.compress_ratios else 0)

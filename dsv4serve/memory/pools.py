@@ -23,7 +23,7 @@ class LayerCache:
     window: Planes  # slot * window_ring_rows + position % window_ring_rows
     c4_state: Planes | None  # slot * c4_ring_rows + position % c4_ring_rows
     index_state: Planes | None
-    c128_state: Tensor | None  # f32 [slots + 1, banks, 3, head_dim]; bank 0 is the committed one
+    c128_state: Tensor | None  # f32 [slots + 1, banks, 3, head_dim], part of the pools' states; bank 0 is committed
     entries: Planes | None  # page * entries_per_page + entry % entries_per_page
     index: Planes | None
 
@@ -46,8 +46,14 @@ class CachePools:
     ) -> None:
         self.layout, self._device = layout, device
         self.num_slots, self.num_pages, self.num_tails = num_slots, num_pages, num_tails
-        self.layers = [self._layer(layer, num_slots, num_pages) for layer in layout.layers]
-        self.streams = torch.zeros(num_slots, layout.stream_bytes, dtype=torch.uint8, device=device)
+        # Of all C128 layers, so that a commit is one copy.
+        self._c128_states = self._states(num_slots)
+        states = iter(self._c128_states)
+        self.layers = [
+            self._layer(layer, num_slots, num_pages, next(states) if layer.c128_state_dim else None)
+            for layer in layout.layers
+        ]
+        self.streams = torch.zeros(num_slots + 1, layout.stream_bytes, dtype=torch.uint8, device=device)
         self._tail_rings = [
             [
                 torch.zeros(num_tails, len(ring) // (num_slots + 1), ring.shape[1], dtype=torch.uint8, device=device)
@@ -57,7 +63,13 @@ class CachePools:
         ]
         self._tail_streams = torch.zeros(num_tails, layout.stream_bytes, dtype=torch.uint8, device=device)
 
-    def _layer(self, layer: LayerLayout, num_slots: int, num_pages: int) -> LayerCache:
+    def _states(self, num_slots: int) -> Tensor:
+        """f32 [C128 layers, slots + 1, banks, 3, head_dim]."""
+        dims = [layer.c128_state_dim for layer in self.layout.layers if layer.c128_state_dim]
+        shape = (len(dims), num_slots + 1, self.layout.c128_banks, C128_STATE_ROWS, max(dims, default=0))
+        return torch.zeros(shape, device=self._device)
+
+    def _layer(self, layer: LayerLayout, num_slots: int, num_pages: int, c128_state: Tensor | None) -> LayerCache:
         def rows(row_format: RowFormat | None, num_rows: int) -> Planes | None:
             if row_format is None:
                 return None
@@ -70,16 +82,12 @@ class CachePools:
         page_rows = (num_pages + 1) * layer.entries_per_page
         window = rows(layer.window, window_rows)
         assert window is not None
-        c128 = None
-        if layer.c128_state_dim:
-            shape = (num_slots + 1, self.layout.c128_banks, C128_STATE_ROWS, layer.c128_state_dim)
-            c128 = torch.zeros(shape, device=self._device)
         return LayerCache(
             layout=layer,
             window=window,
             c4_state=rows(layer.c4_state, state_rows),
             index_state=rows(layer.index_state, state_rows),
-            c128_state=c128,
+            c128_state=c128_state,
             entries=rows(layer.entry, page_rows),
             index=rows(layer.index, page_rows),
         )
@@ -106,11 +114,10 @@ class CachePools:
 
     def init_slot(self, slot: int) -> None:
         """Clear everything a slot holds, so that nothing of its last request can be read."""
-        for layer, rings in zip(self.layers, self._slot_rings(slot), strict=True):
+        for rings in self._slot_rings(slot):
             for ring in rings:
                 ring.zero_()
-            if layer.c128_state is not None:
-                layer.c128_state[slot].zero_()
+        self._c128_states[:, slot].zero_()
         self.streams[slot].zero_()
 
     def restore(self, tail: int, slot: int) -> None:
@@ -126,9 +133,7 @@ class CachePools:
 
         All else that a rejected draft wrote lies behind the slot's positions: it is overwritten before it is read.
         """
-        for layer in self.layers:
-            if layer.c128_state is not None:
-                layer.c128_state[slots, 0] = layer.c128_state[slots, num_accepted]
+        self._c128_states[:, slots, 0] = self._c128_states[:, slots, num_accepted]
 
     def load_streams(self, slots: Tensor, hc_mult: int, dtype: torch.dtype) -> Tensor:
         """The main model's streams [n, hc_mult, hidden] of the last position of each of `slots`."""

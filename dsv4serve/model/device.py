@@ -1,4 +1,4 @@
-"""The network on a GPU: the formulas of `transformer`, `block`, `attention` and `moe`, in the order of the kernels.
+"""The network on a GPU: formulas of `transformer`, `block`, `attention`, `moe` and `mtp`, in the order of the kernels.
 
 Two things make this a file of its own (docs/adr/0005): the end of one sublayer and the start of the next are one
 operation here, so streams travel with an output that is still to be added; and what several products take is
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
+from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.library import linear_bf16, linear_fp8
 from dsv4_kernels.mega_moe.tiles import empty_tiles
 from dsv4_kernels.mega_moe.triton import choose_tile, expert_parts
@@ -27,6 +27,7 @@ from dsv4_kernels.router.triton import route
 from dsv4serve.config import ModelConfig
 from dsv4serve.model.attention import rope_table_frequencies
 from dsv4serve.model.block import HyperConnection
+from dsv4serve.model.mtp import PREFIX
 
 # A mapping from names of weights/device.py to tensors, Fp8Weight and Fp4Weight.
 Weights = Mapping[str, Any]
@@ -63,15 +64,20 @@ class DeviceStep(Protocol):
             raw: f32 [rows, ..], what `layer.w_raw` gives; None where the layer has none.
         """
 
+    def keep(self, layer: DeviceAttention, kv: Tensor) -> None:
+        """Store the rows' keys, bf16 [rows, head_dim] before norm and RoPE, and nothing else."""
+
 
 class DeviceAttention:
-    """Products of one attention layer. `prefix` is "layers.N."."""
+    """Products of one attention layer. `prefix` is "layers.N." or "mtp.0."."""
 
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str, index: int, frequencies: Tensor) -> None:
         self.config, self.index, self.frequencies = config, index, frequencies
         self.ratio = config.compress_ratios[index]
         attn = prefix + "attn."
         self.w_latent: Fp8Weight = weights[attn + "latent"]
+        rank = config.q_lora_rank
+        self.w_kv = Fp8Weight(self.w_latent.codes[rank:], self.w_latent.exponents[rank // GROUP :])  # no copy
         self.w_query: Fp8Weight = weights[attn + "query"]
         self.w_raw: Tensor | None = weights.get(attn + "raw")
         self.wo_a: Fp8Weight = weights[attn + "wo_a.weight"]
@@ -94,6 +100,10 @@ class DeviceAttention:
         raw = None if self.w_raw is None else linear_bf16(x, self.w_raw)
         output = step.attend(self, queries, latent[:, rank:], raw)
         return grouped_out_proj(output, self.wo_a, self.wo_b)
+
+    def keep(self, x_fp8: Fp8Rows, step: DeviceStep) -> None:
+        """All that later rows of a layer without entries see of these: store their keys."""
+        step.keep(self, linear_fp8(x_fp8, self.w_kv))
 
 
 class DeviceMoE:
@@ -145,10 +155,12 @@ class DeviceMoE:
 
 
 class DeviceBlock:
-    """Attention and MoE, each entered through a boundary that ends the sublayer before it."""
+    """Attention and MoE, each entered through a boundary that ends the sublayer before it.
 
-    def __init__(self, config: ModelConfig, weights: Weights, index: int, frequencies: Tensor) -> None:
-        prefix = f"layers.{index}."
+    `prefix` is "layers.N." or "mtp.0.", `index` the layer's number in the cache.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str, index: int, frequencies: Tensor) -> None:
         self.config = config
         self.attention = DeviceAttention(config, weights, prefix, index, frequencies)
         self.moe = DeviceMoE(config, weights, prefix)
@@ -162,6 +174,10 @@ class DeviceBlock:
         rows = Streams(streams, self.attention(x, x_fp8, step), post, comb)
         streams, x, x_fp8, post, comb = self._boundary(rows, self.ffn_hc, self.ffn_norm)
         return Streams(streams, self.moe(x, x_fp8, token_ids, step), post, comb)
+
+    def keep(self, rows: Streams, step: DeviceStep) -> None:
+        """Store the keys of the rows, which depend on no other row: without attention and experts."""
+        self.attention.keep(self._boundary(rows, self.attn_hc, self.attn_norm)[2], step)
 
     def _boundary(
         self, rows: Streams, hc: HyperConnection, norm: Tensor
@@ -182,22 +198,78 @@ class DeviceBlock:
         )
 
 
-class DeviceTransformer:
-    """The whole network over weights in the device layout; no MTP block."""
+class DeviceHead:
+    """Collapse of the streams, and the product with the whole vocabulary. `prefix` is "" or "mtp.0."."""
 
-    mtp = None
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
+        self.config = config
+        self.hc = tuple(weights[f"{prefix}hc_head_{part}"] for part in ("fn", "base", "scale"))
+        self.norm, self.head = weights[prefix + "norm.weight"], weights["head.weight"]
+
+    def collapse(self, rows: Streams) -> tuple[Tensor, Tensor]:
+        """Streams [rows, c, hidden] with all that was to be added, and what `logits` takes: bf16 [rows, hidden]."""
+        config = self.config
+        return mhc_head(
+            rows.streams,
+            *self.hc,
+            self.norm,
+            hc_eps=config.hc_eps,
+            norm_eps=config.rms_norm_eps,
+            output=rows.output,
+            post=rows.post,
+            comb=rows.comb,
+        )
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Float32 logits [rows, vocab]: exact products, float32 sums."""
+        return linear_bf16(x, self.head)
+
+
+class DeviceMtp:
+    """The MTP block: `mtp.MtpBlock` in the order of the kernels."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, embedding: Tensor, frequencies: Tensor) -> None:
+        self.config, self.embedding = config, embedding
+        self.e_proj: Fp8Weight = weights[PREFIX + "e_proj.weight"]
+        self.h_proj: Fp8Weight = weights[PREFIX + "h_proj.weight"]
+        self.e_norm, self.h_norm = weights[PREFIX + "enorm.weight"], weights[PREFIX + "hnorm.weight"]
+        self.block = DeviceBlock(config, weights, PREFIX, config.num_hidden_layers, frequencies)
+        self.head = DeviceHead(config, weights, PREFIX)
+
+    def advance(self, streams: Tensor, next_ids: Tensor, step: DeviceStep) -> Streams:
+        """Streams bf16 [rows, c, hidden] of positions i, next_ids int64 [rows] = token i + 1 -> the block's own rows,
+        whose collapse gives the logits of token i + 2 and whose streams are the input of a chained draft."""
+        return self.block(self._mix(streams, next_ids), next_ids, step)
+
+    def keep(self, streams: Tensor, next_ids: Tensor, step: DeviceStep) -> None:
+        """Store all that later rows see of these."""
+        self.block.keep(self._mix(streams, next_ids), step)
+
+    def _mix(self, streams: Tensor, next_ids: Tensor) -> Streams:
+        """The block's input."""
+        eps = self.config.rms_norm_eps
+        embedded = torch.nn.functional.embedding(next_ids, self.embedding)
+        token = linear_fp8(rms_norm_fp8(embedded, self.e_norm, eps), self.e_proj)
+        hidden = linear_fp8(rms_norm_fp8(streams.flatten(0, 1), self.h_norm, eps), self.h_proj).view_as(streams)
+        return Streams(token.unsqueeze(1) + hidden)
+
+
+class DeviceTransformer:
+    """The whole network over weights in the device layout; `mtp` is None where the MTP block was not loaded."""
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.config, self.dtype = config, torch.bfloat16
-        self.embedding, self.head = weights["embed.weight"], weights["head.weight"]
+        self.embedding = weights["embed.weight"]
         self.device = self.embedding.device
         frequencies = [rope_table_frequencies(config, kind, self.device).float() for kind in (False, True)]
         self.blocks = [
-            DeviceBlock(config, weights, index, frequencies[ratio > 0])
+            DeviceBlock(config, weights, f"layers.{index}.", index, frequencies[ratio > 0])
             for index, ratio in enumerate(config.layer_ratios)
         ]
-        self.hc_head = tuple(weights[f"hc_head_{part}"] for part in ("fn", "base", "scale"))
-        self.norm = weights["norm.weight"]
+        self.head = DeviceHead(config, weights, "")
+        self.mtp = None
+        if PREFIX + "e_proj.weight" in weights:
+            self.mtp = DeviceMtp(config, weights, self.embedding, frequencies[False])
 
     def __call__(self, token_ids: Tensor, step: DeviceStep) -> Streams:
         """token_ids int64 [rows] -> rows after the last layer."""
@@ -208,16 +280,5 @@ class DeviceTransformer:
         return rows
 
     def logits(self, rows: Streams) -> Tensor:
-        """Float32 logits [rows, vocab]: exact products, float32 sums."""
-        config = self.config
-        x = mhc_head(
-            rows.streams,
-            *self.hc_head,
-            self.norm,
-            hc_eps=config.hc_eps,
-            norm_eps=config.rms_norm_eps,
-            output=rows.output,
-            post=rows.post,
-            comb=rows.comb,
-        )
-        return linear_bf16(x, self.head)
+        """Float32 logits [rows, vocab]."""
+        return self.head.logits(self.head.collapse(rows)[1])

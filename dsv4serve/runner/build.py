@@ -29,11 +29,7 @@ def build_runner(config: EngineConfig, progress: bool = False) -> Runner:
 
         return build_device_runner(config, model, progress)
     plan = cache_plan(config, model, available_memory_bytes())
-    if config.num_draft_tokens and not model.num_nextn_predict_layers:
-        raise ConfigError(
-            f"num_draft_tokens is {config.num_draft_tokens}, but {config.model} has no MTP block "
-            "(num_nextn_predict_layers is 0); use 0"
-        )
+    require_mtp_block(config, model)
     weights = load_weights(config, model, progress)
     if cpu.library is not None and config.numerics is Numerics.EXACT:  # torch's kernels would convert them in each step
         halve(weights)
@@ -45,6 +41,15 @@ def build_runner(config: EngineConfig, progress: bool = False) -> Runner:
         read_vocabulary=lambda: read_vocabulary(config.model, model.vocab_size),
         shadow_steps=config.shadow_steps,
     )
+
+
+def require_mtp_block(config: EngineConfig, model: ModelConfig) -> None:
+    """Raise ConfigError when drafts are wanted that the model cannot make."""
+    if config.num_draft_tokens and not model.num_nextn_predict_layers:
+        raise ConfigError(
+            f"num_draft_tokens is {config.num_draft_tokens}, but {config.model} has no MTP block "
+            "(num_nextn_predict_layers is 0); use 0"
+        )
 
 
 def cache_plan(config: EngineConfig, model: ModelConfig, free_bytes: int) -> CapacityPlan:

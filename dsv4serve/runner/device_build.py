@@ -9,7 +9,7 @@ from dsv4serve.constrained.vocabulary import read_vocabulary
 from dsv4serve.memory import CapacityPlan
 from dsv4serve.memory.activations import step_bytes
 from dsv4serve.model.device import DeviceTransformer
-from dsv4serve.runner.build import cache_plan
+from dsv4serve.runner.build import cache_plan, require_mtp_block
 from dsv4serve.runner.device_batch import bucket_of
 from dsv4serve.runner.device_runner import DeviceRunner
 from dsv4serve.runner.graphs import max_step_rows
@@ -29,6 +29,7 @@ def build_device_runner(config: EngineConfig, model: ModelConfig, progress: bool
     """
     require_settings(config)
     require_kernels(model)
+    require_mtp_block(config, model)
     plan = device_plan(config, model, free_device_bytes())
     device = torch.device("cuda", torch.cuda.current_device())
     unpacked = torch.cuda.get_device_capability(device)[0] < FIRST_FP4
@@ -55,15 +56,16 @@ def free_device_bytes() -> int:
 
 def reserved_bytes(config: EngineConfig, model: ModelConfig) -> int:
     """What is neither weights nor cache: the largest step, and RESERVE_BYTES."""
-    num_rows = bucket_of(max_step_rows(config.max_step_tokens, config.max_running_requests))
-    return RESERVE_BYTES + step_bytes(model, num_rows, bucket_of(config.max_running_requests))
+    num_requests, num_drafts = config.max_running_requests, config.num_draft_tokens
+    num_rows = bucket_of(max_step_rows(config.max_step_tokens, num_requests, num_drafts))
+    return RESERVE_BYTES + step_bytes(model, num_rows, bucket_of(num_requests), num_drafts)
 
 
 def device_plan(config: EngineConfig, model: ModelConfig, free_bytes: int) -> CapacityPlan:
     """The capacity plan on a device with `free_bytes`: the cache gets of what weights and steps leave."""
-    reserved = reserved_bytes(config, model)
-    require_device_memory(model, max(0, free_bytes - reserved))
-    left = free_bytes - reserved - device_bytes(model)
+    reserved, has_drafts = reserved_bytes(config, model), config.num_draft_tokens > 0
+    require_device_memory(model, has_drafts, max(0, free_bytes - reserved))
+    left = free_bytes - reserved - device_bytes(model, has_drafts)
     if config.cache_bytes > left:
         raise CapacityError(
             f"cache_bytes is {config.cache_bytes:,}; the weights, and {reserved:,} bytes for steps, leave {left:,} on "
@@ -76,16 +78,12 @@ def require_settings(config: EngineConfig) -> None:
     """Raise ConfigError for settings that the device engine does not have (yet)."""
     wrong = {
         f"numerics {config.numerics.value!r}": config.numerics is not Numerics.OFFICIAL,
-        f"num_draft_tokens {config.num_draft_tokens}": config.num_draft_tokens > 0,
         "check_numerics": config.check_numerics,
         f"shadow_steps {config.shadow_steps}": config.shadow_steps > 0,
         f"expert_activations {config.expert_activations.value!r}": config.expert_activations
         is not ExpertActivations.FP8,
     }
-    allowed = (
-        "device 'cuda' takes numerics 'official', expert_activations 'fp8', num_draft_tokens 0, shadow_steps 0 and no "
-        "check_numerics"
-    )
+    allowed = "device 'cuda' takes numerics 'official', expert_activations 'fp8', shadow_steps 0 and no check_numerics"
     for setting, is_wrong in wrong.items():
         if is_wrong:
             raise ConfigError(f"{setting} works on CPU only: {allowed}; change it or use --device cpu")

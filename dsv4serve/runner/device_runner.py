@@ -1,8 +1,8 @@
 """The runner on a GPU. Slots, tails, requests and answers are those of `Runner`; the forward is the device's.
 
-A step replays a graph and samples on the device; the host submits the next one before it reads back the tokens, one for
-each request. A request that wants more of its logits than a token (penalties, bias, bans, a grammar, log probabilities)
-sends its step's logits to the host, where `Sampler` does what it does on CPU; the next step is submitted after that.
+A step replays a graph, makes drafts and samples on the device; the host submits the next one before it reads back the
+tokens. Of a request that wants more of its logits than tokens (penalties, bias, bans, a grammar, log probabilities) the
+row comes to the host, where `Sampler` does what it does on CPU, before the next step is submitted. It gets no drafts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from dsv4_kernels.sampling import NonFiniteLogits, uniform
+from dsv4_kernels.sampling import COIN, DRAFT, NonFiniteLogits, uniform
 from dsv4serve.constrained.vocabulary import Vocabulary, no_vocabulary
 from dsv4serve.memory import CapacityPlan
 from dsv4serve.model.device import DeviceTransformer, Streams
@@ -21,14 +21,14 @@ from dsv4serve.runner.device_batch import LAST_TOKEN, BatchOutput, DeviceForward
 from dsv4serve.runner.graphs import StepGraphs, max_step_rows
 from dsv4serve.runner.runner import Runner
 from dsv4serve.runner.sampler import row_bytes
-from dsv4serve.types import PAGE_TOKENS, PageAppend, SchedulerOutput, StepOutput
+from dsv4serve.types import PAGE_TOKENS, PageAppend, SamplingParams, SchedulerOutput, StepOutput
 
 
 class DeviceRunner(Runner):
     """Runs steps over a cache on the device of `transformer`, one at a time there, one ahead of the host.
 
     Args:
-        plan: a layout of official formats without drafts.
+        plan: a layout of official formats; with room for drafts only if the transformer has an MTP block.
         max_step_tokens: as the scheduler has it.
     """
 
@@ -41,19 +41,30 @@ class DeviceRunner(Runner):
         max_step_tokens: int,
         read_vocabulary: Callable[[], Vocabulary] = no_vocabulary,
     ) -> None:
-        assert not plan.layout.num_draft_tokens, "the device engine has no drafts"
         super().__init__(transformer, plan, read_vocabulary=read_vocabulary)
         max_pages = -(-plan.max_model_len // PAGE_TOKENS)
+        num_drafts = plan.layout.num_draft_tokens
         self.forward = DeviceForward(transformer, self.pools, max_pages)
-        self.graphs = StepGraphs(self.forward, plan.num_slots, max_step_rows(max_step_tokens, plan.num_slots))
+        max_rows = max_step_rows(max_step_tokens, plan.num_slots, num_drafts)
+        self.graphs = StepGraphs(self.forward, plan.num_slots, max_rows, num_drafts)
         self._max_pages = max_pages
         self._new_pages: dict[int, int] = {}  # by place in the page table, to be written before the next forward
         self._end_last: Callable[[], object] = _nothing  # of the step before: what the host has to decide
+        self.verifying: dict[int, int] = {}  # by slot: the step under way that decides where its request goes on
+
+    def may_draft(self, params: SamplingParams) -> bool:
+        """See the protocol: what the host does to logits is done to rows without drafts only."""
+        return super().may_draft(params) and params.wants_only_tokens
 
     def submit(self, output: SchedulerOutput) -> Callable[[], StepOutput]:
         """Begin a step on the device. See Runner.submit."""
         self._end_last()
+        for start in output.starts:
+            self.verifying.pop(start.slot, None)  # that request has ended
         return super().submit(output)
+
+    def _make_chain(self) -> None:
+        """The device makes its drafts itself."""
 
     def _append(self, append: PageAppend) -> None:
         first = append.slot * self._max_pages + self._slots.append(append)
@@ -67,13 +78,17 @@ class DeviceRunner(Runner):
         result = StepOutput(step_id=output.step_id)
         if not output.num_tokens:
             return lambda: result
-        slots, chunks = self._slots, output.chunks
+        slots, chunks, verifies = self._slots, output.chunks, output.verifies
+        num_drafts = [verify.num_draft_tokens for verify in verifies]
         batch = [chunk.slot for chunk in chunks] + output.decodes
         counts = [len(chunk.token_ids) for chunk in chunks] + [1] * len(output.decodes)
-        ids = [token for chunk in chunks for token in chunk.token_ids] + [LAST_TOKEN] * len(output.decodes)
+        num_plain = len(batch)
+        batch += [verify.slot for verify in verifies]
+        ids = [token for chunk in chunks for token in chunk.token_ids]
+        ids += [LAST_TOKEN] * (len(output.decodes) + len(verifies) + sum(num_drafts))
         prompt_rows = self._prompt_rows(chunks)
         has_logprobs = any(slots.params(chunk.slot).num_prompt_logprobs is not None for chunk in chunks)
-        columns = self._columns(batch, counts)
+        columns = self._columns(batch, counts + [1 + num for num in num_drafts], [0] * num_plain + num_drafts)
         if self._new_pages:
             self.forward.append_pages(list(self._new_pages), list(self._new_pages.values()))
             self._new_pages = {}
@@ -84,63 +99,87 @@ class DeviceRunner(Runner):
             for slot, rows in prompt_rows.items():
                 index = torch.tensor(rows, device=self.forward.device)
                 result.prompt_logits[slot] = row_bytes(self._logits(computed.rows[index]))
-        for slot, count in zip(batch, counts, strict=True):
+        for slot, count in zip(batch[:num_plain], counts, strict=True):
             slots.num_computed[slot] += count
-        samples = [chunk.samples for chunk in chunks] + [True] * len(output.decodes)
-        places = [place for place, wanted in enumerate(samples) if wanted]
-        return self._sample(computed, places, [batch[place] for place in places], result)
+        self.verifying |= dict.fromkeys(batch[num_plain:], output.step_id)
+        samples = [chunk.samples for chunk in chunks] + [True] * (len(batch) - len(chunks))
+        return self._sample(computed, {slot: at for at, slot in enumerate(batch) if samples[at]}, result)
 
-    def _columns(self, batch: list[int], counts: list[int]) -> dict[str, list[int] | list[float]]:
-        """INPUTS of the step's requests."""
-        slots = self._slots
+    def _columns(
+        self, batch: list[int], counts: list[int], num_drafts: list[int]
+    ) -> dict[str, list[int] | list[float]]:
+        """Inputs of the step's requests."""
+        slots, most = self._slots, max(num_drafts)
         params = [slots.params(slot) for slot in batch]
+        seeds = [(p.seed, slots.num_outputs[slot]) for p, slot in zip(params, batch, strict=True)]
+
+        def numbers(offset: int, stream: int) -> list[float]:
+            return [uniform(seed, index + offset, stream) for seed, index in seeds]
+
         return {
             "slot": batch,
             "start": [slots.num_computed[slot] for slot in batch],
             "count": counts,
+            "num_drafts": num_drafts,
             "top_k": [p.top_k for p in params],
             "temperature": [p.temperature for p in params],
             "top_p": [p.top_p for p in params],
             "min_p": [p.min_p for p in params],
-            "uniform": [uniform(p.seed, slots.num_outputs[slot]) for p, slot in zip(params, batch, strict=True)],
+            **{f"draw{place}": numbers(place, 0) for place in range(most + 1)},
+            **{f"coin{place}": numbers(place, COIN) for place in range(most)},
+            **{f"draft{place}": numbers(place, DRAFT) for place in range(most)},
         }
 
-    def _sample(
-        self, computed: BatchOutput, places: list[int], sampling: list[int], result: StepOutput
-    ) -> Callable[[], StepOutput]:
-        """Take the tokens of the requests at `places` of the batch, in the slots `sampling`, when they are there."""
-        if not places:
-            return lambda: result
-        if all(map(self._is_plain, sampling)):
-            tokens, arrived = _read_back(computed.tokens)
-            for slot in sampling:
-                self._slots.num_outputs[slot] += 1  # the next step counts on it
+    def _sample(self, computed: BatchOutput, places: dict[int, int], result: StepOutput) -> Callable[[], StepOutput]:
+        """Take the new tokens of the slots at these places of the batch, when they are there.
 
-            def read() -> StepOutput:
-                arrived()
-                begin = perf_counter()
-                chosen = tokens[places].tolist()
-                if -1 in chosen:
-                    raise NonFiniteLogits([row for row, token in enumerate(chosen) if token == -1])
-                result.slots, result.token_ids = sampling, [[token] for token in chosen]
-                result.sample_s = perf_counter() - begin
-                return result
-
-            return read
+        Those of requests that want more of their logits than a token are chosen here, before the next step begins.
+        """
+        plain = {slot: place for slot, place in places.items() if self._is_plain(slot)}
+        others = {slot: place for slot, place in places.items() if slot not in plain}
+        tokens, arrived = _read_back(computed.tokens) if plain else (computed.tokens, _nothing)
+        for slot in plain.keys() - self.verifying.keys():
+            self._slots.num_outputs[slot] += 1  # the next step counts on it
 
         @torch.inference_mode()
-        def draw() -> StepOutput:
+        def draw() -> None:
             if self._end_last is draw:
                 self._end_last = _nothing
-                logits = computed.logits[torch.tensor(places, device=self.forward.device)].cpu()
+                logits = computed.logits[torch.tensor(list(others.values()), device=self.forward.device)].cpu()
                 begin = perf_counter()
-                self._sampler.draw(logits, sampling, result)
-                self.forward.set_last_tokens(result.slots, [tokens[-1] for tokens in result.token_ids])
+                self._sampler.draw(logits, list(others), result)
+                chosen = [new[-1] for new in result.token_ids]
+                self.forward.set_last_tokens(list(others), chosen)
                 result.sample_s = perf_counter() - begin
+
+        if others:
+            self._end_last = draw
+
+        def read() -> StepOutput:
+            draw()
+            arrived()
+            begin = perf_counter()
+            self._take(plain, tokens, result)
+            result.sample_s += perf_counter() - begin
             return result
 
-        self._end_last = draw
-        return draw
+        return read
+
+    def _take(self, places: dict[int, int], tokens: Tensor, result: StepOutput) -> None:
+        """Put what the device chose, as BatchOutput has it, into the result."""
+        rows: list[list[int]] = tokens[list(places.values())].tolist() if places else []
+        wrong = [at for at, row in enumerate(rows) if row[0] == -1]
+        if wrong:
+            raise NonFiniteLogits(wrong)
+        for slot, (last, *rest) in zip(places, rows, strict=True):
+            num_accepted, num_wrong, *drafts = rest or (0, 0)
+            result.slots.append(slot)
+            result.token_ids.append([*drafts[:num_accepted], last])
+            result.num_nonfinite_drafts += num_wrong
+            if self.verifying.get(slot) == result.step_id:
+                self._slots.num_computed[slot] += 1 + num_accepted
+                self._slots.num_outputs[slot] += 1 + num_accepted
+                del self.verifying[slot]
 
     def _is_plain(self, slot: int) -> bool:
         """The request wants nothing but a token."""

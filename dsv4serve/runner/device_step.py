@@ -31,13 +31,13 @@ class PagedDeviceStep:
         pools: the cache, official formats, on the device of `rows`.
         rows: of the step; every slot and page that they name belongs to the step's requests alone.
         page_table: int32 [slots, pages].
-        one_row_each: no request has more than one row. Then no window row has to wait for `commit`, which is left out:
-            a ring takes `ring_room`, at least one, row of a request before attention.
+        fits_rings: no request has more rows than one and the drafts of a verify. So many a ring takes before attention
+            (`ring_room`); no window row has to wait for `commit`, which is left out.
     """
 
-    def __init__(self, pools: CachePools, rows: Rows, page_table: Tensor, one_row_each: bool = False) -> None:
+    def __init__(self, pools: CachePools, rows: Rows, page_table: Tensor, fits_rings: bool = False) -> None:
         self.rows, self._pools, self._page_table = rows, pools, page_table
-        self._one_row_each = one_row_each
+        self._fits_rings = fits_rings
         self._rotations: dict[tuple[int, int], Tensor] = {}
         num_rows = len(rows.positions)
         widths = pools.layout.layers[0].window.plane_bytes
@@ -54,16 +54,13 @@ class PagedDeviceStep:
     def attend(self, layer: DeviceAttention, queries: Tensor, kv: Tensor, raw: Tensor | None) -> Tensor:
         """See `DeviceStep.attend`."""
         config, rows, cache = layer.config, self.rows, self._pools.layers[layer.index]
-        eps, ring_rows = config.rms_norm_eps, self._pools.layout.window_ring_rows
-        window = config.sliding_window
-        rotations = self._rotate(layer, 1)
-        store_kv(kv, layer.kv_norm, eps, rotations, rows, self._step_planes, cache.window, ring_rows, window)
-        chosen = None
+        rotations, chosen = self._rotate(layer, 1), None
+        self._store(layer, kv)
         if layer.ratio == C4:
             q, chosen = self._c4(layer, cache, queries, _present(raw))
         else:
             heads = queries.unflatten(1, (config.num_attention_heads, config.head_dim))
-            q = prepare_q(heads, eps, rotations, rows)
+            q = prepare_q(heads, config.rms_norm_eps, rotations, rows)
         if layer.ratio == C128:
             self._c128(layer, cache, _present(raw))
         output = sparse_attention(
@@ -71,8 +68,8 @@ class PagedDeviceStep:
             rows,
             self._step_planes,
             cache.window,
-            ring_rows,
-            window,
+            self._pools.layout.window_ring_rows,
+            config.sliding_window,
             layer.sink,
             rotations,
             entry_planes=cache.entries,
@@ -81,9 +78,26 @@ class PagedDeviceStep:
             page_tokens=PAGE_TOKENS,
             chosen=chosen,
         )
-        if not self._one_row_each:
-            commit(rows, self._step_planes, cache.window, ring_rows, window)
+        self._commit(layer)
         return output
+
+    def keep(self, layer: DeviceAttention, kv: Tensor) -> None:
+        """See `DeviceStep.keep`."""
+        self._store(layer, kv)
+        self._commit(layer)
+
+    def _store(self, layer: DeviceAttention, kv: Tensor) -> None:
+        """Window rows to the step's own rows and, where they fit, to the ring."""
+        config, ring = layer.config, self._pools.layers[layer.index].window
+        ring_rows, window = self._pools.layout.window_ring_rows, config.sliding_window
+        rotations, eps = self._rotate(layer, 1), config.rms_norm_eps
+        store_kv(kv, layer.kv_norm, eps, rotations, self.rows, self._step_planes, ring, ring_rows, window)
+
+    def _commit(self, layer: DeviceAttention) -> None:
+        """The other window rows to the ring."""
+        if not self._fits_rings:
+            ring, layout = self._pools.layers[layer.index].window, self._pools.layout
+            commit(self.rows, self._step_planes, ring, layout.window_ring_rows, layer.config.sliding_window)
 
     def _c4(self, layer: DeviceAttention, cache: LayerCache, queries: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Close entries and index keys, prepare queries, choose: heads of attention and int32 [rows, index_topk]."""
@@ -139,7 +153,7 @@ class PagedDeviceStep:
             self.rows,
             self._page_table,
             PAGE_TOKENS,
-            _present(cache.c128_state)[:, 0],
+            _present(cache.c128_state),
             _present(cache.entries),
             _present(cache.layout.entry),
         )

@@ -25,31 +25,42 @@ HOST_BUFFERS = 2  # of a bucket: one is filled while the copy of the step before
 
 
 class Bucket(NamedTuple):
-    """What a step is padded to. As many rows as requests: nothing but decodes."""
+    """What a step is padded to. One row a request and one for each of its drafts: nothing but decodes and verifies."""
 
     num_rows: int
     num_requests: int
+    num_drafts: int = 0  # most of a request
 
 
-def max_step_rows(max_step_tokens: int, num_slots: int) -> int:
-    """Rows of the largest step: a chunk gets one page even beside decodes in every slot."""
-    return max(max_step_tokens, num_slots + PAGE_TOKENS)
+def max_step_rows(max_step_tokens: int, num_slots: int, num_draft_tokens: int) -> int:
+    """Rows of the largest step: a chunk gets one page even beside decodes in every slot, and a bucket of its own."""
+    return max(max_step_tokens, num_slots + PAGE_TOKENS, bucket_of(num_slots) * (1 + num_draft_tokens) + 1)
 
 
-def buckets(num_slots: int, max_rows: int) -> list[Bucket]:
-    """Of steps with up to `num_slots` requests and `max_rows` rows, ascending: decodes, then steps with chunks."""
+def buckets(num_slots: int, max_rows: int, num_draft_tokens: int) -> list[Bucket]:
+    """Of steps with up to `num_slots` requests and `max_rows` rows, by ascending numbers of drafts: decodes, then steps
+    with chunks, which have no drafts or the most."""
     requests = sorted({bucket_of(size) for size in range(1, num_slots + 1)})
-    most = requests[-1]
-    rows = sorted({bucket_of(size) for size in range(most + 1, max(max_rows, most + 1) + 1)})
-    return [Bucket(size, size) for size in requests] + [Bucket(size, most) for size in rows]
+    found = []
+    for num_drafts in range(num_draft_tokens + 1):
+        found += [Bucket(size * (1 + num_drafts), size, num_drafts) for size in requests]
+        if num_drafts in (0, num_draft_tokens):
+            least = requests[-1] * (1 + num_drafts) + 1
+            rows = sorted({bucket_of(size) for size in range(least, max(max_rows, least) + 1)})
+            found += [Bucket(size, requests[-1], num_drafts) for size in rows]
+    return found
 
 
-def bucket_for(num_rows: int, num_requests: int, num_slots: int) -> Bucket:
-    """The bucket of a step. One with chunks has more rows than requests, so that the two are never mixed up."""
-    if num_rows == num_requests:
-        return Bucket(bucket_of(num_rows), bucket_of(num_requests))
-    most = bucket_of(num_slots)
-    return Bucket(bucket_of(max(num_rows, most + 1)), most)
+def bucket_for(counts: Sequence[int], num_slots: int, num_drafts: int = 0, num_draft_tokens: int = 0) -> Bucket:
+    """The bucket of a step of requests with so many rows each, of which at most `num_drafts` are drafts.
+
+    One with chunks has more rows than one with as many drafts and none, so that the two are never mixed up.
+    """
+    if max(counts) <= 1 + num_drafts:
+        size = bucket_of(len(counts))
+        return Bucket(size * (1 + num_drafts), size, num_drafts)
+    most, num_drafts = bucket_of(num_slots), num_draft_tokens if num_drafts else 0
+    return Bucket(bucket_of(max(sum(counts), most * (1 + num_drafts) + 1)), most, num_drafts)
 
 
 class StepGraphs:
@@ -60,10 +71,10 @@ class StepGraphs:
     until the next is begun.
     """
 
-    def __init__(self, forward: DeviceForward, num_slots: int, max_rows: int) -> None:
-        self._forward, self._num_slots = forward, num_slots
+    def __init__(self, forward: DeviceForward, num_slots: int, max_rows: int, num_draft_tokens: int) -> None:
+        self._forward, self._num_slots, self._num_draft_tokens = forward, num_slots, num_draft_tokens
         self._is_cuda = forward.device.type == "cuda"
-        self.buckets = buckets(num_slots, max_rows)
+        self.buckets = buckets(num_slots, max_rows, num_draft_tokens)
         self._host: dict[Bucket, list[tuple[Tensor, Tensor]]] = {}  # the next one to be filled is the first
         self._inputs: dict[Bucket, tuple[Tensor, Tensor]] = {}
         self._replays: dict[Bucket, tuple[Callable[[], None], BatchOutput]] = {}
@@ -72,7 +83,7 @@ class StepGraphs:
     def capture(self, progress: bool = False) -> None:
         """Capture all buckets, the largest first, whose memory the others then use. Padding only: writes nothing."""
         pool = torch.cuda.graph_pool_handle()
-        for bucket in track(self.buckets[::-1], "capturing graphs", progress):
+        for bucket in track(sorted(self.buckets, reverse=True), "capturing graphs", progress):
             self.eager(bucket)  # compiles
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -86,11 +97,13 @@ class StepGraphs:
         """One step.
 
         Args:
-            columns: INPUTS of its requests.
-            token_ids: of its rows; LAST_TOKEN = what the request's slot sampled last.
+            columns: inputs of its requests, by name (`input_names`).
+            token_ids: of its rows; LAST_TOKEN = what the request's slot sampled last, and its drafts.
             keeps_rows: the rows' streams are wanted too; such a step runs eagerly.
         """
-        bucket = bucket_for(len(token_ids), len(columns["slot"]), self._num_slots)
+        num_drafts = max(map(int, columns["num_drafts"]))
+        counts = list(map(int, columns["count"]))
+        bucket = bucket_for(counts, self._num_slots, num_drafts, self._num_draft_tokens)
         self.fill(bucket, columns, token_ids)
         return self.replay(bucket) if bucket in self._replays and not keeps_rows else self.eager(bucket, keeps_rows)
 
@@ -105,7 +118,7 @@ class StepGraphs:
             target.copy_(source, non_blocking=True)
 
     def inputs(self, bucket: Bucket) -> Tensor:
-        """INPUTS int64 [8, requests] of the bucket's last step, on the device."""
+        """int64 [inputs, requests] of the bucket's last step, on the device."""
         return self._inputs[bucket][0]
 
     def replay(self, bucket: Bucket) -> BatchOutput:
@@ -123,7 +136,7 @@ class StepGraphs:
         if bucket not in self._host:
             self._host[bucket] = [
                 (
-                    empty_inputs(bucket.num_requests, pinned=self._is_cuda),
+                    empty_inputs(bucket.num_requests, bucket.num_drafts, pinned=self._is_cuda),
                     torch.full((bucket.num_rows,), LAST_TOKEN, dtype=torch.int64, pin_memory=self._is_cuda),
                 )
                 for _ in range(HOST_BUFFERS)

@@ -24,7 +24,16 @@ from dsv4serve.runner.sentinel import Sentinel
 from dsv4serve.runner.shadow import ShadowCheck
 from dsv4serve.runner.slots import SlotTable
 from dsv4serve.speculative import Advance, MtpChain
-from dsv4serve.types import PAGE_TOKENS, Chunk, Constraint, PageAppend, SchedulerOutput, StepOutput, Verify
+from dsv4serve.types import (
+    PAGE_TOKENS,
+    Chunk,
+    Constraint,
+    PageAppend,
+    SamplingParams,
+    SchedulerOutput,
+    StepOutput,
+    Verify,
+)
 
 
 class Runner:
@@ -62,9 +71,14 @@ class Runner:
         self._sampler = Sampler(self._slots, self._constraints)
         self._no_pages = np.empty((0, 0), dtype=np.int64)
         self._shadow = ShadowCheck(transformer, self.pools, shadow_steps) if shadow_steps else None
-        self._chain = None
-        if plan.layout.num_draft_tokens:
-            self._chain = MtpChain(transformer, self.pools, self._mtp_step)
+        self._chain = self._make_chain() if plan.layout.num_draft_tokens else None
+
+    def _make_chain(self) -> MtpChain | None:
+        return MtpChain(self.transformer, self.pools, self._mtp_step)
+
+    def may_draft(self, params: SamplingParams) -> bool:
+        """Whether drafts may be made for a request with these parameters."""
+        return params.may_speculate
 
     @torch.inference_mode()
     def submit(self, output: SchedulerOutput) -> Callable[[], StepOutput]:

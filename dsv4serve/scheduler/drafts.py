@@ -8,6 +8,11 @@ kept as ratios to the steps around them, and remembered for long; the machine's 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
+
+from dsv4serve.types import SamplingParams
+
 MEMORY = 128.0  # judged drafts after which an observation has lost two thirds of its weight
 PRIOR = 0.7  # accept rate of a draft, given that those before it were accepted, before anything was seen,
 PRIOR_WEIGHT = 4.0  # and of how many drafts that counts as
@@ -24,10 +29,13 @@ class DraftPolicy:
     Args:
         most: drafts that rings and states have room for, at least 1.
         adaptive: choose what gives the most tokens per second; else always `most`.
+        may_draft: whether the runner makes drafts for a request with these parameters.
     """
 
-    def __init__(self, most: int, adaptive: bool) -> None:
-        self.most, self._adaptive = most, adaptive
+    def __init__(
+        self, most: int, adaptive: bool, may_draft: Callable[[SamplingParams], bool] = attrgetter("may_speculate")
+    ) -> None:
+        self.most, self._adaptive, self.may_draft = most, adaptive, may_draft
         self._rates = [PRIOR] * most  # of first, second, .. drafts, given that those before were accepted
         self._counts = [PRIOR_WEIGHT] * most
         self._costs: dict[int, _Costs] = {}  # by size class of the batch

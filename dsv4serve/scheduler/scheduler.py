@@ -219,7 +219,7 @@ class Scheduler:
         verifying = []
         for state in self._decoding.values():
             num = min(most, state.draft_room)
-            if num > 0 and state.sampling.may_speculate:
+            if num > 0 and self._drafts.may_draft(state.sampling):
                 verifying.append((state, num))
         for state, _ in verifying:
             del self._decoding[state.slot]

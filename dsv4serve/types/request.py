@@ -63,6 +63,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.temperature == 0.0 or not self.is_repeatable
 
     @property
+    def wants_only_tokens(self) -> bool:
+        """Nothing changes the request's logits before a token is drawn, and nothing of them is sent back."""
+        changes = self.needs_history or self.logit_bias or self.banned_token_ids or self.min_tokens
+        return not changes and not self.return_logits and self.num_logprobs is None
+
+    @property
     def needs_history(self) -> bool:
         """Whether the runner must know the ids of the prompt, or of the output before a retraction."""
         return (

@@ -10,8 +10,8 @@
 | every other official name without `.scale` | FP8, or BF16 matrix | as stored |
 | the same, vectors, and F32 | float32; `gate.tid2eid` int32 | as stored |
 
-`<block>` is `layers.N`. Each is allocated once, on the device, and filled in place: there are never two copies. The MTP
-block is left out as long as the device engine has no drafts.
+`<block>` is `layers.N` or `mtp.0`. Each is allocated once, on the device, and filled in place: there are never two
+copies. The MTP block is left out where no drafts are wanted: one of Pro takes as much as any layer.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STACKS = {
 }
 _STACK_OF = {part: (stack, parts) for stack, parts in STACKS.items() for part in parts}
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(w[123])\.weight")
-_BLOCK = re.compile(r"(layers\.\d+\.)(.+)\.weight")
+_BLOCK = re.compile(r"((?:layers|mtp)\.\d+\.)(.+)\.weight")
 
 
 class Place(NamedTuple):
@@ -53,24 +53,24 @@ class Place(NamedTuple):
     expert: int
 
 
-def device_specs(config: ModelConfig) -> dict[str, TensorSpec]:
-    """Official name -> stored spec of all that the device holds, scales included."""
-    return {name: spec for name, spec in inventory(config).items() if not name.startswith("mtp.")}
+def device_specs(config: ModelConfig, has_drafts: bool) -> dict[str, TensorSpec]:
+    """Official name -> stored spec of all that the device holds, scales included; of the MTP block only for drafts."""
+    return {name: spec for name, spec in inventory(config).items() if has_drafts or not name.startswith("mtp.")}
 
 
-def device_bytes(config: ModelConfig) -> int:
+def device_bytes(config: ModelConfig, has_drafts: bool) -> int:
     """Bytes of the device layout."""
     total = 0
-    for name, spec in device_specs(config).items():
+    for name, spec in device_specs(config, has_drafts).items():
         is_value = not is_quantization_scale(name, spec)
         widened = 2 if is_value and spec.dtype == "BF16" and len(spec.shape) == 1 else 1
         total += spec.num_bytes * widened // (2 if spec.dtype == "I64" else 1)
     return total
 
 
-def require_device_memory(config: ModelConfig, free_bytes: int) -> None:
+def require_device_memory(config: ModelConfig, has_drafts: bool, free_bytes: int) -> None:
     """Raise CapacityError when the weights do not fit into the memory that the device has left."""
-    needed = device_bytes(config)
+    needed = device_bytes(config, has_drafts)
     if needed > free_bytes:
         raise CapacityError(f"the weights need {needed:,} bytes on the device; {free_bytes:,} are free")
 
@@ -80,10 +80,12 @@ class DeviceWeights:
 
     Args:
         unpacked: experts in the form for tensor cores without FP4 (below sm_100), see `Fp4Weight`.
+        has_drafts: with the MTP block.
     """
 
-    def __init__(self, config: ModelConfig, device: torch.device, unpacked: bool) -> None:
-        specs = {name: spec for name, spec in device_specs(config).items() if not is_quantization_scale(name, spec)}
+    def __init__(self, config: ModelConfig, device: torch.device, unpacked: bool, has_drafts: bool) -> None:
+        all_specs = device_specs(config, has_drafts)
+        specs = {name: spec for name, spec in all_specs.items() if not is_quantization_scale(name, spec)}
         self.specs = specs  # official name -> stored spec of what holds values
         self.places = {name: _place(name, specs) for name in specs}
         rows: dict[str, int] = {}

@@ -26,12 +26,14 @@ def load_device_weights(
 ) -> dict[str, DeviceWeight]:
     """Weights of the configured checkpoint in the layout of `device.py`; checked as `load_weights` checks them.
 
-    `progress` shows a bar on stderr if that is a terminal. Raises CheckpointError for anything wrong with the files.
+    With the MTP block if drafts are configured. `progress` shows a bar on stderr if that is a terminal.
+    Raises CheckpointError for anything wrong with the files.
     """
+    has_drafts = config.num_draft_tokens > 0
     if config.load_format is LoadFormat.DUMMY:
-        return dummy_device_weights(model, DUMMY_SEED, device, unpacked)
+        return dummy_device_weights(model, DUMMY_SEED, device, unpacked, has_drafts)
     index = verify(config.model, model)
-    loaded = DeviceWeights(model, device, unpacked)
+    loaded = DeviceWeights(model, device, unpacked, has_drafts)
     with CheckpointReader(index, model) as reader, progress_bar("loading weights", progress) as bar:
         task = bar.add_task("", total=sum(reader.stored_bytes(name) for name in loaded.specs))
         for name, spec in loaded.specs.items():
@@ -47,11 +49,11 @@ def load_device_weights(
 
 
 def dummy_device_weights(
-    model: ModelConfig, seed: int, device: torch.device, unpacked: bool
+    model: ModelConfig, seed: int, device: torch.device, unpacked: bool, has_drafts: bool
 ) -> dict[str, DeviceWeight]:
     """Random weights of the scales of `dummy_weights` (not its bits), made on the device."""
     generator = torch.Generator(device).manual_seed(seed)
-    made = DeviceWeights(model, device, unpacked)
+    made = DeviceWeights(model, device, unpacked, has_drafts)
     for name in made.specs:
         if made.places[name].expert >= 0:
             continue

@@ -32,7 +32,7 @@ class Case(Step):
     """One step of one compressor."""
 
     def make(
-        self, ratio: int, row_format: RowFormat, seed: int, ring_rows: int = 8, device: str = "cpu"
+        self, ratio: int, row_format: RowFormat, seed: int, ring_rows: int = 8, device: str = "cpu", banks: int = 1
     ) -> tuple[dict[str, Any], Callable[[], Expected]]:
         """Arguments of the kernel for `ratio` by name, and what it must leave, computed when asked.
 
@@ -60,13 +60,17 @@ class Case(Step):
             wide[row : row + count, 32:-32] = raw[start - base :]
             raw[:, width:] += ape[torch.arange(base, start + count) % ratio]
             sequences.append((base, raw))
-        kept = (num_slots, ring_rows, 4 * dim) if ratio == C4 else (num_slots, 3, dim)
+        kept = (num_slots, ring_rows, 4 * dim) if ratio == C4 else (num_slots, banks, 3, dim)
         before = torch.full(kept, torch.nan)
         after = before.clone()
         for slot, start, count, (base, raw) in zip(slots.tolist(), self.starts, self.counts, sequences, strict=True):
             _keep(before[slot], raw, base, start, ratio)
             after[slot] = before[slot]
-            _keep(after[slot], raw, base, start + count, ratio)
+            if ratio == C4 or count > banks:
+                _keep(after[slot], raw, base, start + count, ratio)
+                continue
+            for bank in range(count):
+                _keep(after[slot, bank:], raw, base, start + bank + 1, ratio)
         num_entries = num_slots * num_pages * (PAGE_TOKENS // ratio)
         planes = tuple(
             torch.full((num_entries, size), POISON, dtype=torch.uint8, device=device) for size in row_format.plane_bytes
@@ -161,7 +165,10 @@ def _first_rows(counts: tuple[int, ...]) -> list[int]:
 
 
 def _keep(kept: Tensor, raw: Tensor, base: int, length: int, ratio: int) -> None:
-    """Bring a slot's ring [ring_rows, 4 * dim] or state [3, dim] to `length` positions; raw rows begin at `base`."""
+    """Bring a slot's ring [ring_rows, 4 * dim], or the first of states [banks, 3, dim], to `length` positions.
+
+    Raw rows begin at position `base`.
+    """
     if ratio == C4:
         for position in range(max(base, length - len(kept)), length):
             kept[position % len(kept)] = raw[position - base]
@@ -170,7 +177,7 @@ def _keep(kept: Tensor, raw: Tensor, base: int, length: int, ratio: int) -> None
     if block < length:
         kv, gate = raw[None, block - base : length - base].chunk(2, dim=-1)
         present = torch.ones(1, length - block, dtype=torch.bool)
-        kept.copy_(online_update(kept[None], torch.tensor([True]), kv, gate, present)[0])
+        kept[:1] = online_update(kept[:1], torch.tensor([True]), kv, gate, present)
 
 
 CASES = (

@@ -13,8 +13,10 @@ state is the head's, which reads it before it writes it; what the other programs
 - C128: the slot's state is read by the block of the first row and written by the block that stays open. The head
   advances both; blocks between them start and end in the step and need no state.
 
-Speculation: the C4 ring needs nothing (rejected rows are rewritten before an entry reads them). A C128 state with a
-bank per draft would be written by the head after each row; it is not here.
+Speculation: the C4 ring needs nothing (rejected rows are rewritten before an entry reads them). Of a C128 state a slot
+has a bank for each row that a verify can have. Of a request with no more rows than that, verify or not, the head takes
+one row after the other and leaves what holds behind the j-th in bank j; the caller copies the bank of the last row that
+stays to bank 0, from which the next step goes on.
 """
 
 from __future__ import annotations
@@ -217,7 +219,7 @@ def _c4(
 def _c128(
     raw,  # f32 [rows, 2 * D]: kv | gate
     ape,  # f32 [128, D]
-    state,  # f32 [slots, 3, D]: max, sum, weighted mean
+    state,  # f32 [slots, BANKS, 3, D]: max, sum, weighted mean
     norm,
     data,
     rope_data,
@@ -235,6 +237,7 @@ def _c128(
     ROPE: tl.constexpr,
     PER_PAGE: tl.constexpr,
     FORMAT: tl.constexpr,
+    BANKS: tl.constexpr,
     BLOCK: tl.constexpr,  # D padded to a power of two
     BLOCK_R: tl.constexpr,  # rows that are read at once
 ):
@@ -250,19 +253,22 @@ def _c128(
     closes = (position % 128 == 127) & (block > start // 128)
     stays_open = (end % 128 != 0) & (end // 128 > block)
     num_blocks = tl.where(is_head, 1 + stays_open.to(tl.int32), closes.to(tl.int32))
+    has_banks = count <= BANKS
+    num_read = tl.where(has_banks, 1, BLOCK_R)
     dim = tl.arange(0, BLOCK)
     inside = dim < D
     for turn in range(num_blocks):
         block = tl.where(turn == 0, block, end // 128)
         low, high = tl.maximum(start, 128 * block), tl.minimum(end, 128 * block + 128)
-        kept = state + slot * (3 * D) + dim
+        kept = state + slot * (BANKS * 3 * D) + dim
         resumes = dim < tl.where(low % 128 == 0, 0, D)
         largest = tl.load(kept, mask=resumes, other=LEAST)
         total = tl.load(kept + D, mask=resumes, other=0.0)
         weighted = tl.load(kept + 2 * D, mask=resumes, other=0.0) * total
-        for tile in range(low, high, BLOCK_R):
+        for tile in range(low, high, num_read):
+            reached = tl.minimum(tile + num_read, high)
             source = tile + tl.arange(0, BLOCK_R)[:, None]
-            keep = (source < high) & inside[None, :]
+            keep = (source < reached) & inside[None, :]
             at = raw + (first + source - start).to(tl.int64) * raw_stride + dim[None, :]
             gate = tl.load(at + D, mask=keep, other=float("-inf"))
             gate += tl.load(ape + source % 128 * D + dim[None, :], mask=keep, other=0.0)
@@ -272,16 +278,17 @@ def _c128(
             total = total * shrink + tl.sum(weights, axis=0)
             weighted = weighted * shrink + tl.sum(weights * tl.load(at, mask=keep, other=0.0), axis=0)
             largest = new_largest
-        mean = weighted / tl.where(inside, total, 1.0)
+            if (has_banks | (reached == high)) & (reached % 128 != 0):
+                bank = kept + tl.where(has_banks, reached - 1 - start, 0) * (3 * D)
+                tl.debug_barrier()  # all threads have read the state
+                tl.store(bank, largest, mask=inside)
+                tl.store(bank + D, total, mask=inside)
+                tl.store(bank + 2 * D, weighted / tl.where(inside, total, 1.0), mask=inside)
         if high % 128 == 0:
+            mean = weighted / tl.where(inside, total, 1.0)
             rotation = rotations + (first + high - 1 - start).to(tl.int64) * ROPE
             page_row = _page_row(page_table, slot, table_width, block, PER_PAGE)
             _store_entry(mean, norm, rotation, data, rope_data, scales, page_row, eps, D, ROPE, FORMAT, BLOCK)
-        else:
-            tl.debug_barrier()  # all threads have read the state
-            tl.store(kept, largest, mask=inside)
-            tl.store(kept + D, total, mask=inside)
-            tl.store(kept + 2 * D, mean, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -366,7 +373,9 @@ def compress_c128(
     Args: as of `compress_c4` and `C4Compressor`, but for
         raw: f32 [T, 2 * d], kv | gate without bias. ape: f32 [128, d].
         rotations: row r at position positions[r] // 128 * 128.
-        state: f32 [slots, 3, d], max, sum and weighted mean of the open block; not read where a block starts.
+        state: f32 [slots, banks, 3, d], max, sum and weighted mean of the open block; bank 0 is where the step begins,
+            not read where a block starts. A request with at most `banks` rows leaves in bank j what holds behind its
+            j-th row (nothing behind the end of a block), another one in bank 0 what holds behind its last row.
     """
     dim = state.shape[-1]
     _check(raw, 2 * dim, rotations, row_format, dim, C128)
@@ -385,6 +394,7 @@ def compress_c128(
             ROPE=2 * rotations.shape[1],
             PER_PAGE=page_tokens // C128,
             FORMAT=row_format.format.value,
+            BANKS=state.shape[1],
             BLOCK=triton.next_power_of_2(dim),
             BLOCK_R=16,
             num_warps=16,

@@ -223,13 +223,15 @@ def mhc_head(
     output: Tensor | None = None,
     post: Tensor | None = None,
     comb: Tensor | None = None,
-) -> Tensor:
-    """The final collapse and its RMSNorm [T, D]: `reference.mhc_head` with `fn` [c, c * D], then `rms_norm`.
+) -> tuple[Tensor, Tensor]:
+    """The final collapse and its RMSNorm: `reference.mhc_head` with `fn` [c, c * D], then `rms_norm`.
 
     output, post, comb: of the last sublayer, as `mhc_boundary` takes them; None if `mhc_post` has added it already.
+
+    Returns the streams [T, c, D] with that output, the given ones if there is none, and what they collapse to [T, D].
     """
     scale = scale.expand(STREAMS).contiguous()
-    return _launch(streams, fn, base, scale, norm, output, post, comb, None, 0, hc_eps, norm_eps, None)[1]
+    return _launch(streams, fn, base, scale, norm, output, post, comb, None, 0, hc_eps, norm_eps, None)
 
 
 def _launch(

@@ -18,7 +18,8 @@ else:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         collect_ignore.append("test_parallel.py")  # several ranks, under torchrun
     if not all(map(find_spec, ("dsv4serve", "msgspec", "pydantic_settings", "safetensors", "rich"))):
-        collect_ignore.append("test_engine_gpu.py")  # the engine's requirements are not here; kernels need none
+        # The engine's requirements are not here; kernels need none.
+        collect_ignore += ["test_engine_gpu.py", "test_drafts_gpu.py"]
 
 
 @pytest.fixture(autouse=True)

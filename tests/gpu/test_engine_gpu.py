@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.device_engine import Sequences, check_generation, check_layers, check_replay, rounding_noise
+from support.device_engine import Sequences, check_generation, check_layers, check_mtp, check_replay, rounding_noise
 from support.device_models import CONFIG, both, checkpoint
 from support.engine import Engine, greedy
 from support.models import random_ids
@@ -33,10 +33,12 @@ def test_every_sublayer_of_a_prefill_equals_the_reference(networks):
     check_layers(*networks, length=300)
 
 
-def test_chunks_decodes_and_padding_in_one_step_over_a_cache_that_the_cpu_engine_filled():
-    """The demo model reading English: a random one makes much of the 14 bits of a tensor core's sums.
+@pytest.fixture(scope="module")
+def reading():
+    """The demo model on CPU and GPU, English for it to read, and how far the GPU may move logits and cache.
 
-    The GPU may move logits and cache by what the CPU engine makes of one rounding of its own input."""
+    A random model makes much of the 14 bits of a tensor core's sums. The GPU may move both by what the CPU engine makes
+    of one rounding of its own input."""
     model = default_model()
     text = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
     tokens = ChatTokenizer(model).encode(text)
@@ -44,13 +46,30 @@ def test_chunks_decodes_and_padding_in_one_step_over_a_cache_that_the_cpu_engine
     reference, network = both(model, torch.device("cuda", 0))
     weights = load_weights(EngineConfig(model=model), reference.config)
     noise = [rounding_noise(reference, weights, ids[slot][:256]) for slot in ids]
-    bounds = tuple(sum(errors) / len(errors) for errors in zip(*noise, strict=True))
-    sequences = Sequences(reference, network, ids)
+    return reference, network, ids, tuple(sum(errors) / len(errors) for errors in zip(*noise, strict=True))
+
+
+def test_chunks_decodes_and_padding_in_one_step_over_a_cache_that_the_cpu_engine_filled(reading):
+    *networks, ids, bounds = reading
+    sequences = Sequences(*networks, ids)
     sequences.prefill({0: 254})
     sequences.prefill({2: 126})
     sequences.check_step({2: 4, 0: 3, 3: 5}, num_rows=16, bounds=bounds)
     sequences.check_step({3: 1, 0: 1, 2: 1}, num_rows=4, bounds=bounds)
     sequences.check_step({1: 200, 2: 1, 0: 130, 3: 1}, num_rows=512, bounds=bounds)
+
+
+def test_verifies_leave_the_state_behind_each_of_their_rows_in_a_bank_of_its_own(reading):
+    *networks, ids, bounds = reading
+    sequences = Sequences(*networks, ids, num_draft_tokens=3)
+    sequences.prefill({0: 126, 2: 30, 3: 253})
+    sequences.check_step({0: 4, 2: 1, 1: 200, 3: 2}, num_rows=256, bounds=bounds)
+    sequences.check_step({2: 2, 3: 1, 0: 4, 1: 3}, num_rows=16, bounds=bounds)
+
+
+def test_the_mtp_block_equals_the_reference_and_its_keys_can_be_had_alone(reading):
+    *networks, ids, bounds = reading
+    check_mtp(*networks, ids[0][:300], bounds)
 
 
 def requests():
@@ -80,11 +99,11 @@ def test_a_replayed_graph_has_the_bits_of_the_eager_step(networks, num_decodes):
     for request in requests()[:num_decodes]:
         engine.add(request)
     engine.step()
-    rows = sum(len(request.prompt_ids) for request in requests()[:num_decodes])
-    check_replay(engine.runner, bucket_for(min(rows, 512), num_decodes, SLOTS))
+    lengths = [len(request.prompt_ids) for request in requests()[:num_decodes]]
+    check_replay(engine.runner, bucket_for(lengths if sum(lengths) < 512 else [512], SLOTS))
     for _ in range(8):
         engine.step()
-    check_replay(engine.runner, bucket_for(num_decodes, num_decodes, SLOTS))
+    check_replay(engine.runner, bucket_for([1] * num_decodes, SLOTS))
 
 
 def test_a_step_is_submitted_without_waiting_for_the_device(networks):

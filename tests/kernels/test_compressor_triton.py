@@ -22,8 +22,8 @@ C4_OFFSETS = Case("offsets", tuple(range(9)) * 5, (1,) * 9 + (2,) * 9 + (4,) * 9
 C128_OFFSETS = Case("offsets", tuple(range(128)) + (0, 1, 63, 126, 127) * 2, (1,) * 128 + (2,) * 5 + (131,) * 5)
 
 
-def run(case, ratio, row_format, ring_rows=8, seed=1):
-    arguments, expected = case.make(ratio, row_format, seed, ring_rows)
+def run(case, ratio, row_format, ring_rows=8, seed=1, banks=1):
+    arguments, expected = case.make(ratio, row_format, seed, ring_rows, banks=banks)
     compress(ratio, arguments)
     return arguments, expected(), arguments["ring" if ratio == C4 else "state"]
 
@@ -35,8 +35,8 @@ def assert_nothing_else_is_written(arguments, expected):
         assert (plane[untouched] == POISON).all()
 
 
-def check_step(case, ratio, row_format, ring_rows=8):
-    arguments, expected, kept = run(case, ratio, row_format, ring_rows)
+def check_step(case, ratio, row_format, ring_rows=8, banks=1):
+    arguments, expected, kept = run(case, ratio, row_format, ring_rows, banks=banks)
     assert_nothing_else_is_written(arguments, expected)
     found = tuple(plane[expected.entry_rows] for plane in arguments["planes"])
     if row_format.format is Format.F32:
@@ -87,6 +87,18 @@ def test_two_compressors_in_one_launch_have_the_bits_of_each_alone(case):
         assert all(torch.equal(one, two) for one, two in zip(together["planes"], alone["planes"], strict=True))
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("banks", [2, 4])
+def test_short_requests_leave_a_c128_state_behind_each_row_and_long_ones_behind_the_last(case, banks):
+    """Banks behind the end of a block, and those of no row, keep the NaN that they had."""
+    check_step(case, C128, EXACT[0], banks=banks)
+
+
+def test_any_row_of_a_block_may_be_rejected():
+    """Verifies of four rows from every offset: each bank is where a step that ended there would have been."""
+    check_step(Case("verifies", tuple(range(128)), (4,) * 128), C128, EXACT[0], banks=5)
+
+
 @pytest.mark.parametrize(("case", "ratio"), [(C4_OFFSETS, C4), (C128_OFFSETS, C128)], ids=["c4", "c128"])
 def test_a_chunk_may_begin_and_end_anywhere_in_a_block(case, ratio):
     check_step(case, ratio, EXACT[0])
@@ -96,7 +108,7 @@ def test_a_chunk_may_begin_and_end_anywhere_in_a_block(case, ratio):
 def test_cuts_change_a_c128_entry_by_rounding_only(cuts):
     whole, expected, _ = run(Case("whole", (0,), (140,)), C128, EXACT[0])
     raw, rotations = whole["raw"], whole["rotations"]
-    state = torch.full((3, 3, 72), torch.nan)
+    state = torch.full((3, 1, 3, 72), torch.nan)
     start = 0
     for cut in cuts:
         step, _ = Case("cut", (start,), (cut,)).make(C128, EXACT[0], 1)

@@ -105,17 +105,21 @@ def test_head_equals_the_collapse_and_norm(num_tokens):
     head = {key: inputs[key] for key in ("streams", "hc_eps", "norm_eps")}
     head |= {"fn": inputs["fn"][:4], "base": inputs["base"][:4], "scale": inputs["scale"][:1]}
     expected = rms_norm(reference.mhc_head(**head), norm, 1e-6)
-    assert_close(triton.mhc_head(norm=norm, **head), expected, BOUND[torch.bfloat16])
+    streams, found = triton.mhc_head(norm=norm, **head)
+    assert streams is inputs["streams"]
+    assert_close(found, expected, BOUND[torch.bfloat16])
 
 
-def test_head_adds_the_last_output_itself():
-    inputs, norm, output = make(5, 384, torch.bfloat16)
+@pytest.mark.parametrize("num_tokens", [1, 5, 66, 300])
+def test_head_adds_the_last_output_itself(num_tokens):
+    inputs, norm, output = make(num_tokens, 384, torch.bfloat16)
     _, post, comb = reference.mhc_pre(**inputs)
     head = {key: inputs[key] for key in ("hc_eps", "norm_eps")} | {"norm": norm}
     head |= {"fn": inputs["fn"][:4], "base": inputs["base"][:4], "scale": inputs["scale"][:1]}
-    found = triton.mhc_head(inputs["streams"], **head, output=output, post=post, comb=comb)
+    new_streams, found = triton.mhc_head(inputs["streams"], **head, output=output, post=post, comb=comb)
     streams = reference.mhc_post(output, inputs["streams"], post, comb)
-    assert_close(found, triton.mhc_head(streams, **head), BOUND[torch.bfloat16])
+    assert_close(new_streams, streams, BOUND[torch.bfloat16])
+    assert_close(found, triton.mhc_head(streams, **head)[1], BOUND[torch.bfloat16])
 
 
 @pytest.mark.parametrize("tiles", [triton.Tiles(1, 64), triton.Tiles(16, 128), triton.Tiles(64, 32)], ids=str)

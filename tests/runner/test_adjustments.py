@@ -13,7 +13,7 @@ import torch
 from support.engine import Engine, check_outputs, greedy
 from support.models import oracle_logits, random_ids, small_config, small_transformer
 
-from dsv4serve.types import FinishReason, Request, RequestOutput
+from dsv4serve.types import Constraint, FinishReason, Request, RequestOutput, SamplingParams
 
 TRANSFORMER = small_transformer(small_config(), 1)
 CONFIG = TRANSFORMER.config
@@ -183,3 +183,19 @@ def test_prompt_logprobs_and_logprobs_survive_retraction() -> None:
         expected = rows[torch.arange(len(whole) - 1), whole[1:]].tolist()
         got = [entry.logprob for entry in output.prompt_logprobs + output.logprobs]
         assert got == pytest.approx(expected, abs=1e-4)
+
+
+OTHERS: list[dict[str, Any]] = [
+    {"return_logits": True},
+    {"num_logprobs": 0},
+    {"min_tokens": 1},
+    {"thinking_budget": 5},
+    {"constraint": Constraint(text="{}")},
+]
+
+
+@pytest.mark.parametrize("kind", PENALTIES + OTHERS, ids=str)
+def test_a_request_that_wants_more_than_tokens_says_so(kind: dict[str, Any]) -> None:
+    """The device engine makes drafts only for those that do not."""
+    assert not SamplingParams(max_tokens=9, **kind).wants_only_tokens
+    assert SamplingParams(max_tokens=9, top_p=0.5, top_k=4, min_p=0.1, stop_token_ids=(3,)).wants_only_tokens

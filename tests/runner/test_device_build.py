@@ -38,7 +38,6 @@ def test_a_machine_without_a_gpu_says_so(folder, monkeypatch):
     ("settings", "found"),
     [
         ({"numerics": Numerics.EXACT}, "numerics 'exact'"),
-        ({"num_draft_tokens": 1}, "num_draft_tokens 1"),
         ({"check_numerics": True}, "check_numerics"),
         ({"shadow_steps": 9}, "shadow_steps 9"),
         ({"expert_activations": ExpertActivations.FP4}, "expert_activations 'fp4'"),
@@ -67,7 +66,7 @@ def test_sizes_that_no_kernel_takes_are_named(changes, message):
 
 
 def test_the_cache_gets_a_share_of_what_weights_and_steps_leave(folder):
-    used = reserved_bytes(config(folder), CONFIG) + device_bytes(CONFIG)
+    used = reserved_bytes(config(folder), CONFIG) + device_bytes(CONFIG, has_drafts=False)
     free = used + (12 << 20)
     plan = device_plan(config(folder, memory_fraction=0.5), CONFIG, free)
     assert plan.total_bytes <= 6 << 20
@@ -76,6 +75,25 @@ def test_the_cache_gets_a_share_of_what_weights_and_steps_leave(folder):
         device_plan(config(folder), CONFIG, used - 1)
     with pytest.raises(CapacityError, match=r"cache_bytes is 12,582,913; .* leave 12,582,912 on the device"):
         device_plan(config(folder, cache_bytes=(12 << 20) + 1), CONFIG, free)
+
+
+def test_drafts_of_a_model_without_an_mtp_block_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"num_nextn_predict_layers": 0, "compress_ratios": raw["compress_ratios"][:-1]}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match=r"num_draft_tokens is 2, but .* has no MTP block .*; use 0"):
+        build_runner(config(folder, num_draft_tokens=2))
+
+
+def test_drafts_take_an_mtp_block_and_logits_of_more_rows(folder):
+    plain, drafting = (config(folder, num_draft_tokens=num, max_running_requests=4) for num in (0, 3))
+    assert reserved_bytes(drafting, CONFIG) - reserved_bytes(plain, CONFIG) == 2 * 4 * 6 * CONFIG.vocab_size * 4
+    block = device_bytes(CONFIG, has_drafts=True) - device_bytes(CONFIG, has_drafts=False)
+    used = reserved_bytes(drafting, CONFIG) + device_bytes(CONFIG, has_drafts=False)
+    with pytest.raises(CapacityError, match=r"the weights need [\d,]+ bytes on the device; [\d,]+ are free"):
+        device_plan(drafting, CONFIG, used + block - 1)
+    assert device_plan(drafting, CONFIG, used + block + (64 << 20)).layout.num_draft_tokens == 3
 
 
 def test_larger_steps_leave_less_to_the_cache(folder):

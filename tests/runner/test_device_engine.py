@@ -3,13 +3,13 @@
 import pytest
 import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
-from support.device_engine import Sequences, check_generation, check_layers
+from support.device_engine import Sequences, check_generation, check_layers, check_mtp
 from support.device_models import CONFIG, both, checkpoint
 from support.engine import Engine, greedy
 from support.models import random_ids
 
 from dsv4serve.runner import device_step
-from dsv4serve.runner.device_batch import INPUTS, bucket_of, empty_inputs, fill_inputs
+from dsv4serve.runner.device_batch import bucket_of, empty_inputs, fill_inputs, input_names
 from dsv4serve.runner.graphs import Bucket, bucket_for, buckets
 
 
@@ -22,6 +22,10 @@ def test_every_sublayer_of_a_prefill_equals_the_reference(networks):
     check_layers(*networks, length=21)
 
 
+def test_the_mtp_block_equals_the_reference_and_its_keys_can_be_had_alone(networks):
+    check_mtp(*networks, random_ids(CONFIG, 22, 2))
+
+
 def test_chunks_decodes_and_padding_in_one_step_over_a_cache_that_the_cpu_engine_filled(networks):
     """One request crosses a C128 block, one a page, one begins; then all decode."""
     sequences = Sequences(*networks, ids={2: random_ids(CONFIG, 132, 2), 0: random_ids(CONFIG, 260, 3),
@@ -30,6 +34,15 @@ def test_chunks_decodes_and_padding_in_one_step_over_a_cache_that_the_cpu_engine
     sequences.prefill({2: 126})
     sequences.check_step({2: 4, 0: 3, 3: 5}, num_rows=16)
     sequences.check_step({3: 1, 0: 1, 2: 1}, num_rows=4)
+
+
+def test_verifies_leave_the_state_behind_each_of_their_rows_in_a_bank_of_its_own(networks):
+    """One ends a C128 block with its second row, one is a decode, one a chunk."""
+    ids = {2: random_ids(CONFIG, 140, 2), 0: random_ids(CONFIG, 40, 3), 3: random_ids(CONFIG, 20, 4)}
+    sequences = Sequences(*networks, ids=ids, num_draft_tokens=3)
+    sequences.prefill({2: 126, 0: 30})
+    sequences.check_step({2: 4, 0: 1, 3: 6}, num_rows=16)
+    sequences.check_step({2: 3, 0: 2, 3: 4}, num_rows=12)
 
 
 def test_the_runner_gives_the_reference_tokens_and_the_host_sampler_the_same(networks):
@@ -80,23 +93,32 @@ def test_only_steps_with_chunks_launch_the_late_writes_of_window_rows(networks, 
 
 
 def test_numbers_of_a_step_keep_their_bits():
-    inputs = empty_inputs(4, pinned=False)
-    fill_inputs(inputs, {"slot": [3, 0], "count": [1, 1], "temperature": [0.7, 0.0], "uniform": [1 - 2**-53, 0.5]})
-    columns = dict(zip(INPUTS, inputs, strict=True))
+    inputs = empty_inputs(4, num_drafts=1, pinned=False)
+    names = input_names(1)
+    fill_inputs(inputs, {"slot": [3, 0], "count": [1, 2], "num_drafts": [0, 1], "temperature": [0.7, 0.0],
+                         "draw1": [1 - 2**-53, 0.5], "draft0": [0.25, 0.125]})  # fmt: skip
+    columns = dict(zip(names, inputs, strict=True))
     assert columns["slot"].tolist() == [3, 0, -1, -1]
-    assert columns["count"].tolist() == [1, 1, 0, 0]
+    assert columns["count"].tolist() == [1, 2, 0, 0]
+    assert columns["num_drafts"].tolist() == [0, 1, 0, 0]
     assert columns["temperature"].view(torch.float64).tolist() == [0.7, 0, 0, 0]
-    assert columns["uniform"].view(torch.float64).tolist() == [1 - 2**-53, 0.5, 0, 0]
+    assert columns["draw1"].view(torch.float64).tolist() == [1 - 2**-53, 0.5, 0, 0]
+    assert columns["draft0"].view(torch.float64).tolist() == [0.25, 0.125, 0, 0]
     fill_inputs(inputs, {"slot": [1]})
-    assert inputs[INPUTS.index("slot")].tolist() == [1, -1, -1, -1]
+    assert inputs[names.index("slot")].tolist() == [1, -1, -1, -1]
     assert not inputs[1:].any()
 
 
 def test_sizes_are_padded_to_few_buckets():
     assert [bucket_of(size) for size in (1, 2, 3, 9, 255, 256, 257, 1000)] == [1, 2, 4, 16, 256, 256, 512, 1024]
-    assert buckets(20, 700) == [(size, size) for size in (1, 2, 4, 8, 16, 32)] + [
-        (size, 32) for size in (64, 128, 256, 512, 768)
-    ]
-    assert {bucket_for(rows, requests, 20) for requests in range(1, 21) for rows in range(requests, 701)} == set(
-        buckets(20, 700)
-    )
+    decodes, chunks = [1, 2, 4, 8, 16, 32], [64, 128, 256, 512, 768]
+    plain = [Bucket(size, size) for size in decodes] + [Bucket(size, 32) for size in chunks]
+    assert buckets(20, 700, 0) == plain
+    drafts = [Bucket(2 * size, size, 1) for size in decodes] + [Bucket(3 * size, size, 2) for size in decodes]
+    assert buckets(20, 700, 2) == plain + drafts + [Bucket(size, 32, 2) for size in chunks[1:]]
+    assert {
+        bucket_for([1 + extra] + [1 + num_drafts] * others, 20, num_drafts, 2)
+        for extra in range(640)
+        for others in range(20)
+        for num_drafts in range(3)
+    } == set(buckets(20, 700, 2))

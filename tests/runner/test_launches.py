@@ -1,4 +1,4 @@
-"""What a layer of Pro launches in a decode step, and what memory its rows take; nothing is computed.
+"""What a layer of Pro and a step around it launch, and what memory its rows take; nothing is computed.
 
 Every launch of a step that is bound by memory costs a microsecond or two (docs/adr/0007), so the number is held.
 """
@@ -19,8 +19,11 @@ from dsv4_kernels.mega_moe.weights import Fp4Weight
 from dsv4_kernels.metadata import Rows
 from dsv4serve.config import ModelConfig, Numerics
 from dsv4serve.memory import CacheLayout, CachePools
-from dsv4serve.memory.activations import SCORE_BYTES, row_bytes
+from dsv4serve.memory.activations import SCORE_BYTES, row_bytes, step_bytes
 from dsv4serve.model.device import DeviceTransformer, Streams
+from dsv4serve.runner import device_batch
+from dsv4serve.runner.device_batch import DeviceForward, empty_inputs
+from dsv4serve.runner.device_drafts import judge
 from dsv4serve.runner.device_step import PagedDeviceStep
 from dsv4serve.weights.device import DeviceWeights
 
@@ -64,9 +67,10 @@ class Launches(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def network():
-    """With all experts, of which each is the same memory."""
-    network = DeviceTransformer(config(), DeviceWeights(config(), torch.device("cpu"), unpacked=True).weights)
-    for block in network.blocks:
+    """With all experts, of which each is the same memory, and an MTP block."""
+    weights = DeviceWeights(config(), torch.device("cpu"), unpacked=True, has_drafts=True).weights
+    network = DeviceTransformer(config(), weights)
+    for block in [*network.blocks, network.mtp.block]:
         for name in ("w13", "w2"):
             weight = getattr(block.moe, name)
             same = (tensor[:1].expand(NUM_EXPERTS, *tensor.shape[1:]) for tensor in (weight.values, weight.scales))
@@ -81,7 +85,7 @@ def run_layer(network, monkeypatch, ratio: int, counts: list[int]) -> Launches:
     num_rows = sum(counts)
     rows = Rows.build(each * 0, each * 0 + 8000, each, num_rows)
     page_table = torch.zeros(1, PAGES, dtype=torch.int32)
-    step = PagedDeviceStep(pools, rows, page_table, one_row_each=set(counts) == {1})
+    step = PagedDeviceStep(pools, rows, page_table, fits_rings=set(counts) == {1})
     block = network.blocks[RATIOS.index(ratio)]
     launches = Launches(monkeypatch)
 
@@ -113,3 +117,39 @@ def test_the_memory_plan_holds_what_a_step_allocates(network, monkeypatch, ratio
     found = run_layer(network, monkeypatch, ratio, [num_rows]).most_bytes
     planned = num_rows * row_bytes(dataclasses.replace(network.config, n_routed_experts=NUM_EXPERTS))
     assert 0.5 * planned < found <= planned + SCORE_BYTES
+
+
+def run_step(network, monkeypatch, num_draft_tokens: int, num_rows: int, num_drafts: int = 0) -> Launches:
+    """A step of one request in an engine with room for so many drafts."""
+    pools = CachePools(CacheLayout.build(network.config, Numerics.OFFICIAL, num_draft_tokens), 1, PAGES, 1, "cpu")
+    forward = DeviceForward(network, pools, PAGES)
+    inputs, ids = empty_inputs(1, num_drafts, pinned=False), torch.zeros(num_rows, dtype=torch.int64)
+    zero = torch.zeros(1, dtype=torch.int64)
+    launches = Launches(monkeypatch)
+    # What kernels choose that do nothing is no index.
+    if forward.drafter is not None:
+        choose = forward.drafter._choose
+        monkeypatch.setattr(forward.drafter, "_choose", lambda *given: (choose(*given), zero)[1])
+    monkeypatch.setattr(device_batch, "judge", lambda *given: (judge(*given), (zero, zero, zero > 0))[1])
+    with torch.inference_mode(), launches:
+        forward(inputs, ids, keeps_rows=False)
+    return launches
+
+
+def test_drafts_cost_a_step_few_launches(network, monkeypatch):
+    """Of a decode: the block's keys and the streams. Of a verify: a pass of the block for each draft, and judging."""
+    without, decode, one, two = (
+        sum(run_step(network, monkeypatch, room, 1 + num, num).names.values())
+        for room, num in ((0, 0), (2, 0), (2, 1), (2, 2))
+    )
+    assert decode - without <= 18
+    assert two - one <= 52
+    assert one - decode <= 110
+
+
+def test_the_memory_plan_holds_what_a_step_with_drafts_allocates(network, monkeypatch):
+    num_rows = 512
+    found = run_step(network, monkeypatch, 2, num_rows, 2).most_bytes
+    model = dataclasses.replace(network.config, n_routed_experts=NUM_EXPERTS)
+    planned = step_bytes(model, num_rows, num_requests=1, num_draft_tokens=2)
+    assert 0.5 * (planned - SCORE_BYTES) < found <= planned

@@ -32,7 +32,7 @@ from dsv4serve.model.block import HyperConnection
 from dsv4serve.model.device import DeviceAttention, DeviceBlock, DeviceTransformer, Streams
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.model.whole import WholeSequence
-from dsv4serve.runner.device_batch import INPUTS
+from dsv4serve.runner.device_batch import INTEGERS
 from dsv4serve.runner.device_runner import DeviceRunner
 from dsv4serve.runner.device_step import PagedDeviceStep
 from dsv4serve.runner.graphs import Bucket
@@ -88,6 +88,35 @@ def check_layers(reference: Transformer, network: DeviceTransformer, length: int
         before = Streams(*(value.to(device) for value in (streams, output, post, comb)))
         streams = seen[f"{theirs.prefix}streams"].contiguous()
     assert relative(network.logits(before), reference.logits(streams)) <= LAYER_BOUND
+
+
+@torch.inference_mode()
+def check_mtp(
+    reference: Transformer,
+    network: DeviceTransformer,
+    tokens: Sequence[int],
+    bounds: Bounds = (2 * LAYER_BOUND, 2 * LAYER_BOUND),
+) -> None:
+    """The MTP block over one sequence, given the reference's streams; then its keys alone, which are the same."""
+    config, device = reference.config, network.device
+    ids, length = torch.tensor(tokens), len(tokens)
+    streams = reference(ids, WholeSequence(length))[:-1].contiguous()
+    assert reference.mtp is not None
+    assert network.mtp is not None
+    expected, expected_logits = reference.mtp(streams, ids[1:], WholeSequence(length - 1))
+    rings = []
+    given = streams.to(device), ids[1:].to(device)
+    for run in (network.mtp.advance, network.mtp.keep):
+        cache = Cache(CacheLayout.build(config, Numerics.OFFICIAL, 1), device)
+        arrays = (torch.tensor([value], dtype=torch.int32, device=device) for value in (1, 0, length - 1))
+        found = run(*given, PagedDeviceStep(cache.pools, Rows.build(*arrays, length - 1), cache.page_table))
+        layer = cache.pools.layers[-1]
+        rings.append(decode(tuple(plane.cpu() for plane in layer.window), layer.layout.window).float())
+        if found is not None:
+            after, x = network.mtp.head.collapse(found)
+            assert relative(after, expected) <= bounds[0]
+            assert median_row(network.mtp.head.logits(x), expected_logits) <= bounds[0]
+    assert rows_error(*rings) <= bounds[1]
 
 
 def _check_attention(
@@ -150,15 +179,19 @@ def _planes(layer) -> list[Tensor]:
 
 @dataclass
 class Sequences:
-    """The same requests on both engines: their slots, and how many of each one's tokens are computed."""
+    """The same requests on both engines: their slots, and how many of each one's tokens are computed.
+
+    With room for drafts a request with no more rows than a verify can have is one, and all of its drafts are accepted.
+    """
 
     reference: Transformer
     network: DeviceTransformer
     ids: dict[int, list[int]]  # by slot
+    num_draft_tokens: int = 0
     computed: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        layout = CacheLayout.build(self.reference.config, Numerics.OFFICIAL)
+        layout = CacheLayout.build(self.reference.config, Numerics.OFFICIAL, self.num_draft_tokens)
         self.expected, self.found = Cache(layout, "cpu"), Cache(layout, self.network.device)
         self.computed = dict.fromkeys(self.ids, 0)
 
@@ -175,6 +208,9 @@ class Sequences:
             counts=list(counts.values()),
             page_table=self.expected.page_table[slots].numpy().astype(np.int64),
             page_tokens=PAGE_TOKENS,
+            c4_ring_rows=self.expected.pools.layout.c4_ring_rows,
+            drafts=[count - 1 if count <= 1 + self.num_draft_tokens else 0 for count in counts.values()],
+            c128_banks=self.expected.pools.layout.c128_banks,
         )
         streams = self.reference(torch.tensor(self._take(counts)), PagedStep(self.expected.pools, metadata))
         return self.reference.logits(streams)
@@ -188,8 +224,8 @@ class Sequences:
         rows = Rows.build(*(torch.tensor(array, dtype=torch.int32, device=device) for array in arrays), num_rows)
         ids = torch.zeros(num_rows, dtype=torch.int64)
         ids[: sum(counts.values())] = torch.tensor(self._take(counts))
-        one_row_each = set(counts.values()) == {1}
-        step = PagedDeviceStep(self.found.pools, rows, self.found.page_table, one_row_each=one_row_each)
+        fits_rings = max(counts.values()) <= 1 + self.num_draft_tokens
+        step = PagedDeviceStep(self.found.pools, rows, self.found.page_table, fits_rings=fits_rings)
         streams = self.network(ids.to(device), step)
         return self.network.logits(streams[: sum(counts.values())])
 
@@ -213,6 +249,19 @@ class Sequences:
     def _count(self, counts: dict[int, int]) -> None:
         for slot, count in counts.items():
             self.computed[slot] += count
+        verifies = {slot: count - 1 for slot, count in counts.items() if count <= 1 + self.num_draft_tokens}
+        slots, accepted = torch.tensor(list(verifies)), torch.tensor(list(verifies.values()))
+        for cache in (self.expected, self.found):
+            device = cache.page_table.device
+            cache.pools.commit(slots.to(device).long(), accepted.to(device).long())
+
+
+def rounded(reference: Transformer, params: Mapping[str, Tensor], seed: int = 1) -> Transformer:
+    """The reference with each value of its embeddings moved by about one BF16 rounding."""
+    draw = torch.Generator().manual_seed(seed)
+    embedding = params["embed.weight"]
+    moved = (embedding * (1 + torch.randn(embedding.shape, generator=draw) * 2**-9)).bfloat16().float()
+    return Transformer(reference.config, {**params, "embed.weight": moved}, Numerics.OFFICIAL)
 
 
 def cache_rows(found: Cache, expected: Cache) -> Iterator[tuple[Tensor, Tensor]]:
@@ -227,25 +276,21 @@ def cache_rows(found: Cache, expected: Cache) -> Iterator[tuple[Tensor, Tensor]]
                 rows = (decode(tuple(p.cpu() for p in planes), row_format).float() for planes in (one, other))
                 yield next(rows), next(rows)
         if own.c128_state is not None:
-            yield own.c128_state[:, 0, 2].cpu(), given.c128_state[:, 0, 2]
+            yield own.c128_state[:, :, 2].cpu(), given.c128_state[:, :, 2]
 
 
 def rows_error(found: Tensor, expected: Tensor) -> float:
     """Relative error; rows that nobody wrote must be NaN on both sides."""
     assert torch.equal(found.isnan(), expected.isnan())
     written = ~expected.isnan().any(-1)
-    return relative(found[written], expected[written]) if bool(written.any()) else 0.0
+    return relative(found[written], expected[written]) if bool(expected[written].any()) else 0.0
 
 
 @torch.inference_mode()
 def rounding_noise(reference: Transformer, params: Mapping[str, Tensor], ids: Sequence[int]) -> Bounds:
     """What the reference itself makes of one BF16 rounding of its embeddings."""
-    draw = torch.Generator().manual_seed(1)
-    embedding = params["embed.weight"]
-    moved = (embedding * (1 + torch.randn(embedding.shape, generator=draw) * 2**-9)).bfloat16().float()
-    other = Transformer(reference.config, {**params, "embed.weight": moved}, Numerics.OFFICIAL)
     caches, logits = [], []
-    for one in (other, reference):
+    for one in (rounded(reference, params), reference):
         caches.append(Cache(CacheLayout.build(reference.config, Numerics.OFFICIAL), "cpu"))
         table = caches[-1].page_table[:1].numpy().astype(np.int64)
         metadata = StepMetadata(slots=[0], starts=[0], counts=[len(ids)], page_table=table, page_tokens=PAGE_TOKENS)
@@ -259,22 +304,30 @@ def regret(expected: Tensor, tokens: Sequence[int]) -> float:
     return float((expected.max(-1).values - chosen).max())
 
 
-def check_generation(reference: Transformer, requests: list[Request], outputs: dict[str, RequestOutput]) -> None:
+def check_generation(
+    reference: Transformer, requests: list[Request], outputs: dict[str, RequestOutput], near_tie: float = NEAR_TIE
+) -> None:
     """Greedy tokens are the reference's on the same history, but for near ties."""
     for request in requests:
-        tokens = outputs[request.request_id].token_ids
-        assert len(tokens) == request.sampling.max_tokens
-        expected = oracle_logits(reference, request.prompt_ids + tokens[:-1])[len(request.prompt_ids) - 1 :]
-        assert regret(expected, tokens) <= NEAR_TIE, request.request_id
+        assert len(outputs[request.request_id].token_ids) == request.sampling.max_tokens
+        lost = regret_of(reference, request, outputs[request.request_id])
+        assert lost <= near_tie, (request.request_id, lost)
+
+
+def regret_of(reference: Transformer, request: Request, output: RequestOutput) -> float:
+    """The largest regret of an output's tokens."""
+    tokens = output.token_ids
+    expected = oracle_logits(reference, request.prompt_ids + tokens[:-1])[len(request.prompt_ids) - 1 :]
+    return regret(expected, tokens)
 
 
 @torch.inference_mode()
 def check_replay(runner: DeviceRunner, bucket: Bucket) -> None:
     """The bucket's last step again, by its graph and eagerly, from the same cache: all its bits."""
     graphs, forward = runner.graphs, runner.forward
-    num_requests = int((graphs.inputs(bucket)[INPUTS.index("count")] > 0).sum())
+    num_requests = int((graphs.inputs(bucket)[INTEGERS.index("count")] > 0).sum())
     assert num_requests
-    state = [forward._last_tokens]
+    state = [forward._tokens, runner.pools.streams]
     for layer in runner.pools.layers:
         state += _planes(layer) + ([] if layer.c128_state is None else [layer.c128_state])
     before = [tensor.clone() for tensor in state]
@@ -283,7 +336,10 @@ def check_replay(runner: DeviceRunner, bucket: Bucket) -> None:
         for tensor, saved in zip(state, before, strict=True):
             tensor.copy_(saved)
         output = run(bucket)
-        own = [output.tokens[:num_requests], output.logits[:num_requests], forward._last_tokens[:-1], *state[1:]]
+        own = [output.tokens[:num_requests], output.logits[:num_requests], forward._tokens[:-1]]
+        own += [runner.pools.streams[:-1], *state[2:]]
         results.append([tensor.clone() for tensor in own])
+    for tensor, saved in zip(state, before, strict=True):
+        tensor.copy_(saved)  # the engine may go on
     for replayed, eager in zip(*results, strict=True):
         assert torch.equal(replayed.view(torch.uint8), eager.view(torch.uint8))

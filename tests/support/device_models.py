@@ -48,8 +48,9 @@ def checkpoint(directory: Path) -> Path:
 
 
 def both(directory: Path, device: torch.device) -> tuple[Transformer, DeviceTransformer]:
-    """The CPU reference with official numerics and the device's network, from one checkpoint."""
-    config, model = EngineConfig(model=directory), ModelConfig.load(directory)
+    """The CPU reference with official numerics and the device's network, from one checkpoint; both with MTP block."""
+    config = EngineConfig(model=directory, num_draft_tokens=1)
+    model = ModelConfig.load(directory)
     reference = Transformer(model, load_weights(config, model), Numerics.OFFICIAL)
     # Where there is no GPU, the form of Hopper.
     unpacked = device.type == "cpu" or torch.cuda.get_device_capability(device)[0] < FIRST_FP4

@@ -40,19 +40,16 @@ class InjectedDrafts(Drafts):
     def __init__(self, engine: Engine, batch: list[int], counts: list[int], inject: Inject) -> None:
         super().__init__(engine.runner._slots, engine.runner._constraints, batch, counts)
         self._names = [engine.scheduler._running[slot].request_id for slot in batch]
-        self._inject = inject
+        self._inject, self._seen = inject, engine.draft_logits
 
     def choose(self, places: list[int], logits: Tensor) -> Tensor:
         assert bool(torch.isfinite(logits).all())
         assert not self.sampled
-        tokens = [
-            self._inject(
-                self._names[place],
-                self._slots.num_outputs[self.batch[place]] + self._num_made,
-                int(logits[row].argmax()),
-            )
-            for row, place in enumerate(places)
-        ]
+        tokens = []
+        for row, place in enumerate(places):
+            name, index = self._names[place], self._slots.num_outputs[self.batch[place]]
+            self._seen[name, index, self._num_made] = logits[row].clone()
+            tokens.append(self._inject(name, index + self._num_made, int(logits[row].argmax())))
         chosen = torch.tensor(tokens)
         self._take(places, chosen)
         return chosen
@@ -79,7 +76,7 @@ class Engine:
         on_device: bool = False,
     ) -> None:
         max_model_len = min(max_model_len, num_pages * 256)
-        numerics = Numerics.OFFICIAL if on_device else Numerics.EXACT
+        numerics = Numerics.EXACT if transformer.dtype == torch.float32 else Numerics.OFFICIAL
         layout = CacheLayout.build(transformer.config, numerics, num_draft_tokens)
         plan = CapacityPlan(layout, num_slots, num_pages, num_tails, max_model_len)
         if on_device:
@@ -88,7 +85,11 @@ class Engine:
             self.runner = DeviceRunner(transformer, plan, max_step_tokens, read_vocabulary)
         else:
             self.runner = Runner(transformer, plan, observer, read_vocabulary)
-        if inject is not None:
+        # Of injected drafts, by request, index of the output that a verify begins with, and place in the verify.
+        self.draft_logits: dict[tuple[str, int, int], Tensor] = {}
+        if inject is not None and on_device:
+            self.runner.forward.drafter._choose = self._choose_injected(inject)
+        elif inject is not None:
             self.runner._sampler.start_drafts = lambda batch, counts: InjectedDrafts(self, batch, counts, inject)
         self.outputs: dict[str, RequestOutput] = {}
         self.scheduler = Scheduler(
@@ -100,9 +101,24 @@ class Engine:
             eos_token_id=transformer.config.eos_token_id,
             prefix_cache=prefix_cache,
             max_waiting=10_000,
-            drafts=DraftPolicy(num_draft_tokens, adaptive) if num_draft_tokens else None,
+            drafts=DraftPolicy(num_draft_tokens, adaptive, self.runner.may_draft) if num_draft_tokens else None,
         )
         self._pipeline = Pipeline(self.scheduler, self.runner)
+
+    def _choose_injected(self, inject: Inject) -> Callable[..., Tensor]:
+        """`Drafter._choose` of the device: the drafts that a test chooses."""
+
+        def choose(place: int, logits: Tensor, requests: Any) -> Tensor:
+            chosen = logits.argmax(-1)
+            for row, (slot, num) in enumerate(zip(requests.slots.tolist(), requests.num_drafts.tolist(), strict=True)):
+                if num > place:
+                    assert bool(torch.isfinite(logits[row]).all())
+                    name, index = self.scheduler._running[slot].request_id, self.runner._slots.num_outputs[slot]
+                    self.draft_logits[name, index, place] = logits[row].cpu().clone()
+                    chosen[row] = inject(name, index + place, int(chosen[row]))
+            return chosen
+
+        return choose
 
     def _poison(self) -> None:
         """Overwrite what is free: byte 255 is NaN in float32, E4M3 and E8M0."""
@@ -129,7 +145,10 @@ class Engine:
         pools, layout, slots = self.runner.pools, self.runner.pools.layout, self.runner._slots
         window = layout.window_ring_rows - layout.num_draft_tokens
         mtp = len(pools.layers) - 1
+        under_way = getattr(self.runner, "verifying", ())  # of a device, whose steps end later
         for slot, state in self.scheduler._running.items():
+            if slot in under_way:
+                continue  # nobody knows yet how far it has got
             num = slots.num_computed[slot]
             for index, layer in enumerate(pools.layers):
                 # The MTP block stands one row behind.

@@ -33,12 +33,12 @@ def num_bytes(weight):
     return sum(getattr(weight, field.name).nbytes for field in dataclasses.fields(weight) if field.name != "unpacked")
 
 
-@pytest.mark.parametrize("unpacked", [True, False])
-def test_every_official_tensor_is_where_its_place_says(folder, unpacked):
+@pytest.mark.parametrize(("unpacked", "has_drafts"), [(True, False), (True, True), (False, True)])
+def test_every_official_tensor_is_where_its_place_says(folder, unpacked, has_drafts):
     """Dequantised, it is what the CPU loader makes of the same file; nothing is left over."""
-    config = EngineConfig(model=folder)
+    config = EngineConfig(model=folder, num_draft_tokens=int(has_drafts))
     expected = load_weights(config, CONFIG)
-    layout = DeviceWeights(CONFIG, CPU, unpacked)
+    layout = DeviceWeights(CONFIG, CPU, unpacked, has_drafts)
     layout.weights = load_device_weights(config, CONFIG, CPU, unpacked)
     stored = load_file(folder / "model.safetensors")
     for name, place in layout.places.items():
@@ -55,11 +55,11 @@ def test_every_official_tensor_is_where_its_place_says(folder, unpacked):
         values = view if exponents is None else dequantize_fp8_blocks(view, exponents)
         assert torch.equal(values.float(), official_view(expected, name).float()), name
     assert {place.weight for place in layout.places.values()} == set(layout.weights)
-    assert not [name for name in layout.weights if name.startswith("mtp.")]
+    assert bool([name for name in layout.weights if name.startswith("mtp.")]) == has_drafts
 
 
 def test_products_over_one_input_are_one_matrix():
-    weights = dummy_device_weights(CONFIG, 0, CPU, True)
+    weights = dummy_device_weights(CONFIG, 0, CPU, True, has_drafts=True)
     assert weights["layers.1.attn.latent"].codes.shape == (128 + 128, 128)
     assert weights["layers.1.attn.query"].codes.shape == (4 * 128 + 16 * 128, 128)
     assert weights["layers.0.attn.query"].codes.shape == (4 * 128, 128)
@@ -67,21 +67,24 @@ def test_products_over_one_input_are_one_matrix():
     assert weights["layers.2.attn.raw"].shape == (2 * 128, 128)
     assert "layers.0.attn.raw" not in weights
     assert weights["layers.0.ffn.shared_experts.w13"].codes.shape == (2 * 128, 128)
+    assert weights["mtp.0.attn.latent"].codes.shape == (128 + 128, 128)
+    assert "mtp.0.attn.raw" not in weights
 
 
-def test_the_plan_counts_every_byte():
-    weights = dummy_device_weights(CONFIG, 0, CPU, True)
+@pytest.mark.parametrize("has_drafts", [False, True])
+def test_the_plan_counts_every_byte(has_drafts):
+    weights = dummy_device_weights(CONFIG, 0, CPU, True, has_drafts)
     total = sum(map(num_bytes, weights.values()))
-    assert device_bytes(CONFIG) == total
-    require_device_memory(CONFIG, total)
+    assert device_bytes(CONFIG, has_drafts) == total
+    require_device_memory(CONFIG, has_drafts, total)
     with pytest.raises(CapacityError, match=rf"need {total:,} bytes on the device; {total - 1:,} are free"):
-        require_device_memory(CONFIG, total - 1)
+        require_device_memory(CONFIG, has_drafts, total - 1)
 
 
 def test_dummy_weights_have_the_scale_of_their_matrix():
     """Up to the rounding of a power of two; experts use all codes."""
-    weights = dummy_device_weights(CONFIG, 1, CPU, False)
-    layout = DeviceWeights(CONFIG, CPU, False)
+    weights = dummy_device_weights(CONFIG, 1, CPU, False, has_drafts=True)
+    layout = DeviceWeights(CONFIG, CPU, False, has_drafts=True)
     layout.weights = weights
     for name, place in layout.places.items():
         weight = weights[place.weight]
@@ -93,7 +96,7 @@ def test_dummy_weights_have_the_scale_of_their_matrix():
             assert 2**-0.6 < found / wanted < 2**0.6, name
         else:
             assert bool(torch.isfinite(weight.float()).all())
-    again = dummy_device_weights(CONFIG, 1, CPU, False)
+    again = dummy_device_weights(CONFIG, 1, CPU, False, has_drafts=True)
     assert torch.equal(again["layers.0.ffn.experts.w2"].values, weights["layers.0.ffn.experts.w2"].values)
 
 

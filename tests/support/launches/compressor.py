@@ -4,17 +4,18 @@ from dsv4_kernels.compressor.cases import CASES, INDEX, MAIN, compress
 from dsv4_kernels.metadata import C4, C128
 
 RUNS = {
-    "c4": (C4, (MAIN, INDEX), 8),
-    "c4 with drafts": (C4, (MAIN, INDEX), 16),
-    "c128": (C128, (MAIN,), 8),
+    "c4": (C4, (MAIN, INDEX), {}),
+    "c4 with drafts": (C4, (MAIN, INDEX), {"ring_rows": 16}),
+    "c128": (C128, (MAIN,), {}),
+    "c128 with drafts": (C128, (MAIN,), {"banks": 4}),
 }
 KERNELS = {"_c4", "_c128"}
 
 
 def launch(run: str) -> None:
     """Launch everything of one of RUNS on CPU tensors."""
-    ratio, formats, ring_rows = RUNS[run]
-    compress(ratio, *(CASES[0].make(ratio, each, 0, ring_rows)[0] for each in formats))
+    ratio, formats, sizes = RUNS[run]
+    compress(ratio, *(CASES[0].make(ratio, each, 0, **sizes)[0] for each in formats))
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
