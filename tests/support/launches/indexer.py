@@ -10,7 +10,7 @@ RUNS = {
     "1M": Case("decode", ((1 << 20) - 1,), (1,)),
     "chunk to 64K": Case("chunk", ((64 << 10) - ONE_LAUNCH_ROWS - 1,), (ONE_LAUNCH_ROWS + 1,)),
 }
-KERNELS = {"_prepare", "_scores", "_top_k"}
+KERNELS = {"_prepare", "_prepare_q", "_scores", "_top_k"}  # heads of many rows have a launch of their own
 
 
 def launch(run: str) -> None:
@@ -22,4 +22,4 @@ def launch(run: str) -> None:
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
     """What the machine code must multiply matrices with."""
-    return set() if kernel == "_top_k" else {{90: "HGMMA", 103: "UTCHMMA"}[capability]}
+    return set() if kernel in ("_top_k", "_prepare_q") else {{90: "HGMMA", 103: "UTCHMMA"}[capability]}
