@@ -172,11 +172,11 @@ class Ablation:
             "decode_step_ms": middle(decode_ms),
             "decode_tokens_per_s": round(1e3 * batch / middle(decode_ms), 1),
             "decode_launches": decode_launches,
-            "decode_error": float(f"{errors[0]:.3g}"),
+            "decode_error": _short(errors[0]),
             "prefill_ms": middle(prefill_ms),
             "prefill_tokens_per_s": round(1e3 * self.args.prefill / middle(prefill_ms), 1),
             "prefill_launches": prefill_launches,
-            "prefill_error": float(f"{errors[1]:.3g}"),
+            "prefill_error": _short(errors[1]),
             "agrees": None if is_other else agrees,
             "decode_times_ms": [round(each, 3) for each in decode_ms],
             "prefill_times_ms": [round(each, 3) for each in prefill_ms],
@@ -275,6 +275,11 @@ def without_layers(network: DeviceTransformer) -> Iterator[None]:
         yield
     finally:
         network.blocks = blocks
+
+
+def _short(error: float) -> float | None:
+    """Three digits; None for NaN, which is no JSON."""
+    return float(f"{error:.3g}") if error == error else None
 
 
 if __name__ == "__main__":

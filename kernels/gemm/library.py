@@ -24,7 +24,7 @@ MULTIPLE = 4  # of tokens: the library wants columns of scales at multiples of 1
 
 @cache
 def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def is_for_library(x: Tensor) -> bool:

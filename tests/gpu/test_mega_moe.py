@@ -20,6 +20,7 @@ SHAPES = {name: dataclasses.replace(sizes, n_routed_experts=NUM_EXPERTS) for nam
 # Relative norm. Sums in another order move a bfloat16 rounding now and then, and that moves an FP8 or FP4 rounding of a
 # hidden value to its neighbour; the shared expert's hidden values are FP8 always (its own test has the same bound).
 BOUND = {"bf16": 5e-3, "fp8": 5e-3, "fp4": 1e-2}
+BOUND_BF16_ALONE = 3e-3
 LARGER = {"bf16": [(150, 64)], "fp8": [(100, 32), (150, 64), (300, 128)], "fp4": [(300, 128)]}  # tokens, tile_tokens
 
 
@@ -68,6 +69,20 @@ def test_equals_the_reference(layer, activations):
                 expected = expected_of(**given, **layer[1], **options, quantize_shared=True)
                 error = (found.double() - expected.double()).norm() / expected.double().norm()
                 assert error <= BOUND[activations], (num_tokens, tile)
+
+
+def test_bf16_experts_without_the_shared_one(layer):
+    """What is left when the only FP8 values in it are zero."""
+    options = {"limit": layer[0].swiglu_limit, "activations": "bf16"}
+    values = layer[1] | {name: torch.zeros_like(layer[1][name]) for name in layer[3]}
+    zeros = {name: Fp8Weight(torch.zeros_like(one.codes), one.exponents) for name, one in layer[3].items()}
+    for weights in runs(layer, "bf16"):
+        for num_tokens in (1, 7, 40):
+            given = tokens(layer, num_tokens)
+            found = mega_moe(**given, **weights | zeros, **options)
+            expected = expected_of(**given, **values, **options, quantize_shared=True)
+            error = (found.double() - expected.double()).norm() / expected.double().norm()
+            assert error <= BOUND_BF16_ALONE, num_tokens
 
 
 @pytest.mark.parametrize("activations", ["bf16", "fp8", "fp4"])

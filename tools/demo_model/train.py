@@ -1,6 +1,6 @@
 """Trains the demo model on one GPU or two and writes the official checkpoint and its BF16 master.
 
-    python -m tools.demo_model.train OUT --tokenizer DIR --steps 3000
+    python -m tools.demo_model.train OUT --tokenizer DIR --steps 3100
 
 With `torchrun --nproc-per-node 2` in place of `python` two GPUs share every step. The same command and seed see the
 same data in the same order on one or two; GPU sums are not bit-reproducible. Progress goes to OUT/log.jsonl, one line
