@@ -110,7 +110,7 @@ def gate_up(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "rank_tokens"])
 def down(
     weights,  # w2, see weights.py
     scales,
@@ -124,13 +124,15 @@ def down(
     shared_exponents,
     shared_hidden,  # e4m3 [tokens, depth]
     shared_hidden_exponents,  # uint8 [tokens, depth / 128]
-    parts,  # bf16 [tokens, PARTS, num_rows]
+    parts,  # bf16 [tokens, PARTS, num_rows], or int64 [ranks], addresses of memory where each rank's parts are
     num_rows,
     num_tokens,
     scale_row,
+    rank_tokens,  # of each rank in turn, if there are several
     DEPTH: tl.constexpr,
     TOP_K: tl.constexpr,
     PARTS: tl.constexpr,
+    PARTS_AT: tl.constexpr,  # offset of the parts in every rank's memory, -1 = there is one rank
     FORMAT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -164,5 +166,13 @@ def down(
         FORMAT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     pair = tl.load(pairs + first + pair_in_tile, mask=keep, other=0).to(tl.int64)
-    part = pair // TOP_K * PARTS + pair % TOP_K
-    tl.store(parts + part[None, :] * num_rows + row[:, None], acc.to(tl.bfloat16), mask=keep[None, :])
+    token = pair // TOP_K
+    if PARTS_AT >= 0:
+        rank = token // rank_tokens
+        token -= rank * rank_tokens
+        home = (tl.load(parts + rank, mask=keep, other=0) + PARTS_AT).to(tl.pointer_type(tl.bfloat16))
+        target = tl.multiple_of(home, 16)[None, :]
+    else:
+        target = parts
+    part = token * PARTS + pair % TOP_K
+    tl.store(target + part[None, :] * num_rows + row[:, None], acc.to(tl.bfloat16), mask=keep[None, :])

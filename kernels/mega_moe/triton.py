@@ -9,6 +9,7 @@ them. Whoever takes them adds them: the next hyper-connection, or `combine`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
@@ -27,6 +28,15 @@ from dsv4_kernels.quant import triton as quant
 
 TILES = (16, 32, 64, 128)  # pairs of a tile
 SHARED_TOKENS = 16  # of a tile of the shared expert, where it stands beside tiles of TILES[0] pairs
+
+
+@dataclass(frozen=True)
+class Homes:
+    """Where the outputs of several ranks' tokens go: into the memory of the rank that each token lives on."""
+
+    addresses: Tensor  # int64 [ranks], of their memory
+    offset: int  # bytes, a multiple of 16: of bfloat16 [rank_tokens, K, D] in all of it
+    rank_tokens: int  # of each rank
 
 
 def choose_tile(num_tokens: int, top_k: int, num_experts: int, unpacked: bool) -> int:
@@ -133,6 +143,27 @@ def pair_outputs(
     return outputs
 
 
+def send_outputs(
+    homes: Homes,
+    inputs: Tensor,
+    input_scales: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    w13: Fp4Weight,
+    w2: Fp4Weight,
+    *,
+    limit: float,
+    activations: Activations,
+    tile_tokens: int,
+) -> None:
+    """`pair_outputs` of the tokens of all ranks, rank by rank, each stored where its token lives as soon as it is there.
+
+    So the way back is under the products.
+    """
+    tiles = make_tiles(expert_ids, w13.num_experts, tile_tokens)
+    _products(inputs, input_scales, None, weights, tiles, w13, w2, homes, limit, activations)
+
+
 def _products(
     inputs: Tensor,
     input_scales: Tensor,
@@ -141,7 +172,7 @@ def _products(
     tiles: Tiles,
     w13: Fp4Weight,
     w2: Fp4Weight,
-    parts: Tensor,
+    parts: Tensor | Homes,
     limit: float,
     activations: Activations,
 ) -> None:
@@ -184,9 +215,13 @@ def _products(
         maxnreg=128 if tile_tokens == TILES[0] else None,  # two programs on a multiprocessor
         **blocks,
     )  # fmt: skip
+    if isinstance(parts, Homes):
+        target, rank_tokens, places = parts.addresses, parts.rank_tokens, {"PARTS": top_k, "PARTS_AT": parts.offset}
+    else:
+        target, rank_tokens, places = parts, 0, {"PARTS": parts.shape[1], "PARTS_AT": -1}
     down[(hidden // 128, num_tiles)](
-        w2.values, w2.scales, middle, middle_scales, *table, *shared_down, parts, hidden, num_tokens, scale_row,
-        DEPTH=width, PARTS=parts.shape[1], BLOCK_M=128, num_warps=8 if tile_tokens == TILES[-1] else 4, **blocks,
+        w2.values, w2.scales, middle, middle_scales, *table, *shared_down, target, hidden, num_tokens, scale_row,
+        rank_tokens, DEPTH=width, BLOCK_M=128, num_warps=8 if tile_tokens == TILES[-1] else 4, **places, **blocks,
     )  # fmt: skip
 
 
