@@ -156,7 +156,7 @@ def send_outputs(
     activations: Activations,
     tile_tokens: int,
 ) -> None:
-    """`pair_outputs` of the tokens of all ranks, rank by rank, each stored where its token lives as soon as it is there.
+    """`pair_outputs` of the tokens of all ranks, rank by rank, each stored where its token lives once it is there.
 
     So the way back is under the products.
     """
