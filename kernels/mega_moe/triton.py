@@ -186,8 +186,11 @@ def _products(
     row_size, scale_row = {"bf16": (width, 0), "e4m3": (width, width // 128), "e2m1": (width // 2, width // 32)}[form]
     middle = torch.empty(num_tokens * top_k, row_size, dtype=inputs.dtype, device=inputs.device)
     middle_scales = torch.empty(num_tokens * top_k, scale_row, dtype=torch.uint8, device=inputs.device)
-    shared_up = shared_down = (inputs,) * 4  # read by nobody
-    shared_middle, exponent_steps, shared_tiles = (inputs,) * 2, (0, 0), 0
+    # Without the shared expert a small tile's kernel is the same, over none of its tokens: left out of it, ptxas finds
+    # no way to do with as many registers.
+    shared_middle = unread = inputs.view(torch.float8_e4m3fn), inputs.view(torch.uint8)
+    shared_up = shared_down = unread * 2
+    exponent_steps, shared_tokens = (0, 0), 0
     if shared is not None:
         rows, shared_w13, shared_w2 = shared
         shared_middle = quantized = (
@@ -196,21 +199,21 @@ def _products(
         )
         shared_up = (shared_w13.codes, shared_w13.exponents, rows.codes, rows.exponents)
         shared_down = (shared_w2.codes, shared_w2.exponents, *quantized)
-        exponent_steps, shared_tiles = rows.exponents.stride(), triton.cdiv(num_tokens, SHARED_TOKENS)
+        exponent_steps, shared_tokens = rows.exponents.stride(), num_tokens
     # What keeps everything in registers (tests/kernels/test_compile_gate.py). Native FP4 needs 4 or 8 warps.
     tile_tokens, table = tiles.tile_tokens, (tiles.pairs, tiles.experts, tiles.firsts, tiles.counts)
-    num_tiles = shared_tiles + len(tiles.experts)
+    num_tiles = triton.cdiv(shared_tokens, SHARED_TOKENS) + len(tiles.experts)
     blocks = {
         "TOP_K": top_k,
         "FORMAT": form,
         "BLOCK_N": tile_tokens,
-        "SHARED_N": SHARED_TOKENS if shared else 0,
+        "SHARED_N": SHARED_TOKENS if tile_tokens == TILES[0] else 0,
         "SHARED_STAGES": 3,
         "num_stages": 4 if tile_tokens < 64 else 3,
     }
     gate_up[(width // 128, num_tiles)](
         w13.values, w13.scales, inputs, input_scales, *table, weights, middle, middle_scales, *shared_up,
-        *shared_middle, width, limit, num_tokens, *input_scales.stride(), *exponent_steps,
+        *shared_middle, width, limit, shared_tokens, *input_scales.stride(), *exponent_steps,
         DEPTH=hidden, ROUND=activations, BLOCK_M=256, num_warps=8,
         maxnreg=128 if tile_tokens == TILES[0] else None,  # two programs on a multiprocessor
         **blocks,
@@ -220,7 +223,7 @@ def _products(
     else:
         target, rank_tokens, places = parts, 0, {"PARTS": parts.shape[1], "PARTS_AT": -1}
     down[(hidden // 128, num_tiles)](
-        w2.values, w2.scales, middle, middle_scales, *table, *shared_down, target, hidden, num_tokens, scale_row,
+        w2.values, w2.scales, middle, middle_scales, *table, *shared_down, target, hidden, shared_tokens, scale_row,
         rank_tokens, DEPTH=width, BLOCK_M=128, num_warps=8 if tile_tokens == TILES[-1] else 4, **places, **blocks,
     )  # fmt: skip
 
