@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dsv4_kernels.dependent import launches_early
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.mega_moe.combine import combine
@@ -183,10 +184,12 @@ def _products(
         DEPTH=hidden, ROUND=activations, BLOCK_M=256, num_warps=8,
         maxnreg=128 if tile_tokens == TILES[0] else None,  # two programs on a multiprocessor
         **blocks,
+        launch_pdl=launches_early(inputs.device),
     )  # fmt: skip
     down[(hidden // 128, num_tiles)](
         w2.values, w2.scales, middle, middle_scales, *table, *shared_down, parts, hidden, num_tokens, scale_row,
         DEPTH=width, PARTS=parts.shape[1], BLOCK_M=128, num_warps=8 if tile_tokens == TILES[-1] else 4, **blocks,
+        launch_pdl=launches_early(inputs.device),
     )  # fmt: skip
 
 
