@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.compressor.reference import LOWEST
+from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.kv_store import Format, Planes, RowFormat
 from dsv4_kernels.metadata import C4, C128
 from dsv4_kernels.metadata.rows import Rows
@@ -203,6 +204,7 @@ def _c4(
     RING: tl.constexpr,
     PER_PAGE: tl.constexpr,
 ):
+    wait_for_previous()
     if tl.program_id(1) == 0:
         _close_c4(
             raw, ape, ring, norm, data, rope_data, scales, raw_stride, slots, positions, firsts, counts,
@@ -241,6 +243,7 @@ def _c128(
     BLOCK: tl.constexpr,  # D padded to a power of two
     BLOCK_R: tl.constexpr,  # rows that are read at once
 ):
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + row)
     if position < 0:
@@ -352,6 +355,7 @@ def compress_c4(
             RING=compressors[0].ring.shape[1],
             PER_PAGE=page_tokens // C4,
             num_warps=4,
+            launch_pdl=launches_early(page_table.device),
         )
 
 
@@ -398,6 +402,7 @@ def compress_c128(
             BLOCK=triton.next_power_of_2(dim),
             BLOCK_R=16,
             num_warps=16,
+            launch_pdl=launches_early(raw.device),
         )
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from dsv4_kernels.arrival import counters, is_last
+from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import empty_rows
 from dsv4_kernels.quant.device import inverse_power_of_two, power_of_two, scale_exponent
@@ -143,6 +144,7 @@ def _product(
     DEPTH: tl.constexpr,  # of K in one step
     ADD_TOKENS: tl.constexpr,
 ):
+    wait_for_previous()
     row_tiles, token_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(num_tokens, TOKENS)
     # Programs that run together form a square of tiles, so that both operands come from L2.
     first = tl.program_id(0) // (8 * token_tiles) * 8
@@ -305,4 +307,5 @@ def launch(
         ADD_TOKENS=ADD_TOKENS,
         num_warps=num_warps,
         num_stages=num_stages,
+        launch_pdl=launches_early(x.device),
     )

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.indexer.device import prepare_index_vectors
 from dsv4_kernels.kv_store.device import prepare_heads
 from dsv4_kernels.kv_store.triton import PROGRAM_HEADS, check_dims, prepare_q
@@ -44,6 +45,7 @@ def _prepare(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous()
     program = tl.program_id(0)
     num_index = tl.cdiv(num_vectors, BLOCK)
     if program < num_index:
@@ -132,5 +134,6 @@ def prepare_queries(
             HEADS=PROGRAM_HEADS,
             BLOCK=BLOCK,
             num_warps=4,
+            launch_pdl=launches_early(queries.device),
         )
     return heads, index_q, index_weights

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.arrival import NUM_COUNTERS, counters, is_last
+from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.kv_store import Format, Planes, RowFormat
 from dsv4_kernels.metadata import C4
 from dsv4_kernels.metadata.rows import Rows
@@ -124,6 +125,7 @@ def _scores(
     BLOCK_LISTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_previous()
     row = first_row + tl.program_id(0)
     position = tl.load(positions + row)
     if position < 0:
@@ -240,6 +242,7 @@ def _top_k(
     BLOCK_K: tl.constexpr,  # TOP_K padded to a power of two
 ):
     """`_best` of each row and part."""
+    wait_for_previous()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + row)
     if position < 0:
@@ -340,6 +343,7 @@ def select(
                 BLOCK_LISTS=triton.next_power_of_2(lists * top_k),
                 BLOCK_K=triton.next_power_of_2(top_k),
                 num_warps=8,
+                launch_pdl=launches_early(q.device),
             )
         if not one_launch:
             _choose(keys, rows.positions[first:end], chosen[first:end], num_entries)
@@ -373,6 +377,7 @@ def _choose(keys: Tensor, positions: Tensor, chosen: Tensor, num_entries: int) -
             BLOCK=block,
             BLOCK_K=triton.next_power_of_2(top_k),
             num_warps=max(4, min(16, block // 512)),
+            launch_pdl=launches_early(keys.device),
         )
         if programs == 1:
             return

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dsv4_kernels.dependent import wait_for_previous
 from dsv4_kernels.mega_moe.product import multiply_fp4, multiply_fp8
 from dsv4_kernels.quant.triton import store_quantized
 
@@ -64,6 +65,7 @@ def gate_up(
     SHARED_STAGES: tl.constexpr,
 ):
     """SwiGLU of one tile of pairs, or of tokens for the shared expert; BLOCK_M / 2 hidden values each."""
+    wait_for_previous()
     HALF: tl.constexpr = BLOCK_M // 2
     column = tl.program_id(0) * HALF
     lane = tl.arange(0, BLOCK_M)
@@ -140,6 +142,7 @@ def down(
     SHARED_STAGES: tl.constexpr,
 ):
     """The second product of one tile of pairs, or of tokens for the shared expert; BLOCK_M output dims each."""
+    wait_for_previous()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     tile = tl.program_id(1)
     if SHARED_N > 0:

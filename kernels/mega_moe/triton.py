@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dsv4_kernels.dependent import launches_early
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.mega_moe.combine import combine
@@ -217,6 +218,7 @@ def _products(
         DEPTH=hidden, ROUND=activations, BLOCK_M=256, num_warps=8,
         maxnreg=128 if tile_tokens == TILES[0] else None,  # two programs on a multiprocessor
         **blocks,
+        launch_pdl=launches_early(inputs.device),
     )  # fmt: skip
     if isinstance(parts, Homes):
         target, rank_tokens, places = parts.addresses, parts.rank_tokens, {"PARTS": top_k, "PARTS_AT": parts.offset}
@@ -225,6 +227,7 @@ def _products(
     down[(hidden // 128, num_tiles)](
         w2.values, w2.scales, middle, middle_scales, *table, *shared_down, target, hidden, shared_tokens, scale_row,
         rank_tokens, DEPTH=width, BLOCK_M=128, num_warps=8 if tile_tokens == TILES[-1] else 4, **places, **blocks,
+        launch_pdl=launches_early(inputs.device),
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.arrival import counters, is_last
+from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows
 from dsv4_kernels.gemm.quantize import empty_rows
 from dsv4_kernels.mhc.finish import finish_token, finish_tokens
@@ -112,6 +113,7 @@ def _mix(
     SLICES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
+    wait_for_previous()
     ROWS: tl.constexpr = max(TOKENS, 16)  # of a product, at least
     row = tl.arange(0, ROWS)
     token = tl.program_id(0).to(tl.int64) * TOKENS + row
@@ -297,6 +299,7 @@ def _launch(
             num_warps=num_warps,
             num_stages=num_stages,
             maxnreg=255,  # left alone, the assembler spills to let more programs run side by side than there are
+            launch_pdl=launches_early(streams.device),
         )
         if tiles.tokens == 1:
             return new_streams, x
@@ -304,5 +307,6 @@ def _launch(
     finish_tokens[(num_tokens,)](
         new_streams, partials, squares, base, scale, norm, x, *outs, hidden, partials.shape[1], num_tokens, hc_eps,
         norm_eps, **sizes, num_warps=8,
+        launch_pdl=launches_early(streams.device),
     )  # fmt: skip
     return new_streams, x

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows
 from dsv4_kernels.gemm.quantize import empty_rows
 from dsv4_kernels.quant.device import inverse_power_of_two, scale_exponent
@@ -27,6 +28,7 @@ def _rms_norm(
     QUANTIZE: tl.constexpr,
     GROUPS: tl.constexpr,  # of 128 values, a power of two
 ):
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -67,6 +69,7 @@ def _launch(x: Tensor, weight: Tensor | None, eps: float, out: Tensor, exponents
             QUANTIZE=exponents is not None,
             GROUPS=groups,
             num_warps=8 if groups > 16 else 4,
+            launch_pdl=launches_early(x.device),
         )
 
 
