@@ -2,7 +2,7 @@
 
 Off, each operation takes the form that is fastest for so many rows, and the forms add a row's sums in different orders.
 On, an operation has one form, and its sums are cut by the shapes of weights and by the row's own context alone. What
-that relies on, and what each operation does: docs/adr/0009-a-row-has-its-own-bits.md.
+that relies on, and what each operation does: docs/adr/0010-a-row-has-its-own-bits.md.
 
 The switch is of the process, as the choices are: a captured graph keeps what was chosen when it was captured.
 """

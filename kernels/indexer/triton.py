@@ -17,6 +17,7 @@ has a program for each row. In deterministic mode few rows take those launches t
 
 Scores take at most MAX_SCORE_BYTES (or 16 rows): more rows are taken in turns. With 64 heads a score costs 16,576
 operations and two bytes, so computing it a second time instead of keeping it would be slower.
+What choosing while scoring would bring: docs/adr/0011-index-scores-stay-in-memory.md.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ class Tiles(NamedTuple):
     dims: int  # of the hidden size, a multiple of 32
 
 
-# In deterministic mode. On Pro 56 programs for one token, 7 KB of partial sums a token. With other numbers of tokens in a
-# tile there are other matrix instructions and other orders of additions.
+# In deterministic mode. On Pro 56 programs for one token, 7 KB of partial sums a token. Tiles of other numbers of tokens
+# have other matrix instructions and add in other orders.
 FIXED = Tiles(16, 128)
 
 
