@@ -46,8 +46,8 @@ class Tiles(NamedTuple):
     dims: int  # of the hidden size, a multiple of 32
 
 
-# In deterministic mode. On Pro 56 programs for one token, 7 KB of partial sums a token. Tiles of other numbers of tokens
-# have other matrix instructions and add in other orders.
+# In deterministic mode. On Pro 56 programs for one token, 7 KB of partial sums a token. Tiles of other numbers of
+# tokens have other matrix instructions and add in other orders.
 FIXED = Tiles(16, 128)
 
 
