@@ -17,6 +17,9 @@ Speculation: the C4 ring needs nothing (rejected rows are rewritten before an en
 has a bank for each row that a verify can have. Of a request with no more rows than that, verify or not, the head takes
 one row after the other and leaves what holds behind the j-th in bank j; the caller copies the bank of the last row that
 stays to bank 0, from which the next step goes on.
+
+The running state of C128 is rounded after each tile of rows, in registers as in memory. In deterministic mode a tile is
+one row, so it does not show where steps ended.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from torch import Tensor
 
 from dsv4_kernels.compressor.reference import LOWEST
 from dsv4_kernels.dependent import launches_early, wait_for_previous
+from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.kv_store import Format, Planes, RowFormat
 from dsv4_kernels.metadata import C4, C128
 from dsv4_kernels.metadata.rows import Rows
@@ -267,7 +271,7 @@ def _c128(
         resumes = dim < tl.where(low % 128 == 0, 0, D)
         largest = tl.load(kept, mask=resumes, other=LEAST)
         total = tl.load(kept + D, mask=resumes, other=0.0)
-        weighted = tl.load(kept + 2 * D, mask=resumes, other=0.0) * total
+        mean = tl.load(kept + 2 * D, mask=resumes, other=0.0)
         for tile in range(low, high, num_read):
             reached = tl.minimum(tile + num_read, high)
             source = tile + tl.arange(0, BLOCK_R)[:, None]
@@ -277,18 +281,18 @@ def _c128(
             gate += tl.load(ape + source % 128 * D + dim[None, :], mask=keep, other=0.0)
             new_largest = tl.maximum(largest, tl.max(gate, axis=0))
             weights = tl.exp(gate - new_largest[None, :])
-            shrink = tl.exp(largest - new_largest)
-            total = total * shrink + tl.sum(weights, axis=0)
-            weighted = weighted * shrink + tl.sum(weights * tl.load(at, mask=keep, other=0.0), axis=0)
+            old = total * tl.exp(largest - new_largest)
+            total = old + tl.sum(weights, axis=0)
+            mean = mean * old + tl.sum(weights * tl.load(at, mask=keep, other=0.0), axis=0)
+            mean = mean / tl.where(inside, total, 1.0)
             largest = new_largest
             if (has_banks | (reached == high)) & (reached % 128 != 0):
                 bank = kept + tl.where(has_banks, reached - 1 - start, 0) * (3 * D)
                 tl.debug_barrier()  # all threads have read the state
                 tl.store(bank, largest, mask=inside)
                 tl.store(bank + D, total, mask=inside)
-                tl.store(bank + 2 * D, weighted / tl.where(inside, total, 1.0), mask=inside)
+                tl.store(bank + 2 * D, mean, mask=inside)
         if high % 128 == 0:
-            mean = weighted / tl.where(inside, total, 1.0)
             rotation = rotations + (first + high - 1 - start).to(tl.int64) * ROPE
             page_row = _page_row(page_table, slot, table_width, block, PER_PAGE)
             _store_entry(mean, norm, rotation, data, rope_data, scales, page_row, eps, D, ROPE, FORMAT, BLOCK)
@@ -400,7 +404,7 @@ def compress_c128(
             FORMAT=row_format.format.value,
             BANKS=state.shape[1],
             BLOCK=triton.next_power_of_2(dim),
-            BLOCK_R=16,
+            BLOCK_R=1 if is_deterministic() else 16,
             num_warps=16,
             launch_pdl=launches_early(raw.device),
         )

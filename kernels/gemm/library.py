@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.dependent import launches_early, wait_for_previous
+from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.gemm import triton as ours
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
 from dsv4_kernels.quant.device import power_of_two
@@ -29,8 +30,8 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def is_for_library(x: Tensor) -> bool:
-    """Whether the library multiplies x [T, K] with a weight."""
-    return len(x) >= LEAST_TOKENS and len(x) % MULTIPLE == 0 and _is_hopper(x.device)
+    """Whether the library multiplies x [T, K] with a weight. It promises no order of sums, so never if that counts."""
+    return not is_deterministic() and len(x) >= LEAST_TOKENS and len(x) % MULTIPLE == 0 and _is_hopper(x.device)
 
 
 @triton.jit(do_not_specialize=["num"])

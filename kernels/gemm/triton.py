@@ -10,8 +10,8 @@ What is multiplied (`_product`, FORMAT):
 
 Programs that split K store float32 parts, and so do two tiles of 64 rows that share a group of a quantised result. The
 last one adds the parts in their order and stores the result (ADR 7): always the same bits.
-Tiles depend on the number of tokens and the shape of the weight; with fixed ones (`tiles=`) a row has the same bits in
-any batch.
+Tiles depend on the number of tokens and the shape of the weight. In deterministic mode K is cut by the weight alone:
+few tokens have a program for each split, many have all splits in one program, which adds them in the same order.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from triton.language.target_info import cuda_capability_geq
 
 from dsv4_kernels.arrival import counters, is_last
 from dsv4_kernels.dependent import launches_early, wait_for_previous
+from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import empty_rows
 from dsv4_kernels.quant.device import inverse_power_of_two, power_of_two, scale_exponent
@@ -35,24 +36,29 @@ TILE_ROWS = (
 )
 PROGRAMS = 132  # programs that a product over few tokens is split into, about: one for each multiprocessor
 MIN_SPLIT_DEPTH = 512  # of K; below, partial sums cost more than they gain
+MOST_SPLIT_TOKENS = 64  # with a program for each split; more make enough programs, and parts would take much memory
 ADD_TOKENS = 16  # tokens whose parts are added together; more cost registers
 
 
 class Tiles(NamedTuple):
-    """How a product is cut up; all results of equal tiles are equal in their bits."""
+    """How a product is cut up. What decides a row's bits is splits * turns, for the tensor cores add up K in one order
+    whatever the tile."""
 
     tokens: int  # of a tile
-    splits: int  # of K
+    splits: int  # of K, each by a program of its own
     num_warps: int
     num_stages: int
+    turns: int = 1  # of K too: parts that a program adds up itself
 
 
 def tiles_for(num_tokens: int, num_weight_rows: int, depth: int, fp8: bool) -> Tiles:
-    """The tiles of a product; FORMAT "fp8" needs a second set of accumulators."""
-    if num_tokens > 64:
-        return Tiles(128 if fp8 or num_tokens <= 128 else 256, 1, 8, 4)
+    """The tiles of a product; FORMAT "fp8" needs a second set of accumulators, turns one more."""
     wanted = PROGRAMS // triton.cdiv(num_weight_rows, TILE_ROWS)
     splits = max(1, min(wanted, depth // MIN_SPLIT_DEPTH))
+    if num_tokens > MOST_SPLIT_TOKENS:
+        if splits > 1 and is_deterministic():
+            return Tiles(64, 1, 8, 4, turns=splits)
+        return Tiles(128 if fp8 or num_tokens <= 128 else 256, 1, 8, 4)
     return Tiles(max(16, triton.next_power_of_2(num_tokens)), splits, 8 if num_tokens > 32 else 4, 4)
 
 
@@ -115,6 +121,47 @@ def _add(
         _store(total, group, token, end, out, out_exponents, num_rows, out_token_step, out_block_step, QUANTIZE)
 
 
+@triton.jit
+def _sum(
+    x_at,  # pointers [TOKENS] to the tokens' inputs
+    exponents_at,  # pointers [TOKENS], with FORMAT "fp8"
+    weight_at,  # pointers [ROWS]
+    scales_at,
+    start,  # blocks of K
+    end,
+    blocks,
+    block_step,
+    FORMAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """float32 [ROWS, TOKENS]: products over the blocks start .. end of K."""
+    k = tl.arange(0, DEPTH)
+    total = tl.zeros([ROWS, TOKENS], tl.float32)
+    if FORMAT == "fp8":
+        scales = _scales(scales_at, exponents_at, tl.minimum(start, blocks - 1), block_step)
+    for block in range(start, end):
+        weights = tl.load(weight_at[:, None] + (block * DEPTH + k)[None, :])
+        values = tl.load(x_at[:, None] + (block * DEPTH + k)[None, :])
+        if FORMAT == "bf16":
+            total = tl.dot(weights, tl.trans(values), total)
+        elif FORMAT == "wide":
+            scale = power_of_two(tl.load(scales_at + block * DEPTH // 128))
+            total = tl.dot((weights.to(tl.float32) * scale).to(tl.bfloat16), tl.trans(values), total)
+        elif cuda_capability_geq(10):
+            weight_scale = tl.load(scales_at + block + tl.zeros([ROWS, DEPTH // 32], tl.int32))
+            exponent = tl.load(exponents_at + block * block_step)
+            x_scale = tl.broadcast_to(exponent[:, None], [TOKENS, DEPTH // 32])
+            total = tl.dot_scaled(weights, weight_scale, "e4m3", tl.trans(values), x_scale, "e4m3", total)
+        else:
+            # Bytes are not copied ahead by the pipeline: the next scales are on their way while this block multiplies.
+            following = _scales(scales_at, exponents_at, tl.minimum(block + 1, blocks - 1), block_step)
+            total += tl.dot(weights, tl.trans(values)) * scales[None, :]
+            scales = following
+    return total
+
+
 # Not compiled anew for other numbers of tokens.
 @triton.jit(do_not_specialize=["num_tokens", "block_step", "out_block_step"])
 def _product(
@@ -139,6 +186,7 @@ def _product(
     QUANTIZE: tl.constexpr,  # to E4M3, a group of 128 rows a token
     ADDS: tl.constexpr,  # several programs share 128 rows: splits, or two tiles of 64 rows
     SPLITS: tl.constexpr,
+    TURNS: tl.constexpr,  # parts of a split, which one program adds
     ROWS: tl.constexpr,  # 128, or 64 with ADDS
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,  # of K in one step
@@ -155,37 +203,27 @@ def _product(
 
     row = row_tile * ROWS + tl.arange(0, ROWS)
     token = token_tile * TOKENS + tl.arange(0, TOKENS)
-    k = tl.arange(0, DEPTH)
     # Rows beyond the end repeat the last one: a load without a mask, and what they give is not stored.
-    weight_row = tl.minimum(row, num_rows - 1).to(tl.int64) * depth
+    weight_at = weight + tl.minimum(row, num_rows - 1).to(tl.int64) * depth
     x_token = tl.minimum(token, num_tokens - 1).to(tl.int64)
-    x_at = x_token * x_row + row_tile * ROWS // group_rows * depth
-    blocks = depth // DEPTH
-    per_split = tl.cdiv(blocks, SPLITS)
-    total = tl.zeros([ROWS, TOKENS], tl.float32)
-    start = split * per_split
+    x_at = x + x_token * x_row + row_tile * ROWS // group_rows * depth
     exponents_at = x_exponents + x_token * token_step
     scales_at = weight_exponents + row_tile * ROWS // 128 * (depth // 128)
-    if FORMAT == "fp8":
-        scales = _scales(scales_at, exponents_at, tl.minimum(start, blocks - 1), block_step)
-    for block in range(start, tl.minimum(start + per_split, blocks)):
-        weights = tl.load(weight + weight_row[:, None] + (block * DEPTH + k)[None, :])
-        values = tl.load(x + x_at[:, None] + (block * DEPTH + k)[None, :])
-        if FORMAT == "bf16":
-            total = tl.dot(weights, tl.trans(values), total)
-        elif FORMAT == "wide":
-            scale = power_of_two(tl.load(scales_at + block * DEPTH // 128))
-            total = tl.dot((weights.to(tl.float32) * scale).to(tl.bfloat16), tl.trans(values), total)
-        elif cuda_capability_geq(10):
-            weight_scale = tl.load(scales_at + block + tl.zeros([ROWS, DEPTH // 32], tl.int32))
-            exponent = tl.load(exponents_at + block * block_step)
-            x_scale = tl.broadcast_to(exponent[:, None], [TOKENS, DEPTH // 32])
-            total = tl.dot_scaled(weights, weight_scale, "e4m3", tl.trans(values), x_scale, "e4m3", total)
-        else:
-            # Bytes are not copied ahead by the pipeline: the next scales are on their way while this block multiplies.
-            following = _scales(scales_at, exponents_at, tl.minimum(block + 1, blocks - 1), block_step)
-            total += tl.dot(weights, tl.trans(values)) * scales[None, :]
-            scales = following
+    blocks = depth // DEPTH
+    per_part = tl.cdiv(blocks, SPLITS * TURNS)
+    start = split * TURNS * per_part
+    total = _sum(
+        x_at, exponents_at, weight_at, scales_at, start, tl.minimum(start + per_part, blocks), blocks, block_step,
+        FORMAT, ROWS, TOKENS, DEPTH,
+    )  # fmt: skip
+    if TURNS > 1:
+        total += 0.0  # as `_add` begins
+        for turn in range(1, TURNS):
+            start = (split * TURNS + turn) * per_part
+            total += _sum(
+                x_at, exponents_at, weight_at, scales_at, start, tl.minimum(start + per_part, blocks), blocks,
+                block_step, FORMAT, ROWS, TOKENS, DEPTH,
+            )  # fmt: skip
 
     group = row_tile * ROWS // 128
     if ADDS:
@@ -259,6 +297,12 @@ def grouped_fp8_out(o: Tensor, weight: Fp8Weight, num_groups: int, *, tiles: Til
     return out
 
 
+def _depth(format_: str, tokens: int) -> int:
+    """Of K in one step. Parts end with steps, so in deterministic mode it is that of the largest tile."""
+    is_small = tokens <= MOST_SPLIT_TOKENS and not is_deterministic()
+    return 128 if format_ == "fp8" or (format_ == "wide" and is_small) else 64
+
+
 def launch(
     format_: str,
     x: Tensor,
@@ -274,7 +318,7 @@ def launch(
     num_tokens, (num_rows, depth) = x.shape[0], weight.shape
     if not num_tokens:
         return
-    tokens, splits, num_warps, num_stages = tiles or tiles_for(num_tokens, num_rows, depth, format_ == "fp8")
+    tokens, splits, num_warps, num_stages, turns = tiles or tiles_for(num_tokens, num_rows, depth, format_ == "fp8")
     group_rows = num_rows // num_groups if num_groups > 1 else num_rows + TILE_ROWS
     tile_rows = TILE_ROWS if num_groups == 1 or group_rows % TILE_ROWS == 0 else TILE_ROWS // 2
     quantize = out_exponents is not None
@@ -301,9 +345,10 @@ def launch(
         QUANTIZE=quantize,
         ADDS=adds,
         SPLITS=splits,
+        TURNS=turns,
         ROWS=tile_rows,
         TOKENS=tokens,
-        DEPTH=128 if format_ == "fp8" or (format_ == "wide" and tokens <= 64) else 64,
+        DEPTH=_depth(format_, tokens),
         ADD_TOKENS=ADD_TOKENS,
         num_warps=num_warps,
         num_stages=num_stages,

@@ -1,7 +1,8 @@
 """The experts of a layer in Triton, in two launches: `gate_up` and `down` (experts.py).
 
 Equal to `mega_moe` of the reference at every rounding point. In decode the shared expert stands in the same launches;
-in prefill its products have tiles of their own, so they are launches of their own (shared.py).
+in prefill its products have tiles of their own, so they are launches of their own (shared.py). In deterministic mode
+they always are.
 
 What comes out are parts, one for each expert of a token and one for the shared expert, bfloat16 as the reference rounds
 them. Whoever takes them adds them: the next hyper-connection, or `combine`.
@@ -17,6 +18,7 @@ import triton
 from torch import Tensor
 
 from dsv4_kernels.dependent import launches_early
+from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.mega_moe.combine import combine
@@ -67,8 +69,8 @@ def mega_moe(
         shared_w13, shared_w2: [2I, D], gate rows first, and [D, I].
         limit: swiglu clamp.
         activations: "bf16", "fp8" or "fp4" of the routed experts; "bf16" needs the unpacked form of their weights.
-        tile_tokens: 16, 32, 64 or (not for unpacked weights) 128 pairs a tile; by default chosen from the shapes. With
-            one value, a token's result does not depend on its batch.
+        tile_tokens: 16, 32, 64 or (not for unpacked weights) 128 pairs a tile; by default chosen from the shapes. A
+            routed expert's sums have the same order with all of them.
 
     Rows without any expert are padding and are not written. Raises ValueError for anything else.
     """
@@ -111,10 +113,10 @@ def expert_parts(
     """
     num_tokens, top_k = weights.shape
     parts = torch.empty(num_tokens, top_k + 1, w13.depth, dtype=torch.bfloat16, device=inputs.device)
-    decode = tiles.tile_tokens == TILES[0]
-    shared = (rows, shared_w13, shared_w2) if decode else None
+    beside = tiles.tile_tokens == TILES[0] and not is_deterministic()
+    shared = (rows, shared_w13, shared_w2) if beside else None
     _products(inputs, input_scales, shared, weights, tiles, w13, w2, parts, limit, activations)
-    if not decode:
+    if not beside:
         parts[:, top_k] = shared_expert(rows, shared_w13, shared_w2, limit=limit)
     return parts
 

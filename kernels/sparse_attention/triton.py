@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.dependent import launches_early, wait_for_previous
+from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.kv_store.reference import KV_GROUP, SCALE_ALIGN, Planes
 from dsv4_kernels.metadata.rows import Rows
 from dsv4_kernels.quant.device import power_of_two
@@ -247,7 +248,13 @@ def _combine(
 
 
 def default_splits(num_rows: int, num_heads: int, num_keys: int) -> int:
-    """Splits that fill a GPU: from shapes alone, `num_keys` being the most that a row could have."""
+    """Splits that fill a GPU: from shapes alone, `num_keys` being the most that a row could have.
+
+    In deterministic mode one. Parts of a row take 256 KB a split on Pro, so the many rows of a prefill cannot have
+    several; and one program has no registers to add up parts itself.
+    """
+    if is_deterministic():
+        return 1
     programs = max(1, num_rows * triton.cdiv(num_heads, HEADS))
     return max(1, min(PROGRAMS // programs, triton.cdiv(num_keys, KEYS)))
 

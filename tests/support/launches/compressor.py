@@ -1,6 +1,7 @@
 """What the compile gate launches of `compressor`: the compressors of the released models, those of C4 in one launch."""
 
 from dsv4_kernels.compressor.cases import CASES, INDEX, MAIN, compress
+from dsv4_kernels.deterministic import deterministic
 from dsv4_kernels.metadata import C4, C128
 
 RUNS = {
@@ -8,6 +9,7 @@ RUNS = {
     "c4 with drafts": (C4, (MAIN, INDEX), {"ring_rows": 16}),
     "c128": (C128, (MAIN,), {}),
     "c128 with drafts": (C128, (MAIN,), {"banks": 4}),
+    "c128, deterministic": (C128, (MAIN,), {}),
 }
 KERNELS = {"_c4", "_c128"}
 
@@ -15,7 +17,8 @@ KERNELS = {"_c4", "_c128"}
 def launch(run: str) -> None:
     """Launch everything of one of RUNS on CPU tensors."""
     ratio, formats, sizes = RUNS[run]
-    compress(ratio, *(CASES[0].make(ratio, each, 0, **sizes)[0] for each in formats))
+    with deterministic("deterministic" in run):
+        compress(ratio, *(CASES[0].make(ratio, each, 0, **sizes)[0] for each in formats))
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
