@@ -7,7 +7,7 @@ import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
 from torch import Tensor
 
-from dsv4_kernels.metadata import Rows, plan
+from dsv4_kernels.metadata import Rows, bench, plan
 from dsv4_kernels.metadata import triton as kernels
 from dsv4_kernels.metadata.cases import CASES
 from dsv4_kernels.sampling import LOWEST
@@ -91,3 +91,8 @@ def test_no_row_of_padding_belongs_to_a_request():
     step = kernels.plan_step(**CASES[-1].make(0))
     assert isinstance(step.rows, Rows)
     assert step.rows.positions.tolist() == step.mtp_positions[-3:].tolist() == [-1] * 3
+
+
+def test_the_floors_of_one_request():
+    assert bench.plan_bytes(1) == 8 * (8 + 4 + 3 + 3) + 4 * 36
+    assert bench.shift_bytes(1, 7168) == 2 * (4 + 1) * 4 * 7168 * 2
