@@ -273,8 +273,12 @@ def _shift(slots, firsts, ends, streams, stored, before, width, CHUNK: tl.conste
 
 def shift_streams(rows: Rows, streams: Tensor, stored: Tensor, ends: Tensor) -> Tensor:
     """See plan.shift_streams; both are contiguous."""
-    before = torch.empty_like(streams)
-    width = stored.shape[1]
+    before, width = torch.empty_like(streams), stored.shape[1]
+    if not (streams.is_contiguous() and stored.is_contiguous() and streams[0].numel() == width):
+        raise ValueError(
+            f"shift_streams: streams {list(streams.shape)} with strides {streams.stride()}, stored "
+            f"{list(stored.shape)}; expected contiguous rows of one width"
+        )
     grid = len(streams), triton.cdiv(width, CHUNK)
     _shift[grid](rows.slots, rows.firsts, ends, streams, stored, before, width, CHUNK=CHUNK)
     return before
