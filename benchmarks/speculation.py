@@ -2,17 +2,25 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.speculation speed
     OMP_NUM_THREADS=1 python -m benchmarks.speculation forced
+    python3 -m benchmarks.speculation speed --device cuda --out $OUT/speculation.jsonl
+    python3 -m benchmarks.speculation forced --device cuda --model pro-slice --out $OUT/speculation.jsonl
 
 Scheduler and runner in this process (tools/demo_model/loop.py), no HTTP. Every round runs every mode, in another order;
-medians over the rounds are compared, and adaptive with the best of the others round by round.
+medians over the rounds are compared, and adaptive with the best of the others round by round. A line is written when
+its concurrency is done.
 
 speed: greedy answers to the demo model's held-out probes, at each concurrency; the same tokens in every mode.
 forced: the acceptance does not come from the model: whatever it says, drafts are accepted at random at a given rate
 (accepted / all drafts), each with the same probability once those before it were. Then the text is nonsense, but its
-cost is not. Measured are steps, and the rate of tokens that (1 + rate x drafts) a step makes of them.
+cost is not. Measured are steps in which all requests decode, from the end of the step before, and the rate of tokens
+that (1 + rate x drafts) a step makes of them. Adaptive is told the rate of each draft, those before it accepted, and
+compared with the best fixed number at that.
 
-The clock is by default this process' processor time, which other programs on a busy machine disturb less; with a GPU
-take --clock wall.
+On a GPU one runner with room for MOST_DRAFTS drafts serves all modes, because a slice takes a minute to build and most
+of the memory; so no drafts there still costs the block's keys. Of the demo no drafts has a runner of its own. How to
+set up the GPU machine is in gpu_smoke.py beside this file; one of these commands takes 2 to 4 minutes.
+
+The clock on CPU is by default this process' processor time, which other programs on a busy machine disturb less.
 """
 
 from __future__ import annotations
@@ -21,67 +29,62 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
-from torch import Tensor
 
+from benchmarks.forced import ForcedDeviceJudge, ForcedJudge, chance_of
+from benchmarks.gpu_models import MODELS, engine_config
 from dsv4serve.chat.tokenizer import ChatTokenizer
 from dsv4serve.cli.record import append_record, make_record
-from dsv4serve.config import DraftMode, EngineConfig, Numerics, default_model
-from dsv4serve.runner import build_runner
-from dsv4serve.speculative import judge
+from dsv4serve.config import Device, DraftMode, EngineConfig, Numerics
+from dsv4serve.runner import Runner, build_runner
 from tools.demo_model.loop import Loop, Prompt
 from tools.demo_model.offline import prompt_ids
 from tools.demo_model.probing import held_out
 
 SUITES = ("stories", "arithmetic", "tools", "json")  # recall is nothing but prefill
 NUM_PER_CATEGORY = 40
-REQUESTS = {1: 8, 4: 12, 16: 40}  # concurrency: prompts of one run
-FORCED_TOKENS = 48  # of each request
+REQUESTS = {1: 8, 4: 12, 16: 40, 64: 128}  # concurrency: prompts of one run
+CPU_CONCURRENCY = [1, 4, 16]
+FORCED_STEPS = 32  # of all requests, in one run
+FORCED_TOKENS = 512  # of each request at most: enough for the last one to come while the first is still there
+SLICE_PROMPT = 1024  # random tokens, which are all that random weights need
 MODES = {"none": 0, "fixed 1": 1, "fixed 2": 2, "fixed 3": 3, "adaptive": 3}
+MOST_DRAFTS = 3
 CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
 CACHE_BYTES = 1 << 28
 
 
-class ForcedJudge:
-    """`judge` whose acceptance has a given rate: accepted drafts / all drafts of verifies with `num_drafts`."""
+class Engines:
+    """The engine of each number of drafts.
 
-    def __init__(self, rate: float, num_drafts: int, seed: int = 0) -> None:
-        self._chance = chance_of(rate, num_drafts)
-        self._draw = random.Random(seed)
+    Args:
+        config: of all of them, but for drafts.
+        shares: one runner with room for the most drafts serves every number, but for no drafts if `has_plain`.
+    """
 
-    def __call__(self, logits: Tensor, rows: Tensor, drafts: Tensor, *others: Any, **settings: Any) -> Any:
-        """As much work as `judge`, another result."""
-        judge(logits, rows, drafts, *others, **settings)
-        accepted = [self._one(count) for count in (drafts >= 0).sum(1).tolist()]
-        behind = rows[range(len(accepted)), accepted]
-        return torch.tensor(accepted), logits[behind].argmax(-1)
+    def __init__(self, config: EngineConfig, clock: Callable[[], float], shares: bool, has_plain: bool) -> None:
+        self._config, self._clock, self._shares, self._has_plain = config, clock, shares, has_plain
+        self._runners: dict[int, Runner] = {}
 
-    def _one(self, num_drafts: int) -> int:
-        num = 0
-        while num < num_drafts and self._draw.random() < self._chance:
-            num += 1
-        return num
-
-
-def chance_of(rate: float, num_drafts: int) -> float:
-    """The probability of each draft, those before it accepted, with which `rate` of all drafts are: p + p^2 + .. is
-    rate x num_drafts."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        chance = (low + high) / 2
-        if sum(chance**place for place in range(1, num_drafts + 1)) < rate * num_drafts:
-            low = chance
-        else:
-            high = chance
-    return high
+    def loop(self, num_drafts: int, is_adaptive: bool = False) -> Loop:
+        """A scheduler of its own, with nothing running, over the runner of `num_drafts`."""
+        room = MOST_DRAFTS if self._shares and (num_drafts or not self._has_plain) else num_drafts
+        if room not in self._runners:
+            self._runners[room] = build_runner(self._config.model_copy(update={"num_draft_tokens": room}))
+        mode = DraftMode.ADAPTIVE if is_adaptive else DraftMode.FIXED
+        config = self._config.model_copy(update={"num_draft_tokens": num_drafts, "draft_mode": mode})
+        return Loop(config, self._runners[room], self._clock)
 
 
-def make_prompts(model: Path) -> list[Prompt]:
+def probe_prompts(model: Path) -> list[Prompt]:
     """All probes, mixed, always in the same order."""
     tokenizer = ChatTokenizer(model)
     probes = [probe for suite in SUITES for probe in held_out(suite, NUM_PER_CATEGORY)]
@@ -89,17 +92,10 @@ def make_prompts(model: Path) -> list[Prompt]:
     return [(prompt_ids(tokenizer, probe), probe.max_tokens) for probe in probes]
 
 
-def make_loop(args: argparse.Namespace, num_drafts: int, mode: DraftMode) -> Loop:
-    """An engine of its own."""
-    config = EngineConfig(
-        model=args.model,
-        numerics=args.numerics,
-        num_draft_tokens=num_drafts,
-        draft_mode=mode,
-        cache_bytes=CACHE_BYTES,
-        prefix_cache=False,
-    )
-    return Loop(config, build_runner(config), CLOCKS[args.clock])
+def random_prompts(vocab_size: int, number: int) -> list[Prompt]:
+    """For a slice, whose answers mean nothing."""
+    draw = random.Random(0)
+    return [(draw.choices(range(2, vocab_size), k=SLICE_PROMPT), FORCED_TOKENS) for _ in range(number)]
 
 
 def run(loop: Loop, prompts: Sequence[Prompt], concurrency: int, clock: Callable[[], float]) -> tuple[float, float]:
@@ -111,96 +107,181 @@ def run(loop: Loop, prompts: Sequence[Prompt], concurrency: int, clock: Callable
     return median(users), sum(len(one.ids) for one in served) / seconds
 
 
-def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
+def speed(engines: Engines, prompts: list[Prompt], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One result for each concurrency."""
-    loops = {
-        name: make_loop(args, num, DraftMode.ADAPTIVE if name == "adaptive" else DraftMode.FIXED)
-        for name, num in MODES.items()
-    }
-    prompts, clock = make_prompts(args.model), CLOCKS[args.clock]
-    chosen = {concurrency: prompts[: REQUESTS[concurrency]] for concurrency in args.concurrency}
-    rates: dict[int, dict[str, list[tuple[float, float]]]] = {c: {name: [] for name in MODES} for c in chosen}
-    for number in range(args.rounds + 1):  # the first one warms up: caches, and what the policy measures
-        for concurrency, mine in chosen.items():
+    loops = {name: engines.loop(num, name == "adaptive") for name, num in MODES.items()}
+    for concurrency in args.concurrency:
+        mine = prompts[: REQUESTS[concurrency]]
+        rates: dict[str, list[tuple[float, float]]] = {name: [] for name in MODES}
+        for number in range(args.rounds + 1):  # the first one warms up: caches, and what the policy measures
             for name in sorted(MODES, key=lambda name: random.Random(f"{number} {name}").random()):
-                rates[concurrency][name].append(run(loops[name], mine, concurrency, clock))
-    results = []
-    for concurrency, by_mode in rates.items():
-        result: dict[str, Any] = {"concurrency": concurrency, "requests": REQUESTS[concurrency]}
+                rates[name].append(run(loops[name], mine, concurrency, CLOCKS[args.clock]))
+        result: dict[str, Any] = {"concurrency": concurrency, "requests": len(mine)}
         for place, what in enumerate(("tokens_per_s_per_user", "tokens_per_s")):
-            measured = {name: [pair[place] for pair in pairs[1:]] for name, pairs in by_mode.items()}
+            measured = {name: [pair[place] for pair in pairs[1:]] for name, pairs in rates.items()}
             best = max((name for name in MODES if name != "adaptive"), key=lambda name: median(measured[name]))
             ratios = [mine / other for mine, other in zip(measured["adaptive"], measured[best], strict=True)]
             result[what] = {name: round(median(values), 1) for name, values in measured.items()}
             result[f"{what}_range"] = {name: [round(min(v), 1), round(max(v), 1)] for name, v in measured.items()}
             result[f"{what}_best_fixed"] = best
             result[f"{what}_adaptive_over_best"] = [round(f(ratios), 3) for f in (median, min, max)]
-        results.append(result)
-        print(f"{concurrency:>3} requests  " + "  ".join(f"{n} {v}" for n, v in result["tokens_per_s"].items()))
-        print(f"{'per user':>12}  " + "  ".join(f"{n} {v}" for n, v in result["tokens_per_s_per_user"].items()))
-        print(f"{'adaptive / best':>12} all {result['tokens_per_s_adaptive_over_best']}"
-              f" per user {result['tokens_per_s_per_user_adaptive_over_best']}")  # fmt: skip
-    return results
+        yield result
 
 
-def forced(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One result for each concurrency: milliseconds of steps, and tokens/s at each rate."""
-    numbers = [0, 1, 2, 3, 4]
-    loops = {num: make_loop(args, num, DraftMode.FIXED) for num in numbers}
-    prompts = [(ids, FORCED_TOKENS) for ids, _ in make_prompts(args.model)]
-    results = []
+class Forced(NamedTuple):
+    """A mode of forced acceptance."""
+
+    num_drafts: int
+    rate: float
+    is_adaptive: bool = False
+
+    @property
+    def chance(self) -> float:
+        """Of each draft once those before it were accepted."""
+        return self.rate if self.is_adaptive else chance_of(self.rate, self.num_drafts)
+
+
+def forced(
+    engines: Engines,
+    prompts: list[Prompt],
+    args: argparse.Namespace,
+    most: int,
+    set_chance: Callable[[Loop, float, int], None],
+) -> Iterator[dict[str, Any]]:
+    """One result for each concurrency: milliseconds of steps, and tokens/s at each rate.
+
+    `most`: drafts. `set_chance` gives a loop's judge the probability of a draft and the number of the round.
+    """
+    modes = [Forced(0, 0.0), *(Forced(num, rate) for num in range(1, most + 1) for rate in args.rates)]
+    modes += [Forced(most, rate, is_adaptive=True) for rate in args.rates]
+    loops = {mode: engines.loop(mode.num_drafts, mode.is_adaptive) for mode in modes}
     for concurrency in args.concurrency:
-        costs: dict[int, list[float]] = {num: [] for num in numbers}
-        accepted: dict[tuple[int, float], list[int]] = {}  # of each full verify
+        costs: dict[int, list[float]] = {num: [] for num in range(most + 1)}
+        accepted: dict[Forced, list[int]] = {mode: [] for mode in modes}  # of each full verify
+        adaptive: dict[Forced, list[list[tuple[int, float]]]] = {mode: [] for mode in modes if mode.is_adaptive}
         for number in range(args.rounds + 1):
-            for num in sorted(numbers, key=lambda num: random.Random(f"{number} {num}").random()):
-                loop = loops[num]
-                for rate in args.rates if num else args.rates[:1]:
-                    if num:
-                        loop.runner._sampler.judge = ForcedJudge(rate, num, number)
-                    loop.steps.clear()
-                    served = loop.serve(prompts[:concurrency], concurrency, ignore_eos=True)
-                    full = [seconds for size, most, seconds in loop.steps if (size, most) == (concurrency, num)]
-                    if number:
-                        costs[num].append(1000 * median(full))
-                        mine = accepted.setdefault((num, rate), [])
-                        verifies = [each for one in served for each in one.verifies if each.num_drafts == num]
-                        mine += [each.num_accepted for each in verifies]
+            for mode in sorted(modes, key=lambda mode: random.Random(f"{number} {mode}").random()):
+                loop, num = loops[mode], mode.num_drafts
+                if num:
+                    set_chance(loop, mode.chance, number)
+                steps, verifies = full_steps(loop, prompts[:concurrency], mode)
+                if number and mode.is_adaptive:
+                    adaptive[mode].append(steps)
+                elif number:
+                    costs[num].append(1000 * median(seconds for _, seconds in steps))
+                    accepted[mode] += verifies
         ms = {num: median(values) for num, values in costs.items()}
-        table = {}
-        for num in numbers[1:]:
+        result: dict[str, Any] = {"concurrency": concurrency, "none_step_ms": round(ms[0], 3)}
+        for num in range(1, most + 1):
             gains = [(1 + rate * num) * ms[0] / ms[num] for rate in args.rates]
-            table[f"{num} drafts"] = {
+            result[f"{num} drafts"] = {
                 "step_ms": round(ms[num], 3),
                 "step_ms_range": [round(min(costs[num]), 3), round(max(costs[num]), 3)],
-                "tokens_per_verify": {str(rate): round(1 + mean(accepted[num, rate]), 3) for rate in args.rates},
+                "tokens_per_verify": {str(r): round(1 + mean(accepted[Forced(num, r)]), 3) for r in args.rates},
                 "tokens_per_s_per_user": {str(r): round(1000 * (1 + r * num) / ms[num], 1) for r in args.rates},
                 "over_none": {str(rate): round(gain, 3) for rate, gain in zip(args.rates, gains, strict=True)},
                 "last_rate_over_first": round(gains[-1] / gains[0], 3),
             }
-        results.append({"concurrency": concurrency, "none_step_ms": round(ms[0], 3), **table})
-        print(results[-1])
-    return results
+        yield {
+            **result,
+            "adaptive": {str(mode.rate): of_adaptive(mode, rounds, ms) for mode, rounds in adaptive.items()},
+        }
 
 
-def main() -> None:
+def full_steps(loop: Loop, prompts: list[Prompt], mode: Forced) -> tuple[list[tuple[int, float]], list[int]]:
+    """Drafts and seconds of FORCED_STEPS steps in which all prompts decode with as many drafts as the mode has, or as
+    it chooses; and what was accepted of each verify."""
+
+    def found() -> list[tuple[int, float]]:
+        sizes = [(most, seconds) for size, most, seconds in loop.steps if size == len(prompts)]
+        return [each for each in sizes if mode.is_adaptive or each[0] == mode.num_drafts]
+
+    loop.steps.clear()
+    served = loop.serve(prompts, len(prompts), ignore_eos=True, is_enough=lambda: len(found()) >= FORCED_STEPS)
+    verifies = [each for one in served for each in one.verifies if each.num_drafts == mode.num_drafts]
+    return found(), [each.num_accepted for each in verifies]
+
+
+def of_adaptive(mode: Forced, rounds: list[list[tuple[int, float]]], ms: dict[int, float]) -> dict[str, Any]:
+    """Tokens/s of a user with the numbers of drafts that were chosen, against the best fixed number."""
+
+    def tokens(num: int) -> float:
+        return sum(mode.chance**place for place in range(num + 1))
+
+    rates = []
+    for steps in rounds:
+        chosen = Counter(num for num, _ in steps)
+        each = {num: median(seconds for other, seconds in steps if other == num) for num in chosen}
+        total_s = sum(count * each[num] for num, count in chosen.items())
+        rates.append(sum(count * tokens(num) for num, count in chosen.items()) / total_s)
+    fixed = {num: 1000 * tokens(num) / step_ms for num, step_ms in ms.items()}
+    best = max(fixed, key=fixed.__getitem__)
+    chosen = Counter(num for steps in rounds for num, _ in steps)
+    return {
+        "tokens_per_s_per_user": round(median(rates), 1),
+        "best_fixed": best,
+        "over_best_fixed": [round(f(rates) / fixed[best], 3) for f in (median, min, max)],
+        "steps_by_drafts": {str(num): chosen[num] for num in sorted(chosen)},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=["speed", "forced"])
-    add("--model", type=Path, default=default_model(), help="checkpoint (default the embedded one)")
-    add("--numerics", type=Numerics, default=Numerics.EXACT, help="exact or official (default exact)")
-    add("--rounds", type=int, default=5, help="rounds, of which the median counts (default %(default)s)")
-    add("--concurrency", type=int, nargs="+", choices=list(REQUESTS), default=list(REQUESTS), help="default all")
+    add("--model", choices=MODELS, default="demo", help="the demo, or with forced a slice on a GPU (default demo)")
+    add("--device", type=Device, default=Device.CPU, help="cpu or cuda (default %(default)s)")
+    add("--numerics", type=Numerics, help="exact or official (default exact, on a GPU official)")
+    add("--rounds", type=int, help="rounds, of which the median counts (default 5, of a slice 2)")
+    add("--concurrency", type=int, nargs="+", choices=list(REQUESTS), help="default all, on CPU up to 16")
     add("--rates", type=float, nargs="+", default=[0.57, 0.70], help="forced accept rates (default %(default)s)")
-    add("--clock", choices=list(CLOCKS), default="cpu", help="processor time or wall clock (default %(default)s)")
+    add("--clock", choices=list(CLOCKS), help="processor time or wall clock (default cpu, on a GPU wall)")
     add("--out", type=Path, default=Path(__file__).parent / "results/speculation.jsonl", help="JSONL file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    on_gpu, is_slice = args.device is Device.CUDA, args.model != "demo"
+    if is_slice and (args.what == "speed" or not on_gpu):
+        parser.error("a slice has random weights: take forced and --device cuda, or the demo")
+    args.numerics = args.numerics or (Numerics.OFFICIAL if on_gpu else Numerics.EXACT)
+    args.rounds = args.rounds or (2 if is_slice else 5)
+    args.concurrency = args.concurrency or (list(REQUESTS) if on_gpu else CPU_CONCURRENCY)
+    args.clock = args.clock or ("wall" if on_gpu else "cpu")
     torch.set_num_threads(1)
-    results = speed(args) if args.what == "speed" else forced(args)
-    settings = {"what": args.what, "numerics": args.numerics.value, "clock": args.clock, "rounds": args.rounds}
-    for result in results:
-        command = ["python", "-m", "benchmarks.speculation", *sys.argv[1:]]
-        append_record(args.out, make_record(command, "", settings, result))
+    settings: dict[str, Any] = {"max_running_requests": max(args.concurrency), "numerics": args.numerics}
+    if is_slice:
+        settings |= {"max_model_len": SLICE_PROMPT + FORCED_TOKENS, "max_step_tokens": 2 * SLICE_PROMPT}
+    config = engine_config(args.model, device=args.device, cache_bytes=CACHE_BYTES, prefix_cache=False, **settings)
+    begin = time.perf_counter()
+    engines = Engines(config, CLOCKS[args.clock], shares=on_gpu, has_plain=not is_slice)
+    with ExitStack() as patches:
+        if args.what == "speed":
+            results = speed(engines, probe_prompts(config.model), args)
+        else:
+            set_chance = force(args.device, patches)
+            vocab_size = engines.loop(MOST_DRAFTS).runner.vocab_size
+            prompts = random_prompts(vocab_size, max(args.concurrency)) if is_slice else probe_prompts(config.model)
+            prompts = [(ids, FORCED_TOKENS) for ids, _ in prompts]
+            results = forced(engines, prompts, args, MOST_DRAFTS if on_gpu else 4, set_chance)
+        described = {"what": args.what, "model": args.model, "device": args.device.value,
+                     "numerics": args.numerics.value, "clock": args.clock, "rounds": args.rounds}  # fmt: skip
+        command = ["python", "-m", "benchmarks.speculation", *(sys.argv[1:] if argv is None else argv)]
+        for result in results:
+            append_record(args.out, make_record(command, "", described, result))
+            print(f"{time.perf_counter() - begin:.0f} s", result, flush=True)
+
+
+def force(device: Device, patches: ExitStack) -> Callable[[Loop, float, int], None]:
+    """Put the judge in place before an engine is built; see `forced` for what it returns."""
+    if device is Device.CPU:
+
+        def set_chance(loop: Loop, chance: float, seed: int) -> None:
+            loop.runner._sampler.judge = ForcedJudge(chance, seed)
+
+        return set_chance
+    from dsv4serve.runner import device_batch
+
+    judge = ForcedDeviceJudge(torch.device("cuda", torch.cuda.current_device()))
+    patches.enter_context(mock.patch.object(device_batch, "judge", judge))
+    return lambda loop, chance, seed: judge.set_chance(chance)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from dsv4_kernels.mega_moe.tiles import empty_tiles
 from dsv4_kernels.mega_moe.triton import choose_tile, expert_parts
 from dsv4_kernels.mega_moe.weights import Fp4Weight
 from dsv4_kernels.mhc.triton import mhc_boundary, mhc_head
+from dsv4_kernels.norm.embed import embed_and_norm_fp8
 from dsv4_kernels.norm.triton import rms_norm_fp8
 from dsv4_kernels.out_proj.triton import grouped_out_proj
 from dsv4_kernels.router.triton import route
@@ -248,10 +249,10 @@ class DeviceMtp:
     def _mix(self, streams: Tensor, next_ids: Tensor) -> Streams:
         """The block's input."""
         eps = self.config.rms_norm_eps
-        embedded = torch.nn.functional.embedding(next_ids, self.embedding)
-        token = linear_fp8(rms_norm_fp8(embedded, self.e_norm, eps), self.e_proj)
-        hidden = linear_fp8(rms_norm_fp8(streams.flatten(0, 1), self.h_norm, eps), self.h_proj).view_as(streams)
-        return Streams(token.unsqueeze(1) + hidden)
+        token, hidden = embed_and_norm_fp8(
+            self.embedding, next_ids, self.e_norm, streams.flatten(0, 1), self.h_norm, eps
+        )
+        return Streams(linear_fp8(token, self.e_proj).unsqueeze(1) + linear_fp8(hidden, self.h_proj).view_as(streams))
 
 
 class DeviceTransformer:

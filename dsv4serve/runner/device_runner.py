@@ -13,11 +13,12 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from dsv4_kernels.metadata.plan import LAST_TOKEN
 from dsv4_kernels.sampling import COIN, DRAFT, NonFiniteLogits, uniform
 from dsv4serve.constrained.vocabulary import Vocabulary, no_vocabulary
 from dsv4serve.memory import CapacityPlan
 from dsv4serve.model.device import DeviceTransformer, Streams
-from dsv4serve.runner.device_batch import LAST_TOKEN, BatchOutput, DeviceForward
+from dsv4serve.runner.device_batch import BatchOutput, DeviceForward
 from dsv4serve.runner.graphs import StepGraphs, max_step_rows
 from dsv4serve.runner.runner import Runner
 from dsv4serve.runner.sampler import row_bytes

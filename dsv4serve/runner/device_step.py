@@ -33,11 +33,19 @@ class PagedDeviceStep:
         page_table: int32 [slots, pages].
         fits_rings: no request has more rows than one and the drafts of a verify. So many a ring takes before attention
             (`ring_room`); no window row has to wait for `commit`, which is left out.
+        rotations: at the rows' positions, where they are known and all layers of the step have the same frequencies.
     """
 
-    def __init__(self, pools: CachePools, rows: Rows, page_table: Tensor, fits_rings: bool = False) -> None:
+    def __init__(
+        self,
+        pools: CachePools,
+        rows: Rows,
+        page_table: Tensor,
+        fits_rings: bool = False,
+        rotations: Tensor | None = None,
+    ) -> None:
         self.rows, self._pools, self._page_table = rows, pools, page_table
-        self._fits_rings = fits_rings
+        self._fits_rings, self._given = fits_rings, rotations
         self._rotations: dict[tuple[int, int], Tensor] = {}
         num_rows = len(rows.positions)
         widths = pools.layout.layers[0].window.plane_bytes
@@ -160,6 +168,8 @@ class PagedDeviceStep:
 
     def _rotate(self, layer: DeviceAttention, ratio: int) -> Tensor:
         """Rotations at the rows' positions, rounded down to the first one of their block of `ratio`."""
+        if self._given is not None and ratio == 1:
+            return self._given
         key = (id(layer.frequencies), ratio)
         if key not in self._rotations:
             positions = self.positions

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
+from dsv4_kernels.metadata.plan import LAST_TOKEN
 from dsv4serve.runner.device_batch import (
-    LAST_TOKEN,
     BatchOutput,
     DeviceForward,
     bucket_of,

@@ -10,7 +10,7 @@ from torch import Tensor
 from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows
 from dsv4_kernels.gemm.quantize import empty_rows
-from dsv4_kernels.quant.device import inverse_power_of_two, scale_exponent
+from dsv4_kernels.norm.device import norm_row
 
 
 @triton.jit(do_not_specialize=["group_step"])  # the number of rows
@@ -29,23 +29,10 @@ def _rms_norm(
     GROUPS: tl.constexpr,  # of 128 values, a power of two
 ):
     wait_for_previous()
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, GROUPS)
-    column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    inside = column < dim
-    loaded = tl.load(x + row * x_row + column, mask=inside, other=0.0)
-    values = loaded.to(tl.float32)
-    values = values * (1.0 / tl.sqrt(tl.sum(tl.sum(values * values, axis=1)) / dim + eps))
-    if HAS_WEIGHT:
-        values = values * tl.load(weight + column, mask=inside, other=0.0)
-    values = values.to(loaded.dtype)
-    if QUANTIZE:
-        values = values.to(tl.float32)
-        exponent = scale_exponent(values, 1, FP4=False)
-        values = values * inverse_power_of_two(exponent)[:, None]
-        exponent_at = exponents + row * row_step + group * group_step
-        tl.store(exponent_at, exponent.to(tl.uint8), mask=group * 128 < dim)
-    tl.store(out + row * dim + column, values.to(out.dtype.element_ty), mask=inside)
+    norm_row(
+        tl.program_id(0).to(tl.int64), x, weight, out, exponents, dim, x_row, row_step, group_step, eps,
+        HAS_WEIGHT, QUANTIZE, GROUPS,
+    )  # fmt: skip
 
 
 def _launch(x: Tensor, weight: Tensor | None, eps: float, out: Tensor, exponents: Tensor | None) -> None:

@@ -250,12 +250,19 @@ def _settle(
 
 
 def sample(
-    logits: Tensor, *, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+    logits: Tensor,
+    *,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    uniform: Tensor,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per row, as `sample` of the reference does with the same arguments.
 
-    Returns int64 [B] and bool [B]: rows whose maximum is NaN or infinite, of which the token means nothing. Nothing is
-    read back to the host. Raises ValueError for other dtypes and for more than 2^17 tokens.
+    Returns int64 [B], which is `out` if given, and bool [B]: rows whose maximum is NaN or infinite, of which the token
+    means nothing. Nothing is read back to the host. Raises ValueError for other dtypes and for more than 2^17 tokens.
     """
     num_rows, vocab = logits.shape
     expected = (torch.float32, torch.float32, torch.int64, torch.float32, torch.float32, torch.float64)
@@ -269,7 +276,7 @@ def sample(
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(num_rows, *shape, device=logits.device, dtype=dtype)
 
-    drawn, bad = empty(dtype=torch.int64), empty(dtype=torch.uint8)
+    drawn, bad = empty(dtype=torch.int64) if out is None else out, empty(dtype=torch.uint8)
     if not num_rows:
         return drawn, bad.view(torch.bool)
     num_chunks = triton.cdiv(vocab, CHUNK)

@@ -343,3 +343,31 @@ def accept(
         launch_pdl=launches_early(target.device),
     )  # fmt: skip
     return accepted, tokens
+
+
+@triton.jit
+def _judged(num_drafts, lasts, bad, tokens, is_bad, vocab, K: tl.constexpr, LANES: tl.constexpr):
+    wait_for_previous()
+    r, k = tl.program_id(0), tl.arange(0, LANES)
+    drawn, token = tl.load(lasts + r * (K + 1)), tl.load(tokens + r)
+    token = tl.where(tl.load(num_drafts + r) == 0, drawn, token)
+    tl.store(tokens + r, tl.minimum(tl.maximum(token, 0), vocab - 1))
+    tl.store(is_bad + r, tl.max(tl.load(bad + r * (K + 1) + k, mask=k <= K, other=0)))
+
+
+def settle_tokens(num_drafts: Tensor, lasts: Tensor, bad: Tensor, tokens: Tensor, vocab: int) -> Tensor:
+    """Put the token of requests without drafts into `tokens`, int64 [B] from `accept`; keep all within `vocab`.
+
+    Args:
+        num_drafts: int32 [B].
+        lasts, bad: int64 and bool [B, K + 1], contiguous, what `sample` returns for the rows of the target.
+
+    Returns bool [B], whether any of a request's rows is bad.
+    """
+    num, width = lasts.shape
+    is_bad = torch.empty(num, dtype=torch.uint8, device=tokens.device)
+    if num:
+        _judged[(num,)](num_drafts, lasts, bad.view(torch.uint8), tokens, is_bad, vocab, K=width - 1,
+                        LANES=triton.next_power_of_2(width), num_warps=1,
+                        launch_pdl=launches_early(tokens.device))  # fmt: skip
+    return is_bad.view(torch.bool)

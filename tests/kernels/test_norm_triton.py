@@ -10,6 +10,7 @@ from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.norm import reference, triton
 from dsv4_kernels.norm.bench import floor_bytes
 from dsv4_kernels.norm.cases import CASES
+from dsv4_kernels.norm.embed import embed_and_norm_fp8
 
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 1e-3}  # relative norm
 RUNS = [case for case in CASES if case.name in SMALL]
@@ -31,6 +32,19 @@ def test_quantised_result_has_the_bits_of_norm_then_quantise(case):
     found, expected = triton.rms_norm_fp8(**inputs), quantize_rows(triton.rms_norm(**inputs))
     assert torch.equal(found.codes.view(torch.uint8), expected.codes.view(torch.uint8))
     assert torch.equal(found.exponents, expected.exponents)
+
+
+def test_rows_of_a_table_and_others_have_the_bits_of_two_norms():
+    random = torch.Generator().manual_seed(5)
+    table, x = (torch.randn(num, 384, generator=random).bfloat16() for num in (7, 12))
+    weight, other = (torch.rand(384, generator=random) + 0.5 for _ in range(2))
+    ids = torch.tensor([6, 0, 6])
+    expected = triton.rms_norm_fp8(table[ids], weight, 1e-6), triton.rms_norm_fp8(x, other, 1e-6)
+    for found, rows in zip(embed_and_norm_fp8(table, ids, weight, x, other, 1e-6), expected, strict=True):
+        assert torch.equal(found.codes.view(torch.uint8), rows.codes.view(torch.uint8))
+        assert torch.equal(found.exponents, rows.exponents)
+    with pytest.raises(ValueError, match="one width"):
+        embed_and_norm_fp8(table.float(), ids, weight, x, other, 1e-6)
 
 
 def test_columns_of_a_larger_matrix_and_any_width():

@@ -21,6 +21,7 @@ from support.engine import Engine, greedy
 from support.models import random_ids
 from torch.testing import assert_close
 
+from dsv4_kernels.metadata.triton import plan_step
 from dsv4_kernels.sampling import COIN, DRAFT, uniform
 from dsv4serve.runner.device_batch import empty_inputs, fill_inputs
 from dsv4serve.runner.device_drafts import judge
@@ -107,18 +108,18 @@ def test_each_random_number_has_its_output_and_stream_and_reaches_the_device(net
         runner._slots.start(start)
     inputs = empty_inputs(4, num_drafts=2, pinned=False)
     fill_inputs(inputs, runner._columns([1, 3], [3, 2], [2, 1]))
-    found = runner.forward._read(inputs)
+    found = plan_step(inputs, torch.zeros(12, dtype=torch.int64), runner.forward._tokens)
     assert found.slots.tolist() == [1, 3, -1, -1]
     assert found.places.tolist() == [1, 3, 4, 4]
     assert found.counts.tolist() == [3, 2, 0, 0]
     assert found.num_drafts.tolist() == [2, 1, 0, 0]
-    assert found.sampling_rows(2)[:2].tolist() == [[0, 1, 2], [3, 4, 4]]
+    assert found.sampling_rows[:2].tolist() == [[0, 1, 2], [3, 4, 4]]
     assert found.settings["temperature"].tolist() == [0.5, 0.5, 0, 0]
     assert found.settings["top_k"].tolist() == [7, 7, 0, 0]
     for row, (seed, index) in enumerate(((41, 0), (43, 2))):
         assert found.draws[row].tolist() == [uniform(seed, index + place) for place in range(3)]
         assert found.coins[row].tolist() == [uniform(seed, index + place, COIN) for place in range(2)]
-        assert found.proposals[row].tolist() == [uniform(seed, index + place, DRAFT) for place in range(2)]
+        assert found.proposals[:, row].tolist() == [uniform(seed, index + place, DRAFT) for place in range(2)]
 
 
 @pytest.mark.parametrize("num_drafts", [1, 3])

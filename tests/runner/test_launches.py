@@ -4,6 +4,7 @@ Every launch of a step that is bound by memory costs a microsecond or two (docs/
 """
 
 import collections
+import ctypes
 import dataclasses
 import json
 from importlib import resources
@@ -22,9 +23,7 @@ from dsv4serve.config import ModelConfig, Numerics
 from dsv4serve.memory import CacheLayout, CachePools
 from dsv4serve.memory.activations import SCORE_BYTES, row_bytes, step_bytes
 from dsv4serve.model.device import DeviceTransformer, Streams
-from dsv4serve.runner import device_batch
 from dsv4serve.runner.device_batch import DeviceForward, empty_inputs
-from dsv4serve.runner.device_drafts import judge
 from dsv4serve.runner.device_step import PagedDeviceStep
 from dsv4serve.weights.device import DeviceWeights
 
@@ -131,16 +130,21 @@ def run_step(network, monkeypatch, num_draft_tokens: int, num_rows: int, num_dra
     pools = CachePools(CacheLayout.build(network.config, Numerics.OFFICIAL, num_draft_tokens), 1, PAGES, 1, "cpu")
     forward = DeviceForward(network, pools, PAGES)
     inputs, ids = empty_inputs(1, num_drafts, pinned=False), torch.zeros(num_rows, dtype=torch.int64)
-    zero = torch.zeros(1, dtype=torch.int64)
+    # What kernels would write that do nothing must be valid indices; the memory is not cleared by a launch.
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *size, **settings: cleared(empty(*size, **settings)))
+    monkeypatch.setattr(torch, "empty_like", lambda *given, **settings: cleared(empty_like(*given, **settings)))
     launches = Launches(monkeypatch)
-    # What kernels choose that do nothing is no index.
-    if forward.drafter is not None:
-        choose = forward.drafter._choose
-        monkeypatch.setattr(forward.drafter, "_choose", lambda *given: (choose(*given), zero)[1])
-    monkeypatch.setattr(device_batch, "judge", lambda *given: (judge(*given), (zero, zero, zero > 0))[1])
     with torch.inference_mode(), launches:
         forward(inputs, ids, keeps_rows=False)
     return launches
+
+
+def cleared(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros that no operation of torch made."""
+    if tensor.numel():
+        ctypes.memset(tensor.data_ptr(), 0, tensor.untyped_storage().nbytes())
+    return tensor
 
 
 def test_drafts_cost_a_step_few_launches(network, monkeypatch):
@@ -149,9 +153,10 @@ def test_drafts_cost_a_step_few_launches(network, monkeypatch):
         sum(run_step(network, monkeypatch, room, 1 + num, num).names.values())
         for room, num in ((0, 0), (2, 0), (2, 1), (2, 2))
     )
-    assert decode - without <= 18
-    assert two - one <= 52
-    assert one - decode <= 110
+    assert without <= 58
+    assert decode - without <= 11
+    assert two - one <= 30  # six of them are the main model's: mHC of three rows has a launch more than of two
+    assert one - decode <= 33
 
 
 def test_the_memory_plan_holds_what_a_step_with_drafts_allocates(network, monkeypatch):

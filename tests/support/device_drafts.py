@@ -9,10 +9,13 @@ import torch
 from support.device_engine import STEP_BOUND, median_row, regret_of, rounded
 from support.engine import Engine, Inject
 
+from dsv4_kernels.metadata import StepPlan
+from dsv4_kernels.metadata.plan import input_names
+from dsv4_kernels.metadata.triton import plan_step
 from dsv4_kernels.sampling import distribution, sample
 from dsv4serve.model.device import DeviceTransformer
 from dsv4serve.model.transformer import Transformer
-from dsv4serve.runner.device_drafts import Requests
+from dsv4serve.runner.device_batch import empty_inputs, fill_inputs
 from dsv4serve.runner.device_drafts import judge as judge_on_device
 from dsv4serve.speculative import judge
 from dsv4serve.types import Request, RequestOutput
@@ -99,21 +102,22 @@ def check_drafts(
     assert error <= bound, error
 
 
-def some_requests(num: int, num_drafts: int, random: torch.Generator, device: torch.device) -> Requests:
+def some_requests(num: int, num_drafts: int, random: torch.Generator, device: torch.device) -> StepPlan:
     """Every fourth has no drafts, the others 1 to `num_drafts`, with all settings."""
-    columns = zip(*(SETTINGS[row % len(SETTINGS)] for row in range(num)), strict=True)
-    dtypes = (torch.float32, torch.int64, torch.float32, torch.float32)
-    values = [torch.tensor(column, dtype=dtype).to(device) for column, dtype in zip(columns, dtypes, strict=True)]
-    counts = torch.randint(1, num_drafts + 1, (num,), generator=random, dtype=torch.int32)
+    settings = zip(*(SETTINGS[row % len(SETTINGS)] for row in range(num)), strict=True)
+    counts = torch.randint(1, num_drafts + 1, (num,), generator=random)
     counts[::4] = 0
-    counts = counts.to(device)
-    draws, coins = (
-        torch.rand(num, width, generator=random, dtype=torch.float64).to(device)
-        for width in (num_drafts + 1, num_drafts)
-    )
-    slots = torch.arange(num, dtype=torch.int32, device=device)
-    settings = dict(zip(("temperature", "top_k", "top_p", "min_p"), values, strict=True))
-    return Requests(slots, slots.long(), slots + 9, counts + 1, counts, settings, draws, coins, coins)
+    columns: dict[str, Any] = {"slot": range(num), "start": range(9, 9 + num), "count": (counts + 1).tolist()}
+    columns |= {
+        "num_drafts": counts.tolist(),
+        **dict(zip(("temperature", "top_k", "top_p", "min_p"), settings, strict=True)),
+    }
+    for name in input_names(num_drafts)[len(columns) :]:
+        columns[name] = torch.rand(num, generator=random, dtype=torch.float64).tolist()
+    inputs = empty_inputs(num, num_drafts, pinned=False)
+    fill_inputs(inputs, columns)
+    ids = torch.zeros(num * (1 + num_drafts), dtype=torch.int64)
+    return plan_step(inputs.to(device), ids.to(device), torch.zeros(num + 1, dtype=torch.int64, device=device))
 
 
 def check_judge(device: torch.device, num_drafts: int) -> None:

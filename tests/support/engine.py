@@ -105,10 +105,10 @@ class Engine:
         )
         self._pipeline = Pipeline(self.scheduler, self.runner)
 
-    def _choose_injected(self, inject: Inject) -> Callable[..., Tensor]:
+    def _choose_injected(self, inject: Inject) -> Callable[..., None]:
         """`Drafter._choose` of the device: the drafts that a test chooses."""
 
-        def choose(place: int, logits: Tensor, requests: Any) -> Tensor:
+        def choose(place: int, logits: Tensor, requests: Any, out: Tensor) -> None:
             chosen = logits.argmax(-1)
             for row, (slot, num) in enumerate(zip(requests.slots.tolist(), requests.num_drafts.tolist(), strict=True)):
                 if num > place:
@@ -116,7 +116,7 @@ class Engine:
                     name, index = self.scheduler._running[slot].request_id, self.runner._slots.num_outputs[slot]
                     self.draft_logits[name, index, place] = logits[row].cpu().clone()
                     chosen[row] = inject(name, index + place, int(chosen[row]))
-            return chosen
+            out.copy_(chosen)
 
         return choose
 

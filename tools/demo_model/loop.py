@@ -40,12 +40,19 @@ class Loop:
     def __init__(self, config: EngineConfig, runner: Runner, clock: Callable[[], float] = time.perf_counter) -> None:
         self.runner, self.scheduler = runner, build_scheduler(config, runner)
         self._pipeline = Pipeline(self.scheduler, runner, clock)
-        self.steps: list[tuple[int, int, float]] = []  # of steps that only decode: requests, most drafts, seconds
-        self._clock = clock
+        # Of steps that only decode: requests, most drafts, seconds from the end of the step before.
+        self.steps: list[tuple[int, int, float]] = []
+        self._clock, self._ended_at = clock, 0.0
         self._slots: dict[int, str] = {}
 
-    def serve(self, prompts: Sequence[Prompt], concurrency: int, ignore_eos: bool = False) -> list[Served]:
-        """All prompts, `concurrency` of them at any time."""
+    def serve(
+        self,
+        prompts: Sequence[Prompt],
+        concurrency: int,
+        ignore_eos: bool = False,
+        is_enough: Callable[[], bool] = lambda: False,
+    ) -> list[Served]:
+        """All prompts, `concurrency` of them at any time; as soon as it `is_enough` what is open is aborted."""
         served = [Served() for _ in prompts]
         num_open, waiting = 0, list(enumerate(prompts))[::-1]
         while waiting or self._pipeline.has_work:
@@ -56,6 +63,10 @@ class Loop:
                 served[index].added_at = self._clock()
                 num_open += 1
             num_open -= self._step(served)
+            if is_enough():
+                waiting = []
+                for index in range(len(prompts)):
+                    self.scheduler.abort(str(index))
         return served
 
     def _step(self, served: list[Served]) -> int:
@@ -74,7 +85,8 @@ class Loop:
         now = self._clock()
         if not planned.chunks:
             most = max((verify.num_draft_tokens for verify in planned.verifies), default=0)
-            self.steps.append((len(result.slots), most, step.schedule_s + step.seconds))
+            self.steps.append((len(result.slots), most, now - self._ended_at))
+        self._ended_at = now
         for output in outputs:
             one = served[int(output.request_id)]
             one.times.append(now)

@@ -2,10 +2,10 @@
 
 import torch
 
-from dsv4_kernels.spec_accept.triton import accept
+from dsv4_kernels.spec_accept.triton import accept, settle_tokens
 
 RUNS = {"3 drafts": 3}
-KERNELS = {"_total", "_weigh", "_choose"}
+KERNELS = {"_total", "_weigh", "_choose", "_judged"}
 
 
 def launch(run: str) -> None:
@@ -22,6 +22,8 @@ def launch(run: str) -> None:
         coins=torch.zeros(requests, k, dtype=torch.float64),
         draws=torch.zeros(requests, k + 1, dtype=torch.float64),
     )
+    lasts, num_drafts = torch.zeros(requests, k + 1, dtype=torch.int64), torch.zeros(requests, dtype=torch.int32)
+    settle_tokens(num_drafts, lasts, lasts > 0, lasts[:, 0].contiguous(), 129280)
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
