@@ -134,9 +134,9 @@ class _Columns:
 
 
 def _launches(replace: Replace, network: DeviceTransformer) -> None:
-    """Apart again: norm and rounding of the query latent; rounding between both output products; products of the
-    index, which are stacked under those of attention; both compressors of C4; the queries of attention and index;
-    index scores and top-k."""
+    """Apart again: latent and raw products; norm and rounding of the query latent; rounding between both output
+    products; products of the index, which are stacked under those of attention; both compressors of C4; the queries of
+    attention and index; index scores and top-k."""
     splits: dict[int, list[Any]] = {}  # by id of the whole weight
     for block in network.blocks:
         attention, config = block.attention, network.config
@@ -185,8 +185,12 @@ def _launches(replace: Replace, network: DeviceTransformer) -> None:
         for each in compressors:
             both_c4((each,), *rest)
 
-    replace(device, linear_fp8=product(device.linear_fp8), linear_bf16=product(device.linear_bf16),
-            rms_norm_fp8=norm_fp8, grouped_out_proj=out_proj)  # fmt: skip
+    linear_fp8, linear_bf16 = product(device.linear_fp8), product(device.linear_bf16)
+
+    def linear_pair(x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Tensor) -> tuple[Any, Any]:
+        return linear_fp8(x_fp8, weight), linear_bf16(x, matrix)
+
+    replace(device, linear_fp8=linear_fp8, linear_pair=linear_pair, rms_norm_fp8=norm_fp8, grouped_out_proj=out_proj)
     replace(device_step, prepare_queries=queries, compress_c4=compress_c4)
     replace(indexer, ONE_LAUNCH_ROWS=0)
 

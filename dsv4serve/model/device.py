@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
-from dsv4_kernels.gemm.library import linear_bf16, linear_fp8
+from dsv4_kernels.gemm.library import linear_bf16, linear_fp8, linear_pair
 from dsv4_kernels.mega_moe.tiles import empty_tiles
 from dsv4_kernels.mega_moe.triton import choose_tile, expert_parts
 from dsv4_kernels.mega_moe.weights import Fp4Weight
@@ -95,9 +95,12 @@ class DeviceAttention:
     def __call__(self, x: Tensor, x_fp8: Fp8Rows, step: DeviceStep) -> Tensor:
         """x bf16 [rows, hidden] normed input and the same in E4M3 -> bf16 [rows, hidden]."""
         rank, eps = self.config.q_lora_rank, self.config.rms_norm_eps
-        latent = linear_fp8(x_fp8, self.w_latent)
+        raw = None
+        if self.w_raw is None:
+            latent = linear_fp8(x_fp8, self.w_latent)
+        else:
+            latent, raw = linear_pair(x_fp8, self.w_latent, x, self.w_raw)
         queries = linear_fp8(rms_norm_fp8(latent[:, :rank], self.q_norm, eps), self.w_query)
-        raw = None if self.w_raw is None else linear_bf16(x, self.w_raw)
         output = step.attend(self, queries, latent[:, rank:], raw)
         return grouped_out_proj(output, self.wo_a, self.wo_b)
 

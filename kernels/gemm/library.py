@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dsv4_kernels.gemm import triton as ours
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
+from dsv4_kernels.gemm.pair import linear_pair as our_pair
 from dsv4_kernels.quant.device import power_of_two
 
 LEAST_TOKENS = 48  # of a product that the library does
@@ -91,3 +92,10 @@ def linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
     if not is_for_library(x):
         return ours.linear_bf16(x, weight)
     return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+
+def linear_pair(x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`linear_fp8(x_fp8, weight)` and `linear_bf16(x, matrix)`, in one launch where both are ours and tokens few."""
+    if not is_for_library(x):
+        return our_pair(x_fp8, weight, x, matrix)
+    return linear_fp8(x_fp8, weight), linear_bf16(x, matrix)

@@ -22,12 +22,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.target_info import cuda_capability_geq
 
-from dsv4_kernels.arrival import counters, is_last
+from dsv4_kernels.arrival import counters
+from dsv4_kernels.gemm.device import multiply_tile
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import empty_rows
-from dsv4_kernels.quant.device import inverse_power_of_two, power_of_two, scale_exponent
 
 TILE_ROWS = (
     128  # weight rows of a tile: the rows of one scale block, and of one group of the result when it is quantised
@@ -53,65 +52,6 @@ def tiles_for(num_tokens: int, num_weight_rows: int, depth: int, fp8: bool) -> T
     wanted = PROGRAMS // triton.cdiv(num_weight_rows, TILE_ROWS)
     splits = max(1, min(wanted, depth // MIN_SPLIT_DEPTH))
     return Tiles(max(16, triton.next_power_of_2(num_tokens)), splits, 8 if num_tokens > 32 else 4, 4)
-
-
-@triton.jit
-def _scales(scales_at, exponents_at, block, block_step):
-    """Scale of a block of the weight times those of the tokens, float32 [TOKENS]."""
-    return power_of_two(tl.load(scales_at + block)) * power_of_two(tl.load(exponents_at + block * block_step))
-
-
-@triton.jit
-def _store(
-    total,  # float32 [128, tokens of a tile]
-    group,  # of 128 weight rows
-    token,
-    end,  # of the tokens
-    out,  # from here on of `_product`
-    out_exponents,
-    num_rows,
-    out_token_step,
-    out_block_step,
-    QUANTIZE: tl.constexpr,
-):
-    """Store sums as results."""
-    row = group * 128 + tl.arange(0, 128)
-    inside = (token < end)[None, :] & (row < num_rows)[:, None]
-    if QUANTIZE:
-        total = total.to(tl.bfloat16).to(tl.float32)
-        exponent = scale_exponent(total, 0, FP4=False)
-        total = total * inverse_power_of_two(exponent)[None, :]
-        exponent_at = out_exponents + token * out_token_step + group * out_block_step
-        tl.store(exponent_at, exponent.to(tl.uint8), mask=token < end)
-    tl.store(out + token.to(tl.int64)[None, :] * num_rows + row[:, None], total.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _add(
-    parts,
-    group,
-    first,  # token
-    end,
-    out,  # from here on of `_product`
-    out_exponents,
-    num_tokens,
-    num_rows,
-    out_token_step,
-    out_block_step,
-    SPLITS: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    ADD_TOKENS: tl.constexpr,
-):
-    """Add the parts of 128 rows and the tokens first .. end, in their order, and store the sums as results."""
-    row = group * 128 + tl.arange(0, 128)
-    for start in range(first, end, ADD_TOKENS):
-        token = start + tl.arange(0, ADD_TOKENS)
-        inside = (token < end)[None, :] & (row < num_rows)[:, None]
-        at = parts + token.to(tl.int64)[None, :] * num_rows + row[:, None]
-        total = tl.zeros([128, ADD_TOKENS], tl.float32)
-        for split in tl.static_range(SPLITS):  # all loads are under way together
-            total += tl.load(at + split * num_tokens.to(tl.int64) * num_rows, mask=inside, other=0.0)
-        _store(total, group, token, end, out, out_exponents, num_rows, out_token_step, out_block_step, QUANTIZE)
 
 
 # Not compiled anew for other numbers of tokens.
@@ -143,60 +83,11 @@ def _product(
     DEPTH: tl.constexpr,  # of K in one step
     ADD_TOKENS: tl.constexpr,
 ):
-    row_tiles, token_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(num_tokens, TOKENS)
-    # Programs that run together form a square of tiles, so that both operands come from L2.
-    first = tl.program_id(0) // (8 * token_tiles) * 8
-    in_square = tl.program_id(0) % (8 * token_tiles)
-    square_rows = tl.minimum(row_tiles - first, 8)
-    row_tile, token_tile = first + in_square % square_rows, in_square // square_rows
-    split = tl.program_id(1)
-
-    row = row_tile * ROWS + tl.arange(0, ROWS)
-    token = token_tile * TOKENS + tl.arange(0, TOKENS)
-    k = tl.arange(0, DEPTH)
-    # Rows beyond the end repeat the last one: a load without a mask, and what they give is not stored.
-    weight_row = tl.minimum(row, num_rows - 1).to(tl.int64) * depth
-    x_token = tl.minimum(token, num_tokens - 1).to(tl.int64)
-    x_at = x_token * x_row + row_tile * ROWS // group_rows * depth
-    blocks = depth // DEPTH
-    per_split = tl.cdiv(blocks, SPLITS)
-    total = tl.zeros([ROWS, TOKENS], tl.float32)
-    start = split * per_split
-    exponents_at = x_exponents + x_token * token_step
-    scales_at = weight_exponents + row_tile * ROWS // 128 * (depth // 128)
-    if FORMAT == "fp8":
-        scales = _scales(scales_at, exponents_at, tl.minimum(start, blocks - 1), block_step)
-    for block in range(start, tl.minimum(start + per_split, blocks)):
-        weights = tl.load(weight + weight_row[:, None] + (block * DEPTH + k)[None, :])
-        values = tl.load(x + x_at[:, None] + (block * DEPTH + k)[None, :])
-        if FORMAT == "bf16":
-            total = tl.dot(weights, tl.trans(values), total)
-        elif FORMAT == "wide":
-            scale = power_of_two(tl.load(scales_at + block * DEPTH // 128))
-            total = tl.dot((weights.to(tl.float32) * scale).to(tl.bfloat16), tl.trans(values), total)
-        elif cuda_capability_geq(10):
-            weight_scale = tl.load(scales_at + block + tl.zeros([ROWS, DEPTH // 32], tl.int32))
-            exponent = tl.load(exponents_at + block * block_step)
-            x_scale = tl.broadcast_to(exponent[:, None], [TOKENS, DEPTH // 32])
-            total = tl.dot_scaled(weights, weight_scale, "e4m3", tl.trans(values), x_scale, "e4m3", total)
-        else:
-            # Bytes are not copied ahead by the pipeline: the next scales are on their way while this block multiplies.
-            following = _scales(scales_at, exponents_at, tl.minimum(block + 1, blocks - 1), block_step)
-            total += tl.dot(weights, tl.trans(values)) * scales[None, :]
-            scales = following
-
-    group = row_tile * ROWS // 128
-    if ADDS:
-        at = (split * num_tokens + token).to(tl.int64)[None, :] * num_rows + row[:, None]
-        tl.store(parts + at, total, mask=(token < num_tokens)[None, :] & (row < num_rows)[:, None])
-        if is_last(arrived + group * token_tiles + token_tile, SPLITS * (128 // ROWS)):
-            first = token_tile * TOKENS
-            _add(
-                parts, group, first, tl.minimum(first + TOKENS, num_tokens), out, out_exponents, num_tokens, num_rows,
-                out_token_step, out_block_step, SPLITS, QUANTIZE, ADD_TOKENS,
-            )  # fmt: skip
-    else:
-        _store(total, group, token, num_tokens, out, out_exponents, num_rows, out_token_step, out_block_step, QUANTIZE)
+    multiply_tile(
+        tl.program_id(0), tl.program_id(1), x, x_exponents, weight, weight_exponents, arrived, parts, out,
+        out_exponents, num_tokens, num_rows, group_rows, depth, x_row, token_step, block_step, out_token_step,
+        out_block_step, FORMAT, QUANTIZE, ADDS, SPLITS, ROWS, TOKENS, DEPTH, ADD_TOKENS,
+    )  # fmt: skip
 
 
 def linear_fp8(
@@ -206,7 +97,7 @@ def linear_fp8(
 
     Equal to `linear(x, weight, quantize=True)`, where x was quantised by `quantize_rows` or with its norm.
     """
-    _check_depth("linear_fp8", x.codes, weight.codes.shape[1], GROUP)
+    check_fp8(x, weight)
     out = torch.empty(x.codes.shape[0], weight.codes.shape[0], device=x.codes.device, dtype=out_dtype)
     launch("fp8", x.codes, x.exponents, weight.codes, weight.exponents, 1, out, None, tiles)
     return out
@@ -219,15 +110,25 @@ def linear_bf16(
 
     For what the official code computes in float32 from bfloat16 values: compressors, index weights, gate, head.
     """
+    check_bf16(x, weight)
+    out = torch.empty(x.shape[0], weight.shape[0], device=x.device, dtype=out_dtype)
+    launch("bf16", x, None, weight, None, 1, out, None, tiles)
+    return out
+
+
+def check_fp8(x: Fp8Rows, weight: Fp8Weight) -> None:
+    """Raise ValueError for what `linear_fp8` does not take."""
+    _check_depth("linear_fp8", x.codes, weight.codes.shape[1], GROUP)
+
+
+def check_bf16(x: Tensor, weight: Tensor) -> None:
+    """Raise ValueError for what `linear_bf16` does not take."""
     if x.dtype is not torch.bfloat16 or weight.dtype is not torch.bfloat16 or not weight.is_contiguous():
         raise ValueError(
             f"linear_bf16: x is {x.dtype}, weight {weight.dtype} with strides {weight.stride()}; expected bfloat16 and "
             "a weight that lies row by row"
         )
     _check_depth("linear_bf16", x, weight.shape[1], 64)
-    out = torch.empty(x.shape[0], weight.shape[0], device=x.device, dtype=out_dtype)
-    launch("bf16", x, None, weight, None, 1, out, None, tiles)
-    return out
 
 
 def _check_depth(name: str, x: Tensor, depth: int, multiple: int) -> None:

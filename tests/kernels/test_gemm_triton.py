@@ -7,11 +7,12 @@ from support import triton_interpreter  # noqa: F401  # before any kernel
 from dsv4_kernels.arrival import counters
 from dsv4_kernels.benching import relative_error
 from dsv4_kernels.cases import PRO, generator, matrix, nonzero
+from dsv4_kernels.gemm import device as gemm_device
 from dsv4_kernels.gemm import library
-from dsv4_kernels.gemm import triton as gemm
 from dsv4_kernels.gemm.bench import floor_bytes, flops
 from dsv4_kernels.gemm.cases import products
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
+from dsv4_kernels.gemm.pair import linear_pair
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.gemm.reference import linear
 from dsv4_kernels.gemm.triton import Tiles, linear_bf16, linear_fp8, tiles_for
@@ -73,7 +74,7 @@ def test_bf16_product_equals_the_reference(num_tokens, num_rows, depth, dtype):
 
 @pytest.mark.parametrize("num_tokens", [5, 70])
 def test_scales_applied_by_the_tensor_core_give_the_product(num_tokens, monkeypatch):
-    monkeypatch.setattr(gemm, "cuda_capability_geq", lambda major: major <= 10)  # as on GB300
+    monkeypatch.setattr(gemm_device, "cuda_capability_geq", lambda major: major <= 10)  # as on GB300
     weight, values = weight_of(200, 640)
     x = rows_of(num_tokens, 640)
     found = linear_fp8(quantize_rows(x), weight, out_dtype=torch.float32)
@@ -104,6 +105,24 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_the_same_tiles(tiles):
     together = linear_fp8(quantize_rows(x), weight, out_dtype=torch.float32, tiles=tiles)
     alone = linear_fp8(quantize_rows(x[21:22]), weight, out_dtype=torch.float32, tiles=tiles)
     assert torch.equal(together[21:22], alone)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 33, 70])
+def test_two_products_in_one_launch_have_the_bits_of_two_launches(num_tokens):
+    weight, _ = weight_of(200, 1536)
+    x, matrix = rows_of(num_tokens, 1536), rows_of(300, 1536, seed=3)
+    rows = quantize_rows(x)
+    for multiply in (linear_pair, library.linear_pair):
+        found_fp8, found = multiply(rows, weight, x, matrix)
+        assert torch.equal(found_fp8, linear_fp8(rows, weight))
+        assert torch.equal(found, linear_bf16(x, matrix))
+    assert not counters(x.device, 8).any()
+
+
+def test_two_products_need_the_same_rows():
+    weight, _ = weight_of(128, 128)
+    with pytest.raises(ValueError, match=r"x_fp8 is \[3, 128\], x \[2, 128\]; expected one shape"):
+        linear_pair(quantize_rows(rows_of(3, 128)), weight, rows_of(2, 128), rows_of(4, 128))
 
 
 def test_nan_in_one_row_stays_there():
