@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows
 from dsv4_kernels.gemm.quantize import empty_rows
-from dsv4_kernels.quant.device import inverse_power_of_two, scale_exponent
+from dsv4_kernels.norm.device import norm_row
 
 
 @triton.jit(do_not_specialize=["group_step"])  # the number of rows
@@ -27,47 +27,39 @@ def _rms_norm(
     QUANTIZE: tl.constexpr,
     GROUPS: tl.constexpr,  # of 128 values, a power of two
 ):
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, GROUPS)
-    column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    inside = column < dim
-    loaded = tl.load(x + row * x_row + column, mask=inside, other=0.0)
-    values = loaded.to(tl.float32)
-    values = values * (1.0 / tl.sqrt(tl.sum(tl.sum(values * values, axis=1)) / dim + eps))
-    if HAS_WEIGHT:
-        values = values * tl.load(weight + column, mask=inside, other=0.0)
-    values = values.to(loaded.dtype)
-    if QUANTIZE:
-        values = values.to(tl.float32)
-        exponent = scale_exponent(values, 1, FP4=False)
-        values = values * inverse_power_of_two(exponent)[:, None]
-        exponent_at = exponents + row * row_step + group * group_step
-        tl.store(exponent_at, exponent.to(tl.uint8), mask=group * 128 < dim)
-    tl.store(out + row * dim + column, values.to(out.dtype.element_ty), mask=inside)
+    norm_row(
+        tl.program_id(0).to(tl.int64), x, weight, out, exponents, dim, x_row, row_step, group_step, eps,
+        HAS_WEIGHT, QUANTIZE, GROUPS,
+    )  # fmt: skip
 
 
-def _launch(x: Tensor, weight: Tensor | None, eps: float, out: Tensor, exponents: Tensor | None) -> None:
-    num_rows, dim = x.shape
+def norm_arguments(
+    x: Tensor, weight: Tensor | None, eps: float, out: Tensor, exponents: Tensor | None
+) -> tuple[list[Tensor | int | float], dict[str, int]]:
+    """Arguments of `_rms_norm`, checked, and its constants. `exponents` None: `out` is of x's dtype, else E4M3."""
+    dim = x.shape[1]
     if x.stride(1) != 1:
         raise ValueError(
             f"rms_norm: x is {list(x.shape)} with strides {x.stride()}; expected rows of neighbouring values"
         )
-    if num_rows:
-        groups = triton.next_power_of_2(triton.cdiv(dim, GROUP))
-        _rms_norm[(num_rows,)](
-            x,
-            x if weight is None else weight,
-            out,
-            out if exponents is None else exponents,
-            dim,
-            x.stride(0),
-            *((0, 0) if exponents is None else exponents.stride()),
-            eps,
-            HAS_WEIGHT=weight is not None,
-            QUANTIZE=exponents is not None,
-            GROUPS=groups,
-            num_warps=8 if groups > 16 else 4,
-        )
+    arguments = [
+        x,
+        x if weight is None else weight,
+        out,
+        out if exponents is None else exponents,
+        dim,
+        x.stride(0),
+        *((0, 0) if exponents is None else exponents.stride()),
+        eps,
+    ]
+    groups = triton.next_power_of_2(triton.cdiv(dim, GROUP))
+    return arguments, {"HAS_WEIGHT": weight is not None, "QUANTIZE": exponents is not None, "GROUPS": groups}
+
+
+def _launch(x: Tensor, weight: Tensor | None, eps: float, out: Tensor, exponents: Tensor | None) -> None:
+    arguments, sizes = norm_arguments(x, weight, eps, out, exponents)
+    if len(x):
+        _rms_norm[(len(x),)](*arguments, **sizes, num_warps=8 if sizes["GROUPS"] > 16 else 4)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -1,6 +1,7 @@
-"""What the compile gate launches of `compressor`: the compressors of the released models, those of C4 in one launch."""
+"""What the compile gate launches of `compressor`: the compressors of the released models, those of C4 in one launch,
+and a decode step's beside norm and window rows."""
 
-from dsv4_kernels.compressor.cases import CASES, INDEX, MAIN, compress
+from dsv4_kernels.compressor.cases import CASES, INDEX, MAIN, compress, prepare
 from dsv4_kernels.metadata import C4, C128
 
 RUNS = {
@@ -9,15 +10,17 @@ RUNS = {
     "c128": (C128, (MAIN,), {}),
     "c128 with drafts": (C128, (MAIN,), {"banks": 4}),
 }
-KERNELS = {"_c4", "_c128"}
+KERNELS = {"_c4", "_c128", "_beside_c4", "_beside_c128"}
 
 
 def launch(run: str) -> None:
     """Launch everything of one of RUNS on CPU tensors."""
     ratio, formats, sizes = RUNS[run]
-    compress(ratio, *(CASES[0].make(ratio, each, 0, **sizes)[0] for each in formats))
+    made = [CASES[0].make(ratio, each, 0, **sizes)[0] for each in formats]
+    compress(ratio, *made)
+    prepare(ratio, *made)
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
     """What the machine code must multiply matrices with: only the rotation of one index key at a time does."""
-    return {"HMMA"} if kernel == "_c4" else set()
+    return {"HMMA"} if kernel in ("_c4", "_beside_c4") else set()
