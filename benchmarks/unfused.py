@@ -213,7 +213,7 @@ def _launches(replace: Replace, network: DeviceTransformer) -> None:
         num_rows, depth = wo_a.codes.shape
         num_groups = o.shape[1] * o.shape[2] // depth
         low = torch.empty(len(o), num_rows, dtype=o.dtype, device=o.device)
-        gemm.launch("wide", o.flatten(1), None, wo_a.codes, wo_a.exponents, num_groups, low, None, None)
+        gemm.launch("wide", o.flatten(1), None, wo_a.codes, wo_a.exponents, num_groups, low, None)
         return library.linear_fp8(quantize_rows(low), wo_b)
 
     def queries(both: _Columns, num_heads: int, head_dim: int, eps: float, weights: Tensor, scale: float,

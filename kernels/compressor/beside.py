@@ -42,8 +42,8 @@ def _beside_c4(
     raw, ape, ring, norm, data, rope_data, scales, raw_stride, raw_2, ape_2, ring_2, norm_2, data_2, rope_data_2,
     scales_2, raw_stride_2, slots, positions, firsts, counts, page_table, rotations, table_width, eps,
     # as of `_rms_norm`: norm and E4M3 of the query latent
-    query_x, query_weight, query_out, query_exponents, query_dim, query_x_row, query_row_step, query_group_step,
-    query_eps,
+    query_x, query_weight, query_out, query_exponents, query_scales, query_dim, query_x_row, query_row_step,
+    query_group_step, query_eps,
     # as of `_store`: window rows
     kv_kv, kv_weight, kv_rotations, kv_slots, kv_positions, kv_counts, kv_step_codes, kv_step_rope, kv_step_scale,
     kv_ring_codes, kv_ring_rope, kv_ring_scale, kv_kv_row, kv_ring_rows, kv_room, kv_eps,
@@ -65,8 +65,8 @@ def _beside_c4(
         )  # fmt: skip
     elif role == 2:
         norm_row(
-            row, query_x, query_weight, query_out, query_exponents, query_dim, query_x_row, query_row_step,
-            query_group_step, query_eps, QUERY_HAS_WEIGHT, QUERY_QUANTIZE, QUERY_GROUPS,
+            row, query_x, query_weight, query_out, query_exponents, query_scales, query_dim, query_x_row,
+            query_row_step, query_group_step, query_eps, QUERY_HAS_WEIGHT, QUERY_QUANTIZE, QUERY_GROUPS,
         )  # fmt: skip
     else:
         store_row(
@@ -82,8 +82,8 @@ def _beside_c128(
     raw, ape, state, norm, data, rope_data, scales, slots, positions, firsts, counts, page_table, rotations,
     raw_stride, table_width, eps,
     # as of `_rms_norm`: norm and E4M3 of the query latent
-    query_x, query_weight, query_out, query_exponents, query_dim, query_x_row, query_row_step, query_group_step,
-    query_eps,
+    query_x, query_weight, query_out, query_exponents, query_scales, query_dim, query_x_row, query_row_step,
+    query_group_step, query_eps,
     # as of `_store`: window rows
     kv_kv, kv_weight, kv_rotations, kv_slots, kv_positions, kv_counts, kv_step_codes, kv_step_rope, kv_step_scale,
     kv_ring_codes, kv_ring_rope, kv_ring_scale, kv_kv_row, kv_ring_rows, kv_room, kv_eps,
@@ -99,8 +99,8 @@ def _beside_c128(
         )  # fmt: skip
     elif role == 1:
         norm_row(
-            row, query_x, query_weight, query_out, query_exponents, query_dim, query_x_row, query_row_step,
-            query_group_step, query_eps, QUERY_HAS_WEIGHT, QUERY_QUANTIZE, QUERY_GROUPS,
+            row, query_x, query_weight, query_out, query_exponents, query_scales, query_dim, query_x_row,
+            query_row_step, query_group_step, query_eps, QUERY_HAS_WEIGHT, QUERY_QUANTIZE, QUERY_GROUPS,
         )  # fmt: skip
     else:
         store_row(
@@ -143,12 +143,12 @@ def prepare_rows(
         store_kv(*of_store)
         compress(compressors, *of_entries)
         return rms_norm_fp8(query, query_norm, eps)
-    normed = empty_rows(*query.shape, query.device)
+    normed = empty_rows(*query.shape, query.device, scales=True)
     arguments: list[Tensor | int | float] = []
     sizes: dict[str, int | str] = {}
     for prefix, (given, constants) in (
         ("", _of_compressors(compressors, *of_entries)),
-        ("QUERY_", norm_arguments(query, query_norm, eps, normed.codes, normed.exponents)),
+        ("QUERY_", norm_arguments(query, query_norm, eps, normed)),
         ("KV_", store_arguments(*of_store)),
     ):
         arguments += given

@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
 from dsv4_kernels.arrival import is_last
-from dsv4_kernels.quant.device import inverse_power_of_two, power_of_two, scale_exponent
+from dsv4_kernels.quant.device import inverse_power_of_two, power_of_two, scale_exponent, store_scales
 
 
 @triton.jit
@@ -27,6 +27,7 @@ def _store(
     end,  # of the tokens
     out,  # from here on of `multiply_tile`
     out_exponents,
+    out_scales,
     num_rows,
     out_token_step,
     out_block_step,
@@ -39,8 +40,8 @@ def _store(
         total = total.to(tl.bfloat16).to(tl.float32)
         exponent = scale_exponent(total, 0, FP4=False)
         total = total * inverse_power_of_two(exponent)[None, :]
-        exponent_at = out_exponents + token * out_token_step + group * out_block_step
-        tl.store(exponent_at, exponent.to(tl.uint8), mask=token < end)
+        at = token * out_token_step + group * out_block_step
+        store_scales(out_exponents, out_scales, at, exponent, token < end)
     tl.store(out + token.to(tl.int64)[None, :] * num_rows + row[:, None], total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -52,6 +53,7 @@ def _add(
     end,
     out,  # from here on of `multiply_tile`
     out_exponents,
+    out_scales,
     num_tokens,
     num_rows,
     out_token_step,
@@ -69,7 +71,9 @@ def _add(
         total = tl.zeros([128, ADD_TOKENS], tl.float32)
         for split in tl.static_range(SPLITS):  # all loads are under way together
             total += tl.load(at + split * num_tokens.to(tl.int64) * num_rows, mask=inside, other=0.0)
-        _store(total, group, token, end, out, out_exponents, num_rows, out_token_step, out_block_step, QUANTIZE)
+        _store(
+            total, group, token, end, out, out_exponents, out_scales, num_rows, out_token_step, out_block_step, QUANTIZE
+        )
 
 
 @triton.jit
@@ -84,6 +88,7 @@ def multiply_tile(
     parts,  # float32 [SPLITS, tokens, rows]
     out,  # [tokens, rows]
     out_exponents,  # uint8 [tokens, rows / 128], strides out_token_step and out_block_step; with QUANTIZE
+    out_scales,  # of `store_scales`, with QUANTIZE
     num_tokens,
     num_rows,
     group_rows,  # weight rows of one group, whose input is its own `depth` columns of x
@@ -151,8 +156,20 @@ def multiply_tile(
         if is_last(arrived + group * token_tiles + token_tile, SPLITS * (128 // ROWS)):
             first = token_tile * TOKENS
             _add(
-                parts, group, first, tl.minimum(first + TOKENS, num_tokens), out, out_exponents, num_tokens, num_rows,
-                out_token_step, out_block_step, SPLITS, QUANTIZE, ADD_TOKENS,
+                parts, group, first, tl.minimum(first + TOKENS, num_tokens), out, out_exponents, out_scales,
+                num_tokens, num_rows, out_token_step, out_block_step, SPLITS, QUANTIZE, ADD_TOKENS,
             )  # fmt: skip
     else:
-        _store(total, group, token, num_tokens, out, out_exponents, num_rows, out_token_step, out_block_step, QUANTIZE)
+        _store(
+            total,
+            group,
+            token,
+            num_tokens,
+            out,
+            out_exponents,
+            out_scales,
+            num_rows,
+            out_token_step,
+            out_block_step,
+            QUANTIZE,
+        )

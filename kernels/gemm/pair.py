@@ -55,15 +55,16 @@ def _pair(
     program, tiles, fp8_tiles = tl.program_id(0), tl.cdiv(num_rows, 128), tl.cdiv(fp8_rows, 128)
     if program < tiles * SPLITS:
         multiply_tile(
-            program % tiles, program // tiles, x, x, matrix, matrix, arrived, parts, out, out, num_tokens, num_rows,
-            num_rows + 128, depth, x_row, 0, 0, 0, 0, "bf16", False, SPLITS > 1, SPLITS, 128, TOKENS, 64, ADD_TOKENS,
+            program % tiles, program // tiles, x, x, matrix, matrix, arrived, parts, out, out, out, num_tokens,
+            num_rows, num_rows + 128, depth, x_row, 0, 0, 0, 0, "bf16", False, SPLITS > 1, SPLITS, 128, TOKENS, 64,
+            ADD_TOKENS,
         )  # fmt: skip
     else:
         program -= tiles * SPLITS
         multiply_tile(
             program % fp8_tiles, program // fp8_tiles, codes, exponents, weight, weight_exponents, fp8_arrived,
-            fp8_parts, fp8_out, fp8_out, num_tokens, fp8_rows, fp8_rows + 128, depth, code_row, token_step, block_step,
-            0, 0, "fp8", False, FP8_SPLITS > 1, FP8_SPLITS, 128, TOKENS, 128, ADD_TOKENS,
+            fp8_parts, fp8_out, fp8_out, fp8_out, num_tokens, fp8_rows, fp8_rows + 128, depth, code_row, token_step,
+            block_step, 0, 0, "fp8", False, FP8_SPLITS > 1, FP8_SPLITS, 128, TOKENS, 128, ADD_TOKENS,
         )  # fmt: skip
 
 

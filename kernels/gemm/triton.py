@@ -65,6 +65,7 @@ def _product(
     parts,  # float32 [SPLITS, tokens, rows]
     out,  # [tokens, rows]
     out_exponents,  # uint8 [tokens, rows / 128], strides out_token_step and out_block_step; with QUANTIZE
+    out_scales,  # of `store_scales`, with QUANTIZE
     num_tokens,
     num_rows,
     group_rows,  # weight rows of one group, whose input is its own `depth` columns of x
@@ -85,8 +86,8 @@ def _product(
 ):
     multiply_tile(
         tl.program_id(0), tl.program_id(1), x, x_exponents, weight, weight_exponents, arrived, parts, out,
-        out_exponents, num_tokens, num_rows, group_rows, depth, x_row, token_step, block_step, out_token_step,
-        out_block_step, FORMAT, QUANTIZE, ADDS, SPLITS, ROWS, TOKENS, DEPTH, ADD_TOKENS,
+        out_exponents, out_scales, num_tokens, num_rows, group_rows, depth, x_row, token_step, block_step,
+        out_token_step, out_block_step, FORMAT, QUANTIZE, ADDS, SPLITS, ROWS, TOKENS, DEPTH, ADD_TOKENS,
     )  # fmt: skip
 
 
@@ -99,7 +100,7 @@ def linear_fp8(
     """
     check_fp8(x, weight)
     out = torch.empty(x.codes.shape[0], weight.codes.shape[0], device=x.codes.device, dtype=out_dtype)
-    launch("fp8", x.codes, x.exponents, weight.codes, weight.exponents, 1, out, None, tiles)
+    launch("fp8", x.codes, x.exponents, weight.codes, weight.exponents, 1, out, tiles)
     return out
 
 
@@ -112,7 +113,7 @@ def linear_bf16(
     """
     check_bf16(x, weight)
     out = torch.empty(x.shape[0], weight.shape[0], device=x.device, dtype=out_dtype)
-    launch("bf16", x, None, weight, None, 1, out, None, tiles)
+    launch("bf16", x, None, weight, None, 1, out, tiles)
     return out
 
 
@@ -153,8 +154,8 @@ def grouped_fp8_out(o: Tensor, weight: Fp8Weight, num_groups: int, *, tiles: Til
     if o.dtype is not torch.bfloat16:
         raise ValueError(f"grouped_fp8_out: o is {o.dtype}; expected torch.bfloat16")
     _check_depth("grouped_fp8_out", o, num_groups * depth, GROUP)
-    out = empty_rows(o.shape[0], num_rows, o.device)
-    launch("wide", o, None, weight.codes, weight.exponents, num_groups, out.codes, out.exponents, tiles)
+    out = empty_rows(o.shape[0], num_rows, o.device, scales=True)
+    launch("wide", o, None, weight.codes, weight.exponents, num_groups, out, tiles)
     return out
 
 
@@ -165,8 +166,7 @@ def launch(
     weight: Tensor,
     weight_exponents: Tensor | None,
     num_groups: int,
-    out: Tensor,
-    out_exponents: Tensor | None,
+    out: Tensor | Fp8Rows,
     tiles: Tiles | None,
 ) -> None:
     """Launch `_product` on checked tensors; `tiles` None: chosen from the shapes."""
@@ -176,7 +176,8 @@ def launch(
     tokens, splits, num_warps, num_stages = tiles or tiles_for(num_tokens, num_rows, depth, format_ == "fp8")
     group_rows = num_rows // num_groups if num_groups > 1 else num_rows + TILE_ROWS
     tile_rows = TILE_ROWS if num_groups == 1 or group_rows % TILE_ROWS == 0 else TILE_ROWS // 2
-    quantize = out_exponents is not None
+    quantize = isinstance(out, Fp8Rows)
+    outs = (out.codes, out.exponents, out.scales_to_write) if quantize else (out, out, out)
     adds = splits > 1 or (quantize and tile_rows < TILE_ROWS)
     token_tiles = triton.cdiv(num_tokens, tokens)
     grid = triton.cdiv(num_rows, tile_rows) * token_tiles, splits
@@ -185,17 +186,16 @@ def launch(
         weight if x_exponents is None else x_exponents,
         weight,
         weight if weight_exponents is None else weight_exponents,
-        counters(x.device, triton.cdiv(num_rows, TILE_ROWS) * token_tiles) if adds else out,
-        torch.empty(splits, num_tokens, num_rows, device=x.device, dtype=torch.float32) if adds else out,
-        out,
-        out if out_exponents is None else out_exponents,
+        counters(x.device, triton.cdiv(num_rows, TILE_ROWS) * token_tiles) if adds else outs[0],
+        torch.empty(splits, num_tokens, num_rows, device=x.device, dtype=torch.float32) if adds else outs[0],
+        *outs,
         num_tokens,
         num_rows,
         group_rows,
         depth,
         x.stride(0),
         *(x_exponents.stride() if x_exponents is not None else (0, 0)),
-        *(out_exponents.stride() if out_exponents is not None else (0, 0)),
+        *(out.exponents.stride() if quantize else (0, 0)),
         FORMAT=format_,
         QUANTIZE=quantize,
         ADDS=adds,

@@ -6,7 +6,7 @@ import torch
 from dsv4_kernels.arrival import counters
 from dsv4_kernels.benching import relative_error
 from dsv4_kernels.cases import DEMO, FLASH, PRO
-from dsv4_kernels.gemm import library
+from dsv4_kernels.gemm import library, quantize
 from dsv4_kernels.gemm.cases import products
 from dsv4_kernels.gemm.pair import linear_pair
 from dsv4_kernels.gemm.quantize import quantize_rows
@@ -51,7 +51,7 @@ def test_fp8_product_equals_the_reference(name, product):
 
 @pytest.mark.parametrize(("name", "product"), ALL, ids=ids)
 def test_the_library_computes_the_same_product(name, product):
-    x, weight = product.make(2 * library.LEAST_TOKENS, 1, "cuda")
+    x, weight = product.make(2 * quantize.LEAST_TOKENS, 1, "cuda")
     assert library.is_for_library(x)
     assert not library.is_for_library(x[:-1])
     if product.fp8:

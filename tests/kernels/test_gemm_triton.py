@@ -6,16 +6,19 @@ from support import triton_interpreter  # noqa: F401  # before any kernel
 
 from dsv4_kernels.arrival import counters
 from dsv4_kernels.benching import relative_error
-from dsv4_kernels.cases import PRO, generator, matrix, nonzero
+from dsv4_kernels.cases import DEMO, PRO, generator, matrix, nonzero
 from dsv4_kernels.gemm import device as gemm_device
-from dsv4_kernels.gemm import library
+from dsv4_kernels.gemm import library, quantize
 from dsv4_kernels.gemm.bench import floor_bytes, flops
 from dsv4_kernels.gemm.cases import products
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.pair import linear_pair
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.gemm.reference import linear
-from dsv4_kernels.gemm.triton import Tiles, linear_bf16, linear_fp8, tiles_for
+from dsv4_kernels.gemm.triton import Tiles, grouped_fp8_out, linear_bf16, linear_fp8, tiles_for
+from dsv4_kernels.mhc.cases import Case
+from dsv4_kernels.mhc.triton import mhc_boundary
+from dsv4_kernels.norm.triton import rms_norm_fp8
 from dsv4_kernels.quant import dequantize_fp8_blocks, quantize_fp8, quantize_fp8_blocks
 
 # Relative norm; sums in another order decide a bfloat16 rounding now and then.
@@ -216,3 +219,21 @@ def test_products_on_a_cpu_are_ours():
     assert torch.equal(library.linear_fp8(quantize_rows(x), weight), linear_fp8(quantize_rows(x), weight))
     matrix = x[:3].contiguous()
     assert torch.equal(library.linear_bf16(x, matrix), linear_bf16(x, matrix))
+
+
+def test_who_makes_rows_for_the_library_writes_their_scales(monkeypatch):
+    """As many rows as the library takes: norm, hyper-connection and first output product, without another launch."""
+    monkeypatch.setattr(quantize, "is_for_library", lambda num_tokens, device: True)
+    x, weight = rows_of(4, 512), weight_of(256, 256)[0]
+    boundary = Case("few", 4, DEMO).make(0, torch.bfloat16)
+    made = [
+        rms_norm_fp8(x, None, 1e-6),
+        mhc_boundary(norm=torch.ones(DEMO.hidden_size), **boundary)[2],
+        grouped_fp8_out(x, weight, 2),
+        grouped_fp8_out(x, weight, 2, tiles=Tiles(16, 2, 4, 3)),
+    ]
+    for rows in made:
+        assert rows.scales.stride() == rows.exponents.stride()
+        assert torch.equal(rows.scales, 2.0 ** (rows.exponents.float() - 127))
+        assert library.float_scales(rows) is rows.scales
+    assert quantize_rows(x).scales is None

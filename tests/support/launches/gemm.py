@@ -10,7 +10,8 @@ from dsv4_kernels.gemm.pair import linear_pair
 from dsv4_kernels.gemm.quantize import quantize_rows
 
 SIZES = {"pro, 1 token": (PRO, 1), "pro, 64 tokens": (PRO, 64), "flash, 512 tokens": (FLASH, 512)}
-RUNS = [f"{kind}, {size}" for size in SIZES for kind in ("fp8", "bf16", "both")]
+RUNS = [f"{kind}, {size}" for size in SIZES for kind in ("fp8", "bf16")]
+RUNS += ["both, pro, 1 token", "both, pro, 64 tokens"]
 KERNELS = {"_quantize", "_product", "_pair", "_widen", "_multiply_out"}
 
 
@@ -43,4 +44,4 @@ def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
         return set()
     fp8, bf16 = {90: ("QGMMA", "HGMMA"), 103: ("UTCQMMA", "UTCHMMA")}[capability]
     kind = run.split(", ")[0]
-    return {fp8, bf16} if kernel == "_pair" else {bf16 if kind == "bf16" or kind == "both" else fp8}
+    return {"fp8": {fp8}, "bf16": {bf16}, "both": {fp8, bf16}}[kind]

@@ -5,6 +5,8 @@ import torch
 from dsv4_kernels.cases import FLASH, PRO
 from dsv4_kernels.norm import triton as norm
 
+from . import for_library
+
 RUNS = {
     f"{name} {dim}": getattr(shapes, dim)
     for name, shapes in (("pro", PRO), ("flash", FLASH))
@@ -18,6 +20,8 @@ def launch(run: str) -> None:
     x, weight = torch.empty(16, RUNS[run], dtype=torch.bfloat16), torch.empty(RUNS[run])
     norm.rms_norm(x, weight, 1e-6)
     norm.rms_norm_fp8(x, weight, 1e-6)
+    with for_library():
+        norm.rms_norm_fp8(x, weight, 1e-6)
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
