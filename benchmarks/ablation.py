@@ -3,7 +3,8 @@
     python3 benchmarks/ablation.py $OUT/ablation.jsonl --seconds 190
 
 How to run it on the GPU machine is in gpu_smoke.py beside this file. Off are, by patches (unfused.py), the fused mHC
-boundary, the fused compressor, what shares launches, FP8 activations of experts; and graphs of decodes and prefills.
+boundary, the fused compressor, what shares launches, FP8 activations of experts, early launches; and graphs of decodes
+and prefills.
 One JSON line for each variant, one more for what follows from them. The time of a step is that of steps submitted one
 ahead, as the engine does, all requests at `--context`. Launches are counted on the host: Triton's, and torch's
 operations that are no views. All off but graphs of decodes is about the shape of the engines of April 2026, or a worse

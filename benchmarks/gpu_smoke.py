@@ -16,9 +16,10 @@ annotated-types typing-inspection python-dotenv msgspec orjson pyzmq jsonschema 
     timeout 250 python3 benchmarks/gpu_smoke.py $OUT/gpu-smoke.jsonl;
     timeout 120 python3 benchmarks/step.py $OUT/gpu-step.jsonl
 
-and, with the same first three lines, in a call of its own:
+and, with the same first three lines, each in a call of its own:
 
     timeout 230 python3 benchmarks/ablation.py $OUT/ablation.jsonl --seconds 190
+    timeout 500 python3 benchmarks/early_launches.py $OUT/early-launches.jsonl
 """  # noqa: E501
 
 from __future__ import annotations

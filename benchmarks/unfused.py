@@ -8,6 +8,7 @@ Each switch replaces functions where the network or the step looks them up, and 
 | `compressor` | the compressors of `prepare_rows` | the reference's chain: gather, pool, norm, RoPE, round, store |
 | `launches` | what shares a launch (ADR 7) | the same Triton kernels, each in a launch of its own, see `_launches` |
 | `bf16-experts` | FP8 activations of the routed experts | BF16 activations, W4A16 (only on GPUs without FP4 products) |
+| `early-launches` | kernels launched before the one ahead ends (ADR 9) | the same, one after the other; compiled anew |
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import plain_compressor
 import torch
 from torch import Tensor
 
+from dsv4_kernels import dependent
 from dsv4_kernels.compressor.triton import C4Compressor, C128Compressor, compress_c4, compress_c128
 from dsv4_kernels.gemm import library
 from dsv4_kernels.gemm import triton as gemm
@@ -44,7 +46,7 @@ from dsv4serve.model import device
 from dsv4serve.model.device import DeviceTransformer
 from dsv4serve.runner import device_step
 
-SWITCHES = ("mhc", "compressor", "launches", "bf16-experts")
+SWITCHES = ("mhc", "compressor", "launches", "bf16-experts", "early-launches")
 
 
 @contextmanager
@@ -62,6 +64,8 @@ def unfused(off: Collection[str], network: DeviceTransformer) -> Iterator[None]:
             replace(device, mhc_boundary=_boundary, mhc_head=_head)
         if "launches" in off or "compressor" in off:
             replace(device_step, prepare_rows=_prepare_rows("launches" in off, "compressor" in off))
+        if "early-launches" in off:
+            replace(dependent, ENABLED=False)
         _moe(replace, "launches" in off, "bf16-experts" in off)
         yield
 

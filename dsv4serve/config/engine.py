@@ -90,6 +90,10 @@ class EngineConfig(BaseSettings):
     expert_activations: Annotated[
         ExpertActivations, Field(description="inputs of the routed experts in official numerics; fp8 = as released")
     ] = ExpertActivations.FP8
+    deterministic: Annotated[
+        bool,
+        Field(description="a request has the same bits alone and in any crowd; slower, --device cuda only"),
+    ] = False
     effort_contract: Annotated[
         EffortContract, Field(description="texts of reasoning_effort; auto = by the checkpoint's encoding folder")
     ] = EffortContract.AUTO
@@ -176,6 +180,16 @@ class EngineConfig(BaseSettings):
     def _only_where_something_is_rounded(cls, value: ExpertActivations, info: ValidationInfo) -> ExpertActivations:
         if value is not ExpertActivations.FP8 and info.data.get("numerics") is Numerics.EXACT:
             raise ValueError("only for --numerics official, because exact numerics round nothing")
+        return value
+
+    @field_validator("deterministic")
+    @classmethod
+    def _only_where_rows_have_their_own_sums(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("device") is Device.CPU:
+            raise ValueError(
+                "only for --device cuda, because torch's products on a CPU add up a row in an order that depends on "
+                "how many rows there are"
+            )
         return value
 
     @property

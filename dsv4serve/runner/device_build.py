@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dsv4_kernels.deterministic import set_deterministic
 from dsv4serve.config import EngineConfig, ExpertActivations, ModelConfig, Numerics
 from dsv4serve.constrained.vocabulary import read_vocabulary
 from dsv4serve.memory import CapacityPlan
@@ -33,6 +34,7 @@ def build_device_runner(config: EngineConfig, model: ModelConfig, progress: bool
     plan = device_plan(config, model, free_device_bytes())
     device = torch.device("cuda", torch.cuda.current_device())
     unpacked = torch.cuda.get_device_capability(device)[0] < FIRST_FP4
+    set_deterministic(config.deterministic)  # before anything chooses a form
     weights = load_device_weights(config, model, device, unpacked, progress)
     runner = DeviceRunner(
         DeviceTransformer(model, weights),

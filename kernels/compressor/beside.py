@@ -24,6 +24,8 @@ from dsv4_kernels.compressor.triton import (
     compress_c4,
     compress_c128,
 )
+from dsv4_kernels.dependent import wait_for_previous
+from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.gemm.fp8 import Fp8Rows
 from dsv4_kernels.gemm.quantize import empty_rows
 from dsv4_kernels.kv_store import Planes
@@ -52,6 +54,7 @@ def _beside_c4(
     QUERY_HAS_WEIGHT: tl.constexpr, QUERY_QUANTIZE: tl.constexpr, QUERY_GROUPS: tl.constexpr, KV_DIM: tl.constexpr,
     KV_GROUP: tl.constexpr, KV_GROUPS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous()
     row, role = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if role == 0:
         close_c4(
@@ -91,6 +94,7 @@ def _beside_c128(
     BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, QUERY_HAS_WEIGHT: tl.constexpr, QUERY_QUANTIZE: tl.constexpr,
     QUERY_GROUPS: tl.constexpr, KV_DIM: tl.constexpr, KV_GROUP: tl.constexpr, KV_GROUPS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous()
     row, role = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if role == 0:
         advance_c128(
@@ -139,7 +143,7 @@ def prepare_rows(
     """
     of_store = kv, kv_norm, eps, turns, rows, step_planes, ring_planes, ring_rows, window
     of_entries = eps, rotations, rows, page_table, page_tokens
-    if not 0 < len(query) < MANY:
+    if not 0 < len(query) < MANY or is_deterministic():  # a kernel has its own order of a norm's sum
         store_kv(*of_store)
         compress(compressors, *of_entries)
         return rms_norm_fp8(query, query_norm, eps)

@@ -188,7 +188,7 @@ def advance_c128(
             resumes = dim < tl.where(low % 128 == 0, 0, D)
             largest = tl.load(kept, mask=resumes, other=LEAST)
             total = tl.load(kept + D, mask=resumes, other=0.0)
-            weighted = tl.load(kept + 2 * D, mask=resumes, other=0.0) * total
+            mean = tl.load(kept + 2 * D, mask=resumes, other=0.0)
             for tile in range(low, high, num_read):
                 reached = tl.minimum(tile + num_read, high)
                 source = tile + tl.arange(0, BLOCK_R)[:, None]
@@ -198,18 +198,18 @@ def advance_c128(
                 gate += tl.load(ape + source % 128 * D + dim[None, :], mask=keep, other=0.0)
                 new_largest = tl.maximum(largest, tl.max(gate, axis=0))
                 weights = tl.exp(gate - new_largest[None, :])
-                shrink = tl.exp(largest - new_largest)
-                total = total * shrink + tl.sum(weights, axis=0)
-                weighted = weighted * shrink + tl.sum(weights * tl.load(at, mask=keep, other=0.0), axis=0)
+                old = total * tl.exp(largest - new_largest)
+                total = old + tl.sum(weights, axis=0)
+                mean = mean * old + tl.sum(weights * tl.load(at, mask=keep, other=0.0), axis=0)
+                mean = mean / tl.where(inside, total, 1.0)
                 largest = new_largest
                 if (has_banks | (reached == high)) & (reached % 128 != 0):
                     bank = kept + tl.where(has_banks, reached - 1 - start, 0) * (3 * D)
                     tl.debug_barrier()  # all threads have read the state
                     tl.store(bank, largest, mask=inside)
                     tl.store(bank + D, total, mask=inside)
-                    tl.store(bank + 2 * D, weighted / tl.where(inside, total, 1.0), mask=inside)
+                    tl.store(bank + 2 * D, mean, mask=inside)
             if high % 128 == 0:
-                mean = weighted / tl.where(inside, total, 1.0)
                 rotation = rotations + (first + high - 1 - start).to(tl.int64) * ROPE
                 page_row = _page_row(page_table, slot, table_width, block, PER_PAGE)
                 _store_entry(mean, norm, rotation, data, rope_data, scales, page_row, eps, D, ROPE, FORMAT, BLOCK)

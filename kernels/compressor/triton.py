@@ -17,6 +17,9 @@ Speculation: the C4 ring needs nothing (rejected rows are rewritten before an en
 has a bank for each row that a verify can have. Of a request with no more rows than that, verify or not, the head takes
 one row after the other and leaves what holds behind the j-th in bank j; the caller copies the bank of the last row that
 stays to bank 0, from which the next step goes on.
+
+The running state of C128 is rounded after each tile of rows, in registers as in memory. In deterministic mode a tile is
+one row, so it does not show where steps ended.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.compressor.device import advance_c128, close_c4
+from dsv4_kernels.dependent import launches_early, wait_for_previous
+from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.kv_store import Format, Planes, RowFormat
 from dsv4_kernels.metadata import C4, C128
 from dsv4_kernels.metadata.rows import Rows
@@ -73,6 +78,7 @@ def _c4(
     RING: tl.constexpr,
     PER_PAGE: tl.constexpr,
 ):
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
         close_c4(
@@ -112,6 +118,7 @@ def _c128(
     BLOCK: tl.constexpr,  # D padded to a power of two
     BLOCK_R: tl.constexpr,  # rows that are read at once
 ):
+    wait_for_previous()
     advance_c128(
         tl.program_id(0).to(tl.int64), raw, ape, state, norm, data, rope_data, scales, slots, positions, firsts,
         counts, page_table, rotations, raw_stride, table_width, eps, D, ROPE, PER_PAGE, FORMAT, BANKS, BLOCK,
@@ -197,7 +204,7 @@ def c4_arguments(
         sizes |= {f"D{suffix}": dim, f"FORMAT{suffix}": row_format.format.value, f"BLOCK{suffix}": block}
     arguments += [*_places(rows, page_table, rotations), page_table.shape[1], eps]
     sizes |= {"ROPE": 2 * rotations.shape[1], "RING": compressors[0].ring.shape[1], "PER_PAGE": page_tokens // C4}
-    return arguments, sizes | {"num_warps": 4}
+    return arguments, sizes | {"num_warps": 4, "launch_pdl": launches_early(page_table.device)}
 
 
 def compress_c128(
@@ -244,7 +251,8 @@ def c128_arguments(
         "FORMAT": row_format.format.value,
         "BANKS": state.shape[1],
         "BLOCK": triton.next_power_of_2(dim),
-        "BLOCK_R": 16,
+        "BLOCK_R": 1 if is_deterministic() else 16,
+        "launch_pdl": launches_early(raw.device),
         "num_warps": 16,
     }
     return arguments, sizes

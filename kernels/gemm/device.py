@@ -77,6 +77,47 @@ def _add(
 
 
 @triton.jit
+def _sum(
+    x_at,  # pointers [TOKENS] to the tokens' inputs
+    exponents_at,  # pointers [TOKENS], with FORMAT "fp8"
+    weight_at,  # pointers [ROWS]
+    scales_at,
+    start,  # blocks of K
+    end,
+    blocks,
+    block_step,
+    FORMAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """float32 [ROWS, TOKENS]: products over the blocks start .. end of K."""
+    k = tl.arange(0, DEPTH)
+    total = tl.zeros([ROWS, TOKENS], tl.float32)
+    if FORMAT == "fp8":
+        scales = _scales(scales_at, exponents_at, tl.minimum(start, blocks - 1), block_step)
+    for block in range(start, end):
+        weights = tl.load(weight_at[:, None] + (block * DEPTH + k)[None, :])
+        values = tl.load(x_at[:, None] + (block * DEPTH + k)[None, :])
+        if FORMAT == "bf16":
+            total = tl.dot(weights, tl.trans(values), total)
+        elif FORMAT == "wide":
+            scale = power_of_two(tl.load(scales_at + block * DEPTH // 128))
+            total = tl.dot((weights.to(tl.float32) * scale).to(tl.bfloat16), tl.trans(values), total)
+        elif cuda_capability_geq(10):
+            weight_scale = tl.load(scales_at + block + tl.zeros([ROWS, DEPTH // 32], tl.int32))
+            exponent = tl.load(exponents_at + block * block_step)
+            x_scale = tl.broadcast_to(exponent[:, None], [TOKENS, DEPTH // 32])
+            total = tl.dot_scaled(weights, weight_scale, "e4m3", tl.trans(values), x_scale, "e4m3", total)
+        else:
+            # Bytes are not copied ahead by the pipeline: the next scales are on their way while this block multiplies.
+            following = _scales(scales_at, exponents_at, tl.minimum(block + 1, blocks - 1), block_step)
+            total += tl.dot(weights, tl.trans(values)) * scales[None, :]
+            scales = following
+    return total
+
+
+@triton.jit
 def multiply_tile(
     program,  # of all tiles
     split,
@@ -102,6 +143,7 @@ def multiply_tile(
     QUANTIZE: tl.constexpr,  # to E4M3, a group of 128 rows a token
     ADDS: tl.constexpr,  # several programs share 128 rows: splits, or two tiles of 64 rows
     SPLITS: tl.constexpr,
+    TURNS: tl.constexpr,  # parts of a split, which one program adds
     ROWS: tl.constexpr,  # 128, or 64 with ADDS
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,  # of K in one step
@@ -117,37 +159,27 @@ def multiply_tile(
 
     row = row_tile * ROWS + tl.arange(0, ROWS)
     token = token_tile * TOKENS + tl.arange(0, TOKENS)
-    k = tl.arange(0, DEPTH)
     # Rows beyond the end repeat the last one: a load without a mask, and what they give is not stored.
-    weight_row = tl.minimum(row, num_rows - 1).to(tl.int64) * depth
+    weight_at = weight + tl.minimum(row, num_rows - 1).to(tl.int64) * depth
     x_token = tl.minimum(token, num_tokens - 1).to(tl.int64)
-    x_at = x_token * x_row + row_tile * ROWS // group_rows * depth
-    blocks = depth // DEPTH
-    per_split = tl.cdiv(blocks, SPLITS)
-    total = tl.zeros([ROWS, TOKENS], tl.float32)
-    start = split * per_split
+    x_at = x + x_token * x_row + row_tile * ROWS // group_rows * depth
     exponents_at = x_exponents + x_token * token_step
     scales_at = weight_exponents + row_tile * ROWS // 128 * (depth // 128)
-    if FORMAT == "fp8":
-        scales = _scales(scales_at, exponents_at, tl.minimum(start, blocks - 1), block_step)
-    for block in range(start, tl.minimum(start + per_split, blocks)):
-        weights = tl.load(weight + weight_row[:, None] + (block * DEPTH + k)[None, :])
-        values = tl.load(x + x_at[:, None] + (block * DEPTH + k)[None, :])
-        if FORMAT == "bf16":
-            total = tl.dot(weights, tl.trans(values), total)
-        elif FORMAT == "wide":
-            scale = power_of_two(tl.load(scales_at + block * DEPTH // 128))
-            total = tl.dot((weights.to(tl.float32) * scale).to(tl.bfloat16), tl.trans(values), total)
-        elif cuda_capability_geq(10):
-            weight_scale = tl.load(scales_at + block + tl.zeros([ROWS, DEPTH // 32], tl.int32))
-            exponent = tl.load(exponents_at + block * block_step)
-            x_scale = tl.broadcast_to(exponent[:, None], [TOKENS, DEPTH // 32])
-            total = tl.dot_scaled(weights, weight_scale, "e4m3", tl.trans(values), x_scale, "e4m3", total)
-        else:
-            # Bytes are not copied ahead by the pipeline: the next scales are on their way while this block multiplies.
-            following = _scales(scales_at, exponents_at, tl.minimum(block + 1, blocks - 1), block_step)
-            total += tl.dot(weights, tl.trans(values)) * scales[None, :]
-            scales = following
+    blocks = depth // DEPTH
+    per_part = tl.cdiv(blocks, SPLITS * TURNS)
+    start = split * TURNS * per_part
+    total = _sum(
+        x_at, exponents_at, weight_at, scales_at, start, tl.minimum(start + per_part, blocks), blocks, block_step,
+        FORMAT, ROWS, TOKENS, DEPTH,
+    )  # fmt: skip
+    if TURNS > 1:
+        total += 0.0  # as `_add` begins
+        for turn in range(1, TURNS):
+            start = (split * TURNS + turn) * per_part
+            total += _sum(
+                x_at, exponents_at, weight_at, scales_at, start, tl.minimum(start + per_part, blocks), blocks,
+                block_step, FORMAT, ROWS, TOKENS, DEPTH,
+            )  # fmt: skip
 
     group = row_tile * ROWS // 128
     if ADDS:

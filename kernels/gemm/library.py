@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.gemm import quantize
 from dsv4_kernels.gemm import triton as ours
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
@@ -20,13 +21,14 @@ from dsv4_kernels.quant.device import power_of_two
 
 
 def is_for_library(x: Tensor) -> bool:
-    """Whether the library multiplies x [T, K] with a weight."""
+    """Whether the library multiplies x [T, K] with a weight. It promises no order of sums, so never if that counts."""
     return quantize.is_for_library(len(x), x.device)
 
 
 @triton.jit(do_not_specialize=["num"])
 def _widen(exponents, scales, num, BLOCK: tl.constexpr):
     """E8M0 bytes as the bits of float32."""
+    wait_for_previous()
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num
     tl.store(scales + at, tl.load(exponents + at, mask=inside, other=0).to(tl.int32) << 23, mask=inside)
@@ -41,13 +43,16 @@ def float_scales(rows: Fp8Rows) -> Tensor:
         raise ValueError(f"float_scales: exponents have strides {rows.exponents.stride()}; expected column by column")
     scales = torch.empty(by_column.shape, device=by_column.device, dtype=torch.float32)
     num, block = by_column.numel(), 1024
-    _widen[(triton.cdiv(num, block),)](by_column, scales.view(torch.int32), num, BLOCK=block, num_warps=4)
+    _widen[(triton.cdiv(num, block),)](
+        by_column, scales.view(torch.int32), num, BLOCK=block, num_warps=4, launch_pdl=launches_early(scales.device)
+    )
     return scales.t()
 
 
 @triton.jit
 def _multiply_out(codes, exponents, values, depth, BLOCK: tl.constexpr):
     """E4M3 with a scale per 128 x 128 as bfloat16: a block of one row."""
+    wait_for_previous()
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
     column = first + tl.arange(0, BLOCK)
     inside = column < depth
@@ -61,7 +66,9 @@ def bf16_values(weight: Fp8Weight) -> Tensor:
     num_rows, depth = weight.codes.shape
     values = torch.empty(num_rows, depth, device=weight.codes.device, dtype=torch.bfloat16)
     grid = num_rows, triton.cdiv(depth, 1024)
-    _multiply_out[grid](weight.codes, weight.exponents, values, depth, BLOCK=1024, num_warps=4)
+    _multiply_out[grid](
+        weight.codes, weight.exponents, values, depth, BLOCK=1024, num_warps=4, launch_pdl=launches_early(values.device)
+    )
     return values
 
 

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.arrival import counters
+from dsv4_kernels.dependent import launches_early, wait_for_previous
+from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.gemm import triton as gemm
 from dsv4_kernels.gemm.device import multiply_tile
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
@@ -52,11 +54,12 @@ def _pair(
     TOKENS: tl.constexpr,  # of a tile, at least num_tokens
     ADD_TOKENS: tl.constexpr,
 ):
+    wait_for_previous()
     program, tiles, fp8_tiles = tl.program_id(0), tl.cdiv(num_rows, 128), tl.cdiv(fp8_rows, 128)
     if program < tiles * SPLITS:
         multiply_tile(
             program % tiles, program // tiles, x, x, matrix, matrix, arrived, parts, out, out, out, num_tokens,
-            num_rows, num_rows + 128, depth, x_row, 0, 0, 0, 0, "bf16", False, SPLITS > 1, SPLITS, 128, TOKENS, 64,
+            num_rows, num_rows + 128, depth, x_row, 0, 0, 0, 0, "bf16", False, SPLITS > 1, SPLITS, 1, 128, TOKENS, 64,
             ADD_TOKENS,
         )  # fmt: skip
     else:
@@ -64,24 +67,25 @@ def _pair(
         multiply_tile(
             program % fp8_tiles, program // fp8_tiles, codes, exponents, weight, weight_exponents, fp8_arrived,
             fp8_parts, fp8_out, fp8_out, fp8_out, num_tokens, fp8_rows, fp8_rows + 128, depth, code_row, token_step,
-            block_step, 0, 0, "fp8", False, FP8_SPLITS > 1, FP8_SPLITS, 128, TOKENS, 128, ADD_TOKENS,
+            block_step, 0, 0, "fp8", False, FP8_SPLITS > 1, FP8_SPLITS, 1, 128, TOKENS, 128, ADD_TOKENS,
         )  # fmt: skip
 
 
 def linear_pair(x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """`linear_fp8(x_fp8, weight)` bfloat16 [T, N] and `linear_bf16(x, matrix)` float32 [T, M], to the bit.
 
-    One launch for up to MOST_TOKENS tokens, else one for each. Raises ValueError for shapes that do not fit.
+    One launch for up to MOST_TOKENS tokens, else (and in deterministic mode) one for each.
+    Raises ValueError for shapes that do not fit.
     """
     num_tokens, (num_rows, depth) = len(x), matrix.shape
-    if not 0 < num_tokens <= MOST_TOKENS:
+    if not 0 < num_tokens <= MOST_TOKENS or is_deterministic():
         return gemm.linear_fp8(x_fp8, weight), gemm.linear_bf16(x, matrix)
     gemm.check_fp8(x_fp8, weight)
     gemm.check_bf16(x, matrix)
     fp8_rows = len(weight.codes)
     if x_fp8.codes.shape != x.shape:
         raise ValueError(f"linear_pair: x_fp8 is {list(x_fp8.codes.shape)}, x {list(x.shape)}; expected one shape")
-    tokens, splits, num_warps, num_stages = gemm.tiles_for(num_tokens, num_rows, depth, fp8=False)
+    tokens, splits, num_warps, num_stages, _ = gemm.tiles_for(num_tokens, num_rows, depth, fp8=False)
     fp8_splits = gemm.tiles_for(num_tokens, fp8_rows, depth, fp8=True).splits
     out = torch.empty(num_tokens, num_rows, device=x.device, dtype=torch.float32)
     fp8_out = torch.empty(num_tokens, fp8_rows, device=x.device, dtype=torch.bfloat16)
@@ -113,5 +117,6 @@ def linear_pair(x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Tensor) ->
         ADD_TOKENS=gemm.ADD_TOKENS,
         num_warps=num_warps,
         num_stages=num_stages,
+        launch_pdl=launches_early(x.device),
     )
     return fp8_out, out

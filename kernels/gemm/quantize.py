@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows
 from dsv4_kernels.quant.triton import launch
 
@@ -21,7 +22,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 def is_for_library(num_tokens: int, device: torch.device) -> bool:
     """Whether the library multiplies so many tokens with a weight."""
-    return num_tokens >= LEAST_TOKENS and num_tokens % MULTIPLE == 0 and _is_hopper(device)
+    return not is_deterministic() and num_tokens >= LEAST_TOKENS and num_tokens % MULTIPLE == 0 and _is_hopper(device)
 
 
 def empty_rows(num_rows: int, depth: int, device: torch.device, scales: bool = False) -> Fp8Rows:

@@ -10,8 +10,8 @@ What is multiplied (`_product`, FORMAT):
 
 Programs that split K store float32 parts, and so do two tiles of 64 rows that share a group of a quantised result. The
 last one adds the parts in their order and stores the result (ADR 7): always the same bits.
-Tiles depend on the number of tokens and the shape of the weight; with fixed ones (`tiles=`) a row has the same bits in
-any batch.
+Tiles depend on the number of tokens and the shape of the weight. In deterministic mode K is cut by the weight alone:
+few tokens have a program for each split, many have all splits in one program, which adds them in the same order.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.arrival import counters
+from dsv4_kernels.dependent import launches_early, wait_for_previous
+from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.gemm.device import multiply_tile
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import empty_rows
@@ -33,24 +35,29 @@ TILE_ROWS = (
 )
 PROGRAMS = 132  # programs that a product over few tokens is split into, about: one for each multiprocessor
 MIN_SPLIT_DEPTH = 512  # of K; below, partial sums cost more than they gain
+MOST_SPLIT_TOKENS = 64  # with a program for each split; more make enough programs, and parts would take much memory
 ADD_TOKENS = 16  # tokens whose parts are added together; more cost registers
 
 
 class Tiles(NamedTuple):
-    """How a product is cut up; all results of equal tiles are equal in their bits."""
+    """How a product is cut up. What decides a row's bits is splits * turns, for the tensor cores add up K in one order
+    whatever the tile."""
 
     tokens: int  # of a tile
-    splits: int  # of K
+    splits: int  # of K, each by a program of its own
     num_warps: int
     num_stages: int
+    turns: int = 1  # of K too: parts that a program adds up itself
 
 
 def tiles_for(num_tokens: int, num_weight_rows: int, depth: int, fp8: bool) -> Tiles:
-    """The tiles of a product; FORMAT "fp8" needs a second set of accumulators."""
-    if num_tokens > 64:
-        return Tiles(128 if fp8 or num_tokens <= 128 else 256, 1, 8, 4)
+    """The tiles of a product; FORMAT "fp8" needs a second set of accumulators, turns one more."""
     wanted = PROGRAMS // triton.cdiv(num_weight_rows, TILE_ROWS)
     splits = max(1, min(wanted, depth // MIN_SPLIT_DEPTH))
+    if num_tokens > MOST_SPLIT_TOKENS:
+        if splits > 1 and is_deterministic():
+            return Tiles(64, 1, 8, 4, turns=splits)
+        return Tiles(128 if fp8 or num_tokens <= 128 else 256, 1, 8, 4)
     return Tiles(max(16, triton.next_power_of_2(num_tokens)), splits, 8 if num_tokens > 32 else 4, 4)
 
 
@@ -79,15 +86,18 @@ def _product(
     QUANTIZE: tl.constexpr,  # to E4M3, a group of 128 rows a token
     ADDS: tl.constexpr,  # several programs share 128 rows: splits, or two tiles of 64 rows
     SPLITS: tl.constexpr,
+    TURNS: tl.constexpr,  # parts of a split, which one program adds
     ROWS: tl.constexpr,  # 128, or 64 with ADDS
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,  # of K in one step
     ADD_TOKENS: tl.constexpr,
 ):
+    wait_for_previous()
     multiply_tile(
         tl.program_id(0), tl.program_id(1), x, x_exponents, weight, weight_exponents, arrived, parts, out,
         out_exponents, out_scales, num_tokens, num_rows, group_rows, depth, x_row, token_step, block_step,
-        out_token_step, out_block_step, FORMAT, QUANTIZE, ADDS, SPLITS, ROWS, TOKENS, DEPTH, ADD_TOKENS,
+        out_token_step, out_block_step, FORMAT, QUANTIZE, ADDS, SPLITS, TURNS, ROWS, TOKENS, DEPTH,
+        ADD_TOKENS,
     )  # fmt: skip
 
 
@@ -159,6 +169,12 @@ def grouped_fp8_out(o: Tensor, weight: Fp8Weight, num_groups: int, *, tiles: Til
     return out
 
 
+def _depth(format_: str, tokens: int) -> int:
+    """Of K in one step. Parts end with steps, so in deterministic mode it is that of the largest tile."""
+    is_small = tokens <= MOST_SPLIT_TOKENS and not is_deterministic()
+    return 128 if format_ == "fp8" or (format_ == "wide" and is_small) else 64
+
+
 def launch(
     format_: str,
     x: Tensor,
@@ -173,7 +189,7 @@ def launch(
     num_tokens, (num_rows, depth) = x.shape[0], weight.shape
     if not num_tokens:
         return
-    tokens, splits, num_warps, num_stages = tiles or tiles_for(num_tokens, num_rows, depth, format_ == "fp8")
+    tokens, splits, num_warps, num_stages, turns = tiles or tiles_for(num_tokens, num_rows, depth, format_ == "fp8")
     group_rows = num_rows // num_groups if num_groups > 1 else num_rows + TILE_ROWS
     tile_rows = TILE_ROWS if num_groups == 1 or group_rows % TILE_ROWS == 0 else TILE_ROWS // 2
     quantize = isinstance(out, Fp8Rows)
@@ -200,10 +216,12 @@ def launch(
         QUANTIZE=quantize,
         ADDS=adds,
         SPLITS=splits,
+        TURNS=turns,
         ROWS=tile_rows,
         TOKENS=tokens,
-        DEPTH=128 if format_ == "fp8" or (format_ == "wide" and tokens <= 64) else 64,
+        DEPTH=_depth(format_, tokens),
         ADD_TOKENS=ADD_TOKENS,
         num_warps=num_warps,
         num_stages=num_stages,
+        launch_pdl=launches_early(x.device),
     )

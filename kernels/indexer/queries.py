@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_kernels.dependent import launches_early, wait_for_previous
+from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.indexer.device import prepare_index_vectors
 from dsv4_kernels.kv_store.device import prepare_heads
 from dsv4_kernels.kv_store.triton import PROGRAM_HEADS, check_dims, prepare_q
@@ -44,6 +46,7 @@ def _prepare(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous()
     program = tl.program_id(0)
     num_index = tl.cdiv(num_vectors, BLOCK)
     if program < num_index:
@@ -106,11 +109,12 @@ def prepare_queries(
     index_q = torch.empty(num_rows, index_heads, index_dim, device=queries.device, dtype=queries.dtype)
     index_weights = torch.empty(num_rows, index_heads, device=queries.device, dtype=queries.dtype)
     heads = queries[:, :index_from].unflatten(1, (num_heads, head_dim))
-    if num_rows >= MANY:
+    apart = num_rows >= MANY or is_deterministic()  # one kernel has one order of the sum over a head
+    if apart:
         prepare_q(heads, eps, rotations, rows)
     if num_rows:
         num_vectors = num_rows * index_heads
-        others = num_rows * triton.cdiv(num_heads, PROGRAM_HEADS) if num_rows < MANY else 0
+        others = num_rows * triton.cdiv(num_heads, PROGRAM_HEADS) if not apart else 0
         _prepare[(triton.cdiv(num_vectors, BLOCK) + others,)](
             queries,
             queries[:, index_from:],
@@ -132,5 +136,6 @@ def prepare_queries(
             HEADS=PROGRAM_HEADS,
             BLOCK=BLOCK,
             num_warps=4,
+            launch_pdl=launches_early(queries.device),
         )
     return heads, index_q, index_weights

@@ -13,10 +13,11 @@ over heads does, and now and then another order decides its rounding. Scores are
 Up to ONE_LAUNCH_ROWS rows are one launch at any context: the last program of a chunk makes its list, the last of some
 lists merges them (docs/adr/0007-the-last-program-finishes.md). More rows, a prefill, take a launch for scores and some
 for the top-k: there the last program would choose for 16 rows one after the other, while a launch of its own
-has a program for each row.
+has a program for each row. In deterministic mode few rows take those launches too, so that one kernel adds up scores.
 
 Scores take at most MAX_SCORE_BYTES (or 16 rows): more rows are taken in turns. With 64 heads a score costs 16,576
 operations and two bytes, so computing it a second time instead of keeping it would be slower.
+What choosing while scoring would bring: docs/adr/0011-index-scores-stay-in-memory.md.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.arrival import NUM_COUNTERS, counters, is_last
+from dsv4_kernels.dependent import launches_early, wait_for_previous
+from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.kv_store import Format, Planes, RowFormat
 from dsv4_kernels.metadata import C4
 from dsv4_kernels.metadata.rows import Rows
@@ -124,6 +127,7 @@ def _scores(
     BLOCK_LISTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_previous()
     row = first_row + tl.program_id(0)
     position = tl.load(positions + row)
     if position < 0:
@@ -240,6 +244,7 @@ def _top_k(
     BLOCK_K: tl.constexpr,  # TOP_K padded to a power of two
 ):
     """`_best` of each row and part."""
+    wait_for_previous()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + row)
     if position < 0:
@@ -297,6 +302,7 @@ def select(
         of_levels.append(triton.cdiv(of_levels[-1], lists))
     num_lists = sum(of_levels[:-1])
     one_launch = num_rows <= min(ONE_LAUNCH_ROWS, rows_at_once) and num_rows * (num_lists + 1) <= NUM_COUNTERS
+    one_launch = one_launch and not is_deterministic()
     list_keys, list_ids, arrived = keys, chosen, chosen
     if one_launch:
         arrived = counters(q.device, num_rows * (num_lists + 1))
@@ -340,6 +346,7 @@ def select(
                 BLOCK_LISTS=triton.next_power_of_2(lists * top_k),
                 BLOCK_K=triton.next_power_of_2(top_k),
                 num_warps=8,
+                launch_pdl=launches_early(q.device),
             )
         if not one_launch:
             _choose(keys, rows.positions[first:end], chosen[first:end], num_entries)
@@ -373,6 +380,7 @@ def _choose(keys: Tensor, positions: Tensor, chosen: Tensor, num_entries: int) -
             BLOCK=block,
             BLOCK_K=triton.next_power_of_2(top_k),
             num_warps=max(4, min(16, block // 512)),
+            launch_pdl=launches_early(keys.device),
         )
         if programs == 1:
             return

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.kv_store.device import prepare_heads, store_row
 from dsv4_kernels.kv_store.reference import KV_GROUP, SCALE_ALIGN, Planes
 from dsv4_kernels.metadata.rows import Rows
@@ -44,6 +45,7 @@ def _store(
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
+    wait_for_previous()
     store_row(
         tl.program_id(0).to(tl.int64), kv, weight, rotations, slots, positions, counts, step_codes, step_rope,
         step_scale, ring_codes, ring_rope, ring_scale, kv_row, ring_rows, room, eps, DIM, GROUP, GROUPS,
@@ -66,6 +68,7 @@ def _commit(
     SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     position, count = tl.load(positions + row), tl.load(counts + row)
     left = count - (row - tl.load(firsts + row))  # rows from this one to the request's last
@@ -92,6 +95,7 @@ def _prepare_q(
     ROPE: tl.constexpr,
     HEADS: tl.constexpr,
 ):
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     prepare_heads(
         q, rotations, positions, out, row, tl.program_id(1) * HEADS, num_heads, q_row, out_row, eps, DIM, ROPE, HEADS
@@ -130,7 +134,7 @@ def store_kv(
         latent_kv, norm_weight, eps, rotations, rows, step_planes, ring_planes, ring_rows, window
     )
     if latent_kv.shape[0]:
-        _store[(latent_kv.shape[0],)](*arguments, **sizes, num_warps=1)
+        _store[(latent_kv.shape[0],)](*arguments, **sizes, num_warps=1, launch_pdl=launches_early(latent_kv.device))
 
 
 def store_arguments(
@@ -188,6 +192,7 @@ def commit(rows: Rows, step_planes: Planes, ring_planes: Planes, ring_rows: int,
             SCALE=step_scale.shape[1],
             BLOCK=triton.next_power_of_2(words),
             num_warps=1,
+            launch_pdl=launches_early(rows.slots.device),
         )
 
 
@@ -219,6 +224,7 @@ def prepare_q(q: Tensor, eps: float, rotations: Tensor, rows: Rows, out: Tensor 
             ROPE=KV_GROUP,
             HEADS=PROGRAM_HEADS,
             num_warps=4,
+            launch_pdl=launches_early(q.device),
         )
     return out
 

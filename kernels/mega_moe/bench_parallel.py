@@ -1,13 +1,13 @@
-"""Time of expert parallelism over the GPUs of one host, and a timeline of it. Not run yet.
+"""Time of expert parallelism over the GPUs of one host, and a timeline of it.
 
     torchrun --standalone --nproc-per-node 2 -m dsv4_kernels.mega_moe.bench_parallel OUT.jsonl TIMELINE_FOLDER
 
 All layers of Pro are alike: one of them, its 384 experts dealt to the ranks, 1 to 4,096 tokens a rank, routed evenly.
 - "all_to_all": dispatch, products and combine one after the other, with the host between (exchange.py);
-- "symmetric": writes into each other's memory, one operation (symmetric.py), in one chunk and in two that overlap;
+- "symmetric": writes into each other's memory, one operation (symmetric.py), the way back inside the second product;
 - "symmetric graph": the same as a CUDA graph, as a decode step runs it.
-`products_us` is the products alone on the rows that came: what is above it is communication that shows. `wire_bytes` is
-what this rank sent to others in a call. The time of a call is that of the slowest rank.
+`products_us` is the products alone on the rows that came, as a graph: what is above it is communication that shows.
+`wire_bytes` is what this rank's tokens took in a call, out and back. The time of a call is that of the slowest rank.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from dsv4_kernels.mega_moe.parallel import ExpertMap, ExpertParallel, Traffic
 from dsv4_kernels.mega_moe.parallel.symmetric import Step, symmetric_experts
 from dsv4_kernels.mega_moe.parallel.wire import RowFormat
 from dsv4_kernels.mega_moe.reference import Activations
+from dsv4_kernels.mega_moe.triton import choose_tile, pair_outputs
 from dsv4_kernels.mega_moe.weights import Fp4Weight, relayout
 
 TOKENS = (1, 8, 64, 512, 4096)  # a rank
@@ -81,23 +82,22 @@ class Layer:
         """What is timed, by implementation."""
         num_tokens = len(tokens["x"])
         given = tokens | self.weights | {"limit": PRO.swiglu_limit}
-        found: dict[str, Callable[[], object]] = {
-            "all_to_all": lambda: self.exchange.add_routed(**given, activations=self.activations)
+        return {
+            "all_to_all": lambda: self.exchange.add_routed(**given, activations=self.activations),
+            "symmetric": lambda: self.symmetric.add_routed(**given, capacity=num_tokens),
         }
-        for num_chunks in (1, 2):
-            if num_tokens % num_chunks == 0:
-                found[f"symmetric, {num_chunks} chunks"] = lambda num_chunks=num_chunks: self.symmetric.add_routed(
-                    **given, capacity=num_tokens, num_chunks=num_chunks
-                )
-        return found
 
     def products(self, tokens: dict[str, Tensor]) -> Callable[[], object]:
-        """The products of the rows that the last call brought."""
+        """The products of the rows that one call brings, whose outputs stay here."""
         inputs = [tokens[name] for name in ("x", "expert_ids", "weights")]
-        step = Step(self.symmetric, *inputs, len(tokens["x"]), 1)
-        step.dispatch(0)
+        step = Step(self.symmetric, *inputs, len(tokens["x"]))
+        step.dispatch()
         self.symmetric.memory.barrier()
-        return lambda: step.products(0, self.weights["w13"], self.weights["w2"], PRO.swiglu_limit, None)
+        rows = step.received(unpacked=self.weights["w13"].unpacked)
+        num_slots, (num_rows, top_k) = PRO.n_routed_experts, rows[2].shape
+        tile = choose_tile(num_rows, top_k, num_slots, self.weights["w13"].unpacked)
+        weights, activations = (self.weights["w13"], self.weights["w2"]), self.activations
+        return lambda: pair_outputs(*rows, *weights, limit=PRO.swiglu_limit, activations=activations, tile_tokens=tile)
 
     def sent_bytes(self, name: str, call: Callable[[], object]) -> int:
         """By this rank in one call."""
@@ -118,7 +118,7 @@ def as_graph(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def lines(weights: dict[str, Fp4Weight], folder: Path) -> Iterator[dict[str, Any]]:
-    """One line a measurement; graphs last, because they need most of the library."""
+    """One line a measurement; graphs of exchanges last, because they need most of the library."""
     later = []
     for activations in ("fp8", "fp4", "bf16"):
         if activations == "bf16" and not weights["w13"].unpacked:
@@ -126,7 +126,9 @@ def lines(weights: dict[str, Fp4Weight], folder: Path) -> Iterator[dict[str, Any
         layer = Layer(weights, activations)
         for num_tokens in TOKENS if activations == "fp8" else (OTHERS,):
             tokens = routed_tokens(torch.Generator("cuda").manual_seed(dist.get_rank()), num_tokens, PRO)
-            products_us = timed_us(layer.products(tokens))
+            products = layer.products(tokens)
+            products()  # compiles
+            products_us = timed_us(as_graph(products))
             for name, call in layer.calls(tokens).items():
                 yield line(
                     layer,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_kernels.dependent import launches_early, wait_for_previous
+
 
 @triton.jit
 def _combine(
@@ -22,6 +24,7 @@ def _combine(
     BLOCK: tl.constexpr,
 ):
     """A token's expert outputs in the order of expert ids, then the shared expert, float32, rounded once."""
+    wait_for_previous()
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     expert = tl.load(ids + token * TOP_K + lane, mask=lane < TOP_K, other=-1).to(tl.int32)
@@ -55,5 +58,6 @@ def combine(outputs: Tensor, shared: Tensor, expert_ids: Tensor) -> Tensor:
         _combine[(num_tokens, triton.cdiv(hidden, block))](
             outputs, shared, expert_ids, out, hidden, outputs.stride(0), shared.stride(0),
             TOP_K=top_k, LANES=triton.next_power_of_2(top_k), BLOCK=block,
+            launch_pdl=launches_early(out.device),
         )  # fmt: skip
     return out

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dsv4_kernels.dependent import wait_for_previous
 from dsv4_kernels.mega_moe.product import multiply_fp4, multiply_fp8
 from dsv4_kernels.quant.triton import store_quantized
 
@@ -64,6 +65,7 @@ def gate_up(
     SHARED_STAGES: tl.constexpr,
 ):
     """SwiGLU of one tile of pairs, or of tokens for the shared expert; BLOCK_M / 2 hidden values each."""
+    wait_for_previous()
     HALF: tl.constexpr = BLOCK_M // 2
     column = tl.program_id(0) * HALF
     lane = tl.arange(0, BLOCK_M)
@@ -110,7 +112,7 @@ def gate_up(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "rank_tokens"])
 def down(
     weights,  # w2, see weights.py
     scales,
@@ -124,13 +126,15 @@ def down(
     shared_exponents,
     shared_hidden,  # e4m3 [tokens, depth]
     shared_hidden_exponents,  # uint8 [tokens, depth / 128]
-    parts,  # bf16 [tokens, PARTS, num_rows]
+    parts,  # bf16 [tokens, PARTS, num_rows], or int64 [ranks], addresses of memory where each rank's parts are
     num_rows,
     num_tokens,
     scale_row,
+    rank_tokens,  # of each rank in turn, if there are several
     DEPTH: tl.constexpr,
     TOP_K: tl.constexpr,
     PARTS: tl.constexpr,
+    PARTS_AT: tl.constexpr,  # offset of the parts in every rank's memory, -1 = there is one rank
     FORMAT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -138,6 +142,7 @@ def down(
     SHARED_STAGES: tl.constexpr,
 ):
     """The second product of one tile of pairs, or of tokens for the shared expert; BLOCK_M output dims each."""
+    wait_for_previous()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     tile = tl.program_id(1)
     if SHARED_N > 0:
@@ -164,5 +169,13 @@ def down(
         FORMAT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     pair = tl.load(pairs + first + pair_in_tile, mask=keep, other=0).to(tl.int64)
-    part = pair // TOP_K * PARTS + pair % TOP_K
-    tl.store(parts + part[None, :] * num_rows + row[:, None], acc.to(tl.bfloat16), mask=keep[None, :])
+    token = pair // TOP_K
+    if PARTS_AT >= 0:
+        rank = token // rank_tokens
+        token -= rank * rank_tokens
+        home = (tl.load(parts + rank, mask=keep, other=0) + PARTS_AT).to(tl.pointer_type(tl.bfloat16))
+        target = tl.multiple_of(home, 16)[None, :]
+    else:
+        target = parts
+    part = token * PARTS + pair % TOP_K
+    tl.store(target + part[None, :] * num_rows + row[:, None], acc.to(tl.bfloat16), mask=keep[None, :])

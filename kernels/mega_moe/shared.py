@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import empty_rows
 from dsv4_kernels.gemm.triton import Tiles, linear_fp8
@@ -29,6 +30,7 @@ def _swiglu(
     limit,
     GROUPS: tl.constexpr,
 ):
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -67,6 +69,7 @@ def swiglu_fp8(gate_up: Tensor, limit: float) -> Fp8Rows:
             limit,
             GROUPS=BLOCK_GROUPS,
             num_warps=4,
+            launch_pdl=launches_early(gate_up.device),
         )
     return rows
 

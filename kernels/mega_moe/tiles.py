@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_kernels.dependent import launches_early, wait_for_previous
+
 BLOCK = 1024  # pairs that a program looks at together
 FEW_PAIRS = 512  # that one program sorts
 
@@ -80,6 +82,7 @@ def _fill_tiles(
     SIZE: tl.constexpr,
 ):
     """One program for each expert. Each counts all pairs: that costs less than waiting for another launch."""
+    wait_for_previous()
     expert = tl.program_id(0)
     histogram = tl.zeros([BINS], tl.int32)
     lane = tl.arange(0, SIZE)
@@ -134,6 +137,7 @@ def fill_tiles(tiles: Tiles, expert_ids: Tensor, num_experts: int) -> None:
             TILE=tiles.tile_tokens,
             BINS=triton.next_power_of_2(num_experts + 1),
             SIZE=BLOCK,
+            launch_pdl=launches_early(expert_ids.device),
         )
 
 

@@ -1,7 +1,8 @@
 """The experts of a layer in Triton, in two launches: `gate_up` and `down` (experts.py).
 
 Equal to `mega_moe` of the reference at every rounding point. In decode the shared expert stands in the same launches;
-in prefill its products have tiles of their own, so they are launches of their own (shared.py).
+in prefill its products have tiles of their own, so they are launches of their own (shared.py). In deterministic mode
+they always are.
 
 What comes out are parts, one for each expert of a token and one for the shared expert, bfloat16 as the reference rounds
 them. Whoever takes them adds them: the next hyper-connection, or `combine`.
@@ -9,12 +10,15 @@ them. Whoever takes them adds them: the next hyper-connection, or `combine`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
 import triton
 from torch import Tensor
 
+from dsv4_kernels.dependent import launches_early
+from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.mega_moe.combine import combine
@@ -27,6 +31,15 @@ from dsv4_kernels.quant import triton as quant
 
 TILES = (16, 32, 64, 128)  # pairs of a tile
 SHARED_TOKENS = 16  # of a tile of the shared expert, where it stands beside tiles of TILES[0] pairs
+
+
+@dataclass(frozen=True)
+class Homes:
+    """Where the outputs of several ranks' tokens go: into the memory of the rank that each token lives on."""
+
+    addresses: Tensor  # int64 [ranks], of their memory
+    offset: int  # bytes, a multiple of 16: of bfloat16 [rank_tokens, K, D] in all of it
+    rank_tokens: int  # of each rank
 
 
 def choose_tile(num_tokens: int, top_k: int, num_experts: int, unpacked: bool) -> int:
@@ -56,8 +69,8 @@ def mega_moe(
         shared_w13, shared_w2: [2I, D], gate rows first, and [D, I].
         limit: swiglu clamp.
         activations: "bf16", "fp8" or "fp4" of the routed experts; "bf16" needs the unpacked form of their weights.
-        tile_tokens: 16, 32, 64 or (not for unpacked weights) 128 pairs a tile; by default chosen from the shapes. With
-            one value, a token's result does not depend on its batch.
+        tile_tokens: 16, 32, 64 or (not for unpacked weights) 128 pairs a tile; by default chosen from the shapes. A
+            routed expert's sums have the same order with all of them.
 
     Rows without any expert are padding and are not written. Raises ValueError for anything else.
     """
@@ -100,10 +113,10 @@ def expert_parts(
     """
     num_tokens, top_k = weights.shape
     parts = torch.empty(num_tokens, top_k + 1, w13.depth, dtype=torch.bfloat16, device=inputs.device)
-    decode = tiles.tile_tokens == TILES[0]
-    shared = (rows, shared_w13, shared_w2) if decode else None
+    beside = tiles.tile_tokens == TILES[0] and not is_deterministic()
+    shared = (rows, shared_w13, shared_w2) if beside else None
     _products(inputs, input_scales, shared, weights, tiles, w13, w2, parts, limit, activations)
-    if not decode:
+    if not beside:
         parts[:, top_k] = shared_expert(rows, shared_w13, shared_w2, limit=limit)
     return parts
 
@@ -133,6 +146,27 @@ def pair_outputs(
     return outputs
 
 
+def send_outputs(
+    homes: Homes,
+    inputs: Tensor,
+    input_scales: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    w13: Fp4Weight,
+    w2: Fp4Weight,
+    *,
+    limit: float,
+    activations: Activations,
+    tile_tokens: int,
+) -> None:
+    """`pair_outputs` of the tokens of all ranks, rank by rank, each stored where its token lives once it is there.
+
+    So the way back is under the products.
+    """
+    tiles = make_tiles(expert_ids, w13.num_experts, tile_tokens)
+    _products(inputs, input_scales, None, weights, tiles, w13, w2, homes, limit, activations)
+
+
 def _products(
     inputs: Tensor,
     input_scales: Tensor,
@@ -141,7 +175,7 @@ def _products(
     tiles: Tiles,
     w13: Fp4Weight,
     w2: Fp4Weight,
-    parts: Tensor,
+    parts: Tensor | Homes,
     limit: float,
     activations: Activations,
 ) -> None:
@@ -155,8 +189,11 @@ def _products(
     row_size, scale_row = {"bf16": (width, 0), "e4m3": (width, width // 128), "e2m1": (width // 2, width // 32)}[form]
     middle = torch.empty(num_tokens * top_k, row_size, dtype=inputs.dtype, device=inputs.device)
     middle_scales = torch.empty(num_tokens * top_k, scale_row, dtype=torch.uint8, device=inputs.device)
-    shared_up = shared_down = (inputs,) * 4  # read by nobody
-    shared_middle, exponent_steps, shared_tiles = (inputs,) * 2, (0, 0), 0
+    # Without the shared expert a small tile's kernel is the same, over none of its tokens: left out of it, ptxas finds
+    # no way to do with as many registers.
+    shared_middle = unread = inputs.view(torch.float8_e4m3fn), inputs.view(torch.uint8)
+    shared_up = shared_down = unread * 2
+    exponent_steps, shared_tokens = (0, 0), 0
     if shared is not None:
         rows, shared_w13, shared_w2 = shared
         shared_middle = quantized = (
@@ -165,28 +202,34 @@ def _products(
         )
         shared_up = (shared_w13.codes, shared_w13.exponents, rows.codes, rows.exponents)
         shared_down = (shared_w2.codes, shared_w2.exponents, *quantized)
-        exponent_steps, shared_tiles = rows.exponents.stride(), triton.cdiv(num_tokens, SHARED_TOKENS)
+        exponent_steps, shared_tokens = rows.exponents.stride(), num_tokens
     # What keeps everything in registers (tests/kernels/test_compile_gate.py). Native FP4 needs 4 or 8 warps.
     tile_tokens, table = tiles.tile_tokens, (tiles.pairs, tiles.experts, tiles.firsts, tiles.counts)
-    num_tiles = shared_tiles + len(tiles.experts)
+    num_tiles = triton.cdiv(shared_tokens, SHARED_TOKENS) + len(tiles.experts)
     blocks = {
         "TOP_K": top_k,
         "FORMAT": form,
         "BLOCK_N": tile_tokens,
-        "SHARED_N": SHARED_TOKENS if shared else 0,
+        "SHARED_N": SHARED_TOKENS if tile_tokens == TILES[0] else 0,
         "SHARED_STAGES": 3,
         "num_stages": 4 if tile_tokens < 64 else 3,
     }
     gate_up[(width // 128, num_tiles)](
         w13.values, w13.scales, inputs, input_scales, *table, weights, middle, middle_scales, *shared_up,
-        *shared_middle, width, limit, num_tokens, *input_scales.stride(), *exponent_steps,
+        *shared_middle, width, limit, shared_tokens, *input_scales.stride(), *exponent_steps,
         DEPTH=hidden, ROUND=activations, BLOCK_M=256, num_warps=8,
         maxnreg=128 if tile_tokens == TILES[0] else None,  # two programs on a multiprocessor
         **blocks,
+        launch_pdl=launches_early(inputs.device),
     )  # fmt: skip
+    if isinstance(parts, Homes):
+        target, rank_tokens, places = parts.addresses, parts.rank_tokens, {"PARTS": top_k, "PARTS_AT": parts.offset}
+    else:
+        target, rank_tokens, places = parts, 0, {"PARTS": parts.shape[1], "PARTS_AT": -1}
     down[(hidden // 128, num_tiles)](
-        w2.values, w2.scales, middle, middle_scales, *table, *shared_down, parts, hidden, num_tokens, scale_row,
-        DEPTH=width, PARTS=parts.shape[1], BLOCK_M=128, num_warps=8 if tile_tokens == TILES[-1] else 4, **blocks,
+        w2.values, w2.scales, middle, middle_scales, *table, *shared_down, target, hidden, shared_tokens, scale_row,
+        rank_tokens, DEPTH=width, BLOCK_M=128, num_warps=8 if tile_tokens == TILES[-1] else 4, **places, **blocks,
+        launch_pdl=launches_early(inputs.device),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dsv4_kernels.dependent import wait_for_previous
 from dsv4_kernels.quant.device import inverse_power_of_two, scale_exponent, store_scales
 
 
@@ -119,6 +120,7 @@ def finish_tokens(
     HAS_SQUARES: tl.constexpr,
 ):
     """A token each program."""
+    wait_for_previous()
     finish_token(
         tl.program_id(0).to(tl.int64), streams, partials, squares, base, scale, norm, x, codes, exponents, row_scales,
         post, comb, hidden, num_slices, exponent_step, hc_eps, norm_eps, ITERATIONS, SLICES, GROUPS, HAS_SQUARES,

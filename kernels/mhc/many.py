@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.gemm import library
 
 TERMS = 3
@@ -20,6 +21,7 @@ LANES = 32  # 2c + c * c = 24 mixes and, in lane 24, the sum of squares if it is
 @triton.jit
 def _take_apart(fn, terms, fn_row, fn_column, num_mixes, depth, TERMS: tl.constexpr, BLOCK: tl.constexpr):
     """Row `lane` of fn as TERMS rows of bfloat16, which add up to it; zeros beyond the mixes."""
+    wait_for_previous()
     lane = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < depth
@@ -43,6 +45,7 @@ def _add_output(
     BLOCK: tl.constexpr,
 ):
     """New stream j: post_j * output + sum_i comb[i, j] * stream_i; and the sum of all their squares."""
+    wait_for_previous()
     token = tl.program_id(0).to(tl.int64)
     streams += token * 4 * hidden
     new_streams += token * 4 * hidden
@@ -93,10 +96,19 @@ def mix_many(
         PARTS=0 if output is None else output.numel() // (num_tokens * hidden),
         BLOCK=1024,
         num_warps=4,
+        launch_pdl=launches_early(streams.device),
     )
     terms = torch.empty(TERMS * LANES, 4 * hidden, device=streams.device, dtype=torch.bfloat16)
     _take_apart[(LANES, triton.cdiv(4 * hidden, 2048))](
-        fn, terms, *fn.stride(), fn.shape[0], 4 * hidden, TERMS=TERMS, BLOCK=2048, num_warps=8
+        fn,
+        terms,
+        *fn.stride(),
+        fn.shape[0],
+        4 * hidden,
+        TERMS=TERMS,
+        BLOCK=2048,
+        num_warps=8,
+        launch_pdl=launches_early(streams.device),
     )
     products = library.linear_bf16(new_streams.view(num_tokens, 4 * hidden), terms)
     return new_streams, products.view(num_tokens, TERMS, LANES), squares

@@ -9,7 +9,7 @@ Pro, from L2. For one or two tokens the last program of a token's `_mix` does it
 with a program for each token, because the last program of a tile would do its tokens one after the other.
 
 Many tokens do the first half in another way (`many.py`). Tiles depend on the number of tokens and the hidden size; with
-fixed ones (`tiles=`) a token has the same bits in any batch.
+fixed ones (`tiles=`) a token has the same bits in any batch, so in deterministic mode all steps have those of FIXED.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.arrival import counters, is_last
+from dsv4_kernels.dependent import launches_early, wait_for_previous
+from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows
 from dsv4_kernels.gemm.quantize import empty_rows
 from dsv4_kernels.mhc.finish import finish_token, finish_tokens
@@ -45,8 +47,15 @@ class Tiles(NamedTuple):
     dims: int  # of the hidden size, a multiple of 32
 
 
+# In deterministic mode. On Pro 56 programs for one token, 7 KB of partial sums a token. Tiles of other numbers of
+# tokens have other matrix instructions and add in other orders.
+FIXED = Tiles(16, 128)
+
+
 def tiles_for(num_tokens: int, hidden: int) -> Tiles:
     """The smallest slices with which each multiprocessor has no more than one program."""
+    if is_deterministic():
+        return FIXED
     tokens = 1 if num_tokens <= 2 else 16 if num_tokens <= 64 else 64
     dims = BLOCK_D
     while dims < MAX_SLICE and triton.cdiv(num_tokens, tokens) * triton.cdiv(hidden, dims) > PROGRAMS:
@@ -113,6 +122,7 @@ def _mix(
     SLICES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
+    wait_for_previous()
     ROWS: tl.constexpr = max(TOKENS, 16)  # of a product, at least
     row = tl.arange(0, ROWS)
     token = tl.program_id(0).to(tl.int64) * TOKENS + row
@@ -262,7 +272,8 @@ def _launch(
     if results is not None:
         outs = results[0].codes, results[0].exponents, results[0].scales_to_write, *results[1:]
     sizes = {"ITERATIONS": sinkhorn_iters, "GROUPS": triton.next_power_of_2(triton.cdiv(hidden, GROUP))}
-    if tiles is None and num_tokens >= MANY and streams.dtype is torch.bfloat16:
+    takes_many = num_tokens >= MANY and streams.dtype is torch.bfloat16 and not is_deterministic()
+    if tiles is None and takes_many:
         new_streams, partials, squares = mix_many(streams, fn, output, post, comb)
         sizes |= {"SLICES": triton.next_power_of_2(partials.shape[1]), "HAS_SQUARES": True}
     else:
@@ -301,6 +312,7 @@ def _launch(
             num_warps=num_warps,
             num_stages=num_stages,
             maxnreg=255,  # left alone, the assembler spills to let more programs run side by side than there are
+            launch_pdl=launches_early(streams.device),
         )
         if tiles.tokens == 1:
             return new_streams, x
@@ -308,5 +320,6 @@ def _launch(
     finish_tokens[(num_tokens,)](
         new_streams, partials, squares, base, scale, norm, x, *outs, hidden, partials.shape[1], num_tokens, hc_eps,
         norm_eps, **sizes, num_warps=8,
+        launch_pdl=launches_early(streams.device),
     )  # fmt: skip
     return new_streams, x

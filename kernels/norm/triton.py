@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows
 from dsv4_kernels.gemm.quantize import empty_rows
 from dsv4_kernels.norm.device import norm_row
@@ -28,6 +29,7 @@ def _rms_norm(
     QUANTIZE: tl.constexpr,
     GROUPS: tl.constexpr,  # of 128 values, a power of two
 ):
+    wait_for_previous()
     norm_row(
         tl.program_id(0).to(tl.int64), x, weight, out, exponents, scales, dim, x_row, row_step, group_step, eps,
         HAS_WEIGHT, QUANTIZE, GROUPS,
@@ -60,7 +62,8 @@ def norm_arguments(
 def _launch(x: Tensor, weight: Tensor | None, eps: float, out: Tensor | Fp8Rows) -> None:
     arguments, sizes = norm_arguments(x, weight, eps, out)
     if len(x):
-        _rms_norm[(len(x),)](*arguments, **sizes, num_warps=8 if sizes["GROUPS"] > 16 else 4)
+        num_warps = 8 if sizes["GROUPS"] > 16 else 4
+        _rms_norm[(len(x),)](*arguments, **sizes, num_warps=num_warps, launch_pdl=launches_early(x.device))
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.quant.device import e2m1_bytes, e2m1_codes, e2m1_values, power_of_two, scaled_groups
 
 ROWS, COLUMNS = 4, 1024  # tile of one program
@@ -75,6 +76,7 @@ def _quantize(
     ROW: tl.constexpr,
     COLUMN: tl.constexpr,
 ):
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64) * ROW + tl.arange(0, ROW)
     first = tl.program_id(1) * COLUMN
     column = first + tl.arange(0, COLUMN)
@@ -110,6 +112,7 @@ def launch(x: Tensor, codes: Tensor, scales: Tensor | None, group: int, fp4: boo
             scales is not None,
             ROWS,
             COLUMNS,
+            launch_pdl=launches_early(x.device),
         )
 
 

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_kernels.dependent import launches_early, wait_for_previous
+
 CHUNK = 4096  # tokens of one program
 WIDTH = 128  # tokens of a block
 MAX_TOP = 64  # best tokens that can be asked for
@@ -39,6 +41,7 @@ def _id_of(key):
 
 @triton.jit
 def _chunks(logits, peaks, sums, best, vocab, row_step, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
+    wait_for_previous()
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     value = tl.load(logits + row * row_step + token, mask=token < vocab, other=float("-inf"))
@@ -69,6 +72,7 @@ def _rows(
     TOP: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, CHUNKS)
     inside = chunk < num_chunks
@@ -122,11 +126,21 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Ten
         peaks, sums = empty(num_rows, num_chunks), empty(num_rows, num_chunks)
         best, chunks = empty(num_rows, num_chunks, CHUNK // WIDTH), triton.next_power_of_2(num_chunks)
         _chunks[(num_rows, num_chunks)](
-            logits, peaks, sums, best, vocab, logits.stride(0), CHUNK=CHUNK, WIDTH=WIDTH, num_warps=8
+            logits,
+            peaks,
+            sums,
+            best,
+            vocab,
+            logits.stride(0),
+            CHUNK=CHUNK,
+            WIDTH=WIDTH,
+            num_warps=8,
+            launch_pdl=launches_early(logits.device),
         )
         _rows[(num_rows,)](
             logits, token_ids, peaks, sums, best, chosen, top_ids, top, vocab, logits.stride(0), num_chunks, num_top,
             CHUNKS=chunks, BLOCKS=chunks * (CHUNK // WIDTH), TOP=triton.next_power_of_2(max(1, num_top)), WIDTH=WIDTH,
             num_warps=8,
+            launch_pdl=launches_early(logits.device),
         )  # fmt: skip
     return chosen, top_ids, top

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.arrival import is_last
+from dsv4_kernels.dependent import wait_for_previous
 from dsv4_kernels.sampling.search import BINS, UNITS, _distance, _inverse, _kth_bound, _part_of, _target
 
 
@@ -107,6 +108,7 @@ def _scan(
     CHUNKS: tl.constexpr,
     BINS_EACH: tl.constexpr,
 ):
+    wait_for_previous()
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num_chunks = tl.num_programs(1)
     temperature = tl.load(temperatures + row)

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.arrival import counters, is_last
+from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.sampling.scan import _chunk_masses, _draw_by_id, _has_k, _scan
 from dsv4_kernels.sampling.search import (
     BINS,
@@ -127,6 +128,7 @@ def _weigh(
     PROGRAMS: tl.constexpr,
     PLAN: tl.constexpr,
 ):
+    wait_for_previous()
     row, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     top, cut = tl.load(bounds + row * 2), tl.load(bounds + row * 2 + 1)
     temperature = tl.load(temperatures + row)
@@ -217,6 +219,7 @@ def _settle(
     BLOCK: tl.constexpr,
     PLAN: tl.constexpr,
 ):
+    wait_for_previous()
     row, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     top, cut = tl.load(bounds + row * 2), tl.load(bounds + row * 2 + 1)
     if cut > 0:
@@ -283,13 +286,16 @@ def sample(
     _scan[(num_rows, num_chunks)](
         logits, temperature, top_k, top_p, min_p, peaks, places, masses, near, *tables, num_listed, bounds, drawn, bad,
         arrived, vocab, row_step, BINS_EACH=triton.next_power_of_2(triton.cdiv(BINS.value, num_chunks)), **sizes,
+        launch_pdl=launches_early(logits.device),
     )  # fmt: skip
     _weigh[(num_rows, num_parts)](
         logits, temperature, top_k, *filters, peaks, masses, bounds, part_masses, *tables, plans, drawn, arrived, vocab,
         row_step, num_chunks, TURN=TURN, PROGRAMS=triton.next_power_of_2(num_parts), PLAN=PLAN, **sizes,
+        launch_pdl=launches_early(logits.device),
     )  # fmt: skip
     _settle[(num_rows, num_parts)](
         logits, temperature, *filters, bounds, plans, ids, num_listed, drawn, arrived, vocab, row_step,
         TURN=TURN, BLOCK=BLOCK, PLAN=PLAN, num_warps=8, maxnreg=80,
+        launch_pdl=launches_early(logits.device),
     )  # fmt: skip
     return drawn, bad.view(torch.bool)

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_kernels.dependent import launches_early, wait_for_previous
+from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.kv_store.reference import KV_GROUP, SCALE_ALIGN, Planes
 from dsv4_kernels.metadata.rows import Rows
 from dsv4_kernels.quant.device import power_of_two
@@ -137,6 +139,7 @@ def _attend(
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
+    wait_for_previous()
     HALF: tl.constexpr = DIM // 2
     GROUPS: tl.constexpr = HALF // ROPE
     DATA: tl.constexpr = DIM + ROPE
@@ -219,6 +222,7 @@ def _combine(
     PARTS: tl.constexpr,
 ):
     """One head of one row: the splits that had keys, added on a common maximum."""
+    wait_for_previous()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + row)
     WINDOW_BLOCKS: tl.constexpr = (WINDOW + KEYS - 1) // KEYS
@@ -244,7 +248,13 @@ def _combine(
 
 
 def default_splits(num_rows: int, num_heads: int, num_keys: int) -> int:
-    """Splits that fill a GPU: from shapes alone, `num_keys` being the most that a row could have."""
+    """Splits that fill a GPU: from shapes alone, `num_keys` being the most that a row could have.
+
+    In deterministic mode one. Parts of a row take 256 KB a split on Pro, so the many rows of a prefill cannot have
+    several; and one program has no registers to add up parts itself.
+    """
+    if is_deterministic():
+        return 1
     programs = max(1, num_rows * triton.cdiv(num_heads, HEADS))
     return max(1, min(PROGRAMS // programs, triton.cdiv(num_keys, KEYS)))
 
@@ -340,6 +350,7 @@ def sparse_attention(
         num_warps=4 if dim == 128 else 8,
         num_stages=1 if turned and heads == HEADS and not RUN_AHEAD_TCGEN05 else 2,
         **constants,
+        launch_pdl=launches_early(q.device),
     )
     if num_splits > 1:
         _combine[(num_rows, num_heads)](
@@ -355,5 +366,6 @@ def sparse_attention(
             PARTS=PARTS,
             num_warps=4,
             **constants,
+            launch_pdl=launches_early(q.device),
         )
     return out

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.arrival import counters, is_last
+from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.sampling.search import UNITS, _distance, _inverse, _part_of, _target, _units
 from dsv4_kernels.sampling.triton import CHUNK, PROGRAMS, TURN
 
@@ -58,6 +59,7 @@ def _total(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
+    wait_for_previous()
     at, chunk, num_chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     request = at // (2 * K + 1)
     temperature = tl.load(temperatures + request)
@@ -166,6 +168,7 @@ def _weigh(
     TURN: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
+    wait_for_previous()
     request, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.num_programs(2)
     temperature, filtered = tl.load(temperatures + request), tl.load(filters + request)
     sums += request * (2 * K + 1) * num_parts
@@ -244,6 +247,7 @@ def _choose(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
+    wait_for_previous()
     request, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     temperature, filtered = tl.load(temperatures + request), tl.load(filters + request)
     num, has_refused = tl.load(accepted + request), tl.load(refused + request)
@@ -325,14 +329,17 @@ def accept(
     _total[(requests * rows, num_chunks)](
         target, proposal, temperature, peaks, masses, tops, totals, arrived, vocab,
         K=k, CHUNK=CHUNK, CHUNKS=triton.next_power_of_2(num_chunks), num_warps=8,
+        launch_pdl=launches_early(target.device),
     )  # fmt: skip
     _weigh[(requests, rows, num_parts)](
         *sides, drafts, coins, temperature, is_filtered, tops, limits, sums, totals, accepted, refused, tokens, arrived,
         vocab, K=k, LANES=triton.next_power_of_2(width), TURN=TURN, PROGRAMS=triton.next_power_of_2(num_parts),
         num_warps=8,
+        launch_pdl=launches_early(target.device),
     )  # fmt: skip
     _choose[(requests, min(num_turns, triton.cdiv(PROGRAMS, requests)))](
         *sides, draws, temperature, is_filtered, tops, limits, totals, accepted, refused, tokens, left_sums, arrived,
         vocab, num_turns, K=k, CHUNK=TURN, CHUNKS=triton.next_power_of_2(num_turns), num_warps=8,
+        launch_pdl=launches_early(target.device),
     )  # fmt: skip
     return accepted, tokens

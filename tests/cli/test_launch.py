@@ -9,6 +9,7 @@ import pytest
 
 from dsv4serve.cli import launch
 from dsv4serve.cli.flags import add_engine_flags, engine_config
+from dsv4serve.cli.main import main
 from dsv4serve.config import EngineConfig, LoadFormat
 from dsv4serve.engine.supervisor import ready_text
 from dsv4serve.types import ConfigError
@@ -49,7 +50,8 @@ def parse(*words):
 def test_every_field_is_a_flag(name):
     flag = "--" + name.replace("_", "-")
     if EngineConfig.model_fields[name].annotation is bool:
-        assert getattr(parse(flag), name) is True
+        others = ["--device", "cuda"] if name == "deterministic" else []
+        assert getattr(parse(flag, *others), name) is True
         assert getattr(parse(flag.replace("--", "--no-", 1)), name) is False
     else:
         words, value = OTHER_VALUES.get(name, (["4096"], 4096))
@@ -73,12 +75,18 @@ def test_a_flag_wins_over_the_environment_and_that_over_a_recipe(monkeypatch, tm
         (["--port", "x"], "port.*'x'"),
         (["--port", "65536"], "port.*65535"),
         (["--numerics", "fast"], "numerics.*'exact' or 'official'"),
+        (["--deterministic"], "deterministic: .*only for --device cuda"),
         (["--recipe", "/no/such/file"], "/no/such/file"),
     ],
 )
 def test_a_wrong_value_is_an_error_that_names_it(words, message):
     with pytest.raises(ConfigError, match=message):
         parse(*words)
+
+
+def test_a_setting_that_cannot_be_honoured_ends_with_exit_code_2(capsys):
+    assert main(["launch", "--deterministic", "--device", "cpu"]) == 2
+    assert "only for --device cuda" in capsys.readouterr().err
 
 
 def test_a_list_in_the_environment_is_json_and_anything_else_an_error(monkeypatch):

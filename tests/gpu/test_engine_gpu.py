@@ -16,6 +16,7 @@ from support.device_models import CONFIG, both, checkpoint
 from support.engine import Engine, greedy
 from support.models import random_ids
 
+from dsv4_kernels import dependent
 from dsv4serve.chat.tokenizer import ChatTokenizer
 from dsv4serve.config import EngineConfig, default_model
 from dsv4serve.runner.graphs import bucket_for
@@ -104,6 +105,20 @@ def test_a_replayed_graph_has_the_bits_of_the_eager_step(networks, num_decodes):
     for _ in range(8):
         engine.step()
     check_replay(engine.runner, bucket_for([1] * num_decodes, SLOTS))
+
+
+def test_kernels_that_are_launched_early_leave_the_bits_of_kernels_one_after_the_other(networks, monkeypatch):
+    """A replayed graph of early launches (docs/adr/0009) against the eager step without, often: a race is a matter of
+    luck."""
+    engine = Engine(networks[1], num_slots=SLOTS, num_pages=32, on_device=True)
+    engine.runner.graphs.capture()
+    for request in requests():
+        engine.add(request)
+    for _ in range(8):
+        engine.step()
+    monkeypatch.setattr(dependent, "ENABLED", False)
+    for _ in range(20):
+        check_replay(engine.runner, bucket_for([1] * SLOTS, SLOTS))
 
 
 def test_a_step_is_submitted_without_waiting_for_the_device(networks):

@@ -96,16 +96,15 @@ def test_all_to_all_equals_one_gpu(group, layer, activations):
     assert parallel.traffic.combine_bytes > 0
 
 
-@pytest.mark.parametrize("num_chunks", [1, 2])
 @pytest.mark.parametrize("activations", ACTIVATIONS)
-def test_writes_into_peers_equal_one_gpu(group, layer, activations, num_chunks):
+def test_writes_into_peers_equal_one_gpu(group, layer, activations):
     rank, sizes = group.rank(), layer[0]
     experts = placement(group.size())
     form = RowFormat(sizes.hidden_size, sizes.num_experts_per_tok, activations)
     parallel = symmetric_experts(group, experts, NUM_EXPERTS, form, CAPACITY)
     exchange = ExpertParallel(group, ExpertMap.build(experts, NUM_EXPERTS, "cuda"))
     options = {"limit": sizes.swiglu_limit, "activations": activations}
-    call = {"limit": sizes.swiglu_limit, "capacity": CAPACITY, "num_chunks": num_chunks, "tile_tokens": TILE}
+    call = {"limit": sizes.swiglu_limit, "capacity": CAPACITY, "tile_tokens": TILE}
     for unpacked in forms(activations):
         w13, w2 = weights_of(layer, experts[rank], unpacked)
         for seed in range(4):  # each call finds what the last one left
@@ -122,7 +121,7 @@ def test_replays_of_a_graph_follow_their_inputs(group, layer):
     form = RowFormat(sizes.hidden_size, sizes.num_experts_per_tok, "fp8")
     parallel = symmetric_experts(group, experts, NUM_EXPERTS, form, CAPACITY)
     w13, w2 = weights_of(layer, experts[rank], True)
-    call = {"limit": sizes.swiglu_limit, "capacity": CAPACITY, "num_chunks": 2, "tile_tokens": TILE}
+    call = {"limit": sizes.swiglu_limit, "capacity": CAPACITY, "tile_tokens": TILE}
     options = {"limit": sizes.swiglu_limit, "activations": "fp8"}
     random = torch.Generator("cuda").manual_seed(7)
     first, *others = ([routed_tokens(random, 24, sizes) for _ in range(group.size())] for _ in range(4))

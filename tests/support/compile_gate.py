@@ -21,11 +21,15 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
+from dsv4_kernels import dependent
+
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MATRIX = ("HMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
 CONVERSION = re.compile(r"\b(F2F|F2FP|F2I|I2F|I2FP)\b")
 LABEL = re.compile(r"^(\.L\w+):", re.MULTILINE)
 BRANCH = re.compile(r"\bBRA\b.*`\((\.L\w+)\)")
+# What reads or writes memory that others see, or leaves the straight way through the program.
+VISIBLE = re.compile(r"\b(LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UBLKCP|UBLKPF|UTMA\w+|BRA|BRX|CALL|EXIT|RET)\b")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -77,6 +81,7 @@ def record_launches(capability: int) -> list:
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
     JITFunction.run = compile_only
+    dependent._can_launch_early = lambda device: True
     return compiled
 
 
@@ -91,6 +96,12 @@ def conversions(sass: str) -> int | None:
         around = [(end - start, start) for start, end in loops if start <= matrix.start() < end]
         found |= {min(around)} if around else set()
     return sum(len(CONVERSION.findall(sass, start, start + size)) for size, start in found) if found else None
+
+
+def waits_first(sass: str) -> bool:
+    """Whether every program waits for the kernels before it, and reads and writes no memory until then."""
+    wait = re.search(r"\bACQBULK\b", sass)
+    return wait is not None and not VISIBLE.search(sass, 0, wait.start())
 
 
 @functools.cache
@@ -123,6 +134,8 @@ def describe(kernel, run: str) -> dict:
         "stages": kernel.metadata.num_stages,
         "loop_conversions": conversions(sass),
         "matrix_instructions": {name: count for name, count in matrix.items() if count},
+        "launches_early": kernel.metadata.launch_pdl,
+        "waits_first": waits_first(sass),
         "waits_for_products": len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass)),
     }
 

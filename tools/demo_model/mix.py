@@ -22,7 +22,7 @@ MIXES: dict[str, tuple[float, ...]] = {  # in the order of CATEGORIES
     "chat": (0.05, 0.13, 0.10, 0.27, 0.07, 0.24, 0.08, 0.02, 0.04),
     "tools": (0.04, 0.10, 0.08, 0.46, 0.06, 0.13, 0.07, 0.02, 0.04),
 }
-LONG = ("recall", "copying")  # builders that are told how long a sample may be
+LONG = ("recall", "copying", "tools")  # builders that are told how long a sample may be
 PAD_ID = 2
 POOL = 24  # documents that wait for a place
 EFFORT_SHARE = 0.2  # of thinking chats

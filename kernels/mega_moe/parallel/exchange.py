@@ -34,7 +34,7 @@ def _triton() -> ModuleType:
 
 @dataclass
 class Traffic:
-    """Bytes that this rank has sent to other ranks; what stays on it is no traffic."""
+    """Bytes that this rank's tokens took: out to other ranks, and back from there. What stays on it is no traffic."""
 
     num_calls: int = 0
     count_bytes: int = 0
@@ -122,7 +122,7 @@ class ExpertParallel:
         received = self._exchange(rows, rows_out, rows_in)
         said = self._said(form, received, w13, w2, limit, tile_tokens)
         said = self._exchange(said, pairs_in, pairs_out)
-        self._count(rows_out, form.row_bytes, pairs_in, x.shape[1] * x.element_size())
+        self._count(rows_out, form.row_bytes, pairs_out, x.shape[1] * x.element_size())
 
         outputs = torch.empty(len(x) * top_k, x.shape[1], dtype=x.dtype, device=x.device)
         outputs[token[row] * top_k + place] = said

@@ -1,4 +1,4 @@
-"""Rows that a kernel writes straight into the memory of another rank, in Triton: dispatch and the way back.
+"""Rows that a kernel writes straight into the memory of another rank, in Triton. The way back is in `experts.down`.
 
 A rank's memory is a buffer with planes (symmetric.py); what others write into it they find by the buffer's address and
 the plane's offset, which is the same on all ranks; both are multiples of 16, so that stores are of 16 bytes. No row is
@@ -23,7 +23,7 @@ def _copy(source, target, num: tl.constexpr, SIZE: tl.constexpr):
         tl.store(target + at, tl.load(source + at, mask=at < num, other=0), mask=at < num)
 
 
-@triton.jit(do_not_specialize=["first", "num_tokens", "capacity", "base", "me"])
+@triton.jit(do_not_specialize=["num_tokens", "capacity", "me"])
 def dispatch(
     values,  # int32 [tokens, WORDS], quantised
     scales,  # uint8 [tokens, SCALES]
@@ -33,11 +33,9 @@ def dispatch(
     map_slots,
     map_copies,  # int64 [experts]
     buffers,  # int64 [ranks], addresses
-    counts,  # int64 [2]: rows and pairs that this rank has sent to others
-    first,  # token of the first program
+    counts,  # int64 [2]: rows that this rank has sent to others, and pairs that come back from there
     num_tokens,
-    capacity,  # rows that a rank has in this chunk
-    base,  # row of the chunk
+    capacity,  # rows that a rank has
     me,
     VALUES_AT: tl.constexpr,  # offsets of the planes
     SCALES_AT: tl.constexpr,
@@ -51,8 +49,8 @@ def dispatch(
     SIZE: tl.constexpr,
     SCALE_SIZE: tl.constexpr,
 ):
-    """One program for each row of the chunk and each rank. Rows behind the last token become rows without experts."""
-    token = first + tl.program_id(0).to(tl.int64)
+    """One program for each row and each rank. Rows behind the last token become rows without experts."""
+    token = tl.program_id(0).to(tl.int64)
     peer = tl.program_id(1)
     lane = tl.arange(0, LANES)
     inside = (lane < TOP_K) & (token < num_tokens)
@@ -63,7 +61,7 @@ def dispatch(
     slot = tl.load(map_slots + expert * COPIES + copy, mask=there, other=-1)
     slot = tl.where(rank == peer, slot, -1)
     buffer = tl.load(buffers + peer)
-    row = base + me * capacity + tl.program_id(0).to(tl.int64)
+    row = me * capacity + token
     target = (buffer + SLOTS_AT).to(tl.pointer_type(tl.int32)) + row * TOP_K + lane
     tl.store(target, slot.to(tl.int32), mask=lane < TOP_K)
     if tl.max(slot, 0) < 0:
@@ -77,33 +75,7 @@ def dispatch(
         _copy(scales + token * SCALES, target, SCALES, SCALE_SIZE)
     if peer != me:
         tl.atomic_add(counts, 1)
-
-
-@triton.jit(do_not_specialize=["first", "capacity", "me"])
-def give_back(
-    outputs,  # int32 [rows * TOP_K, WORDS] of the chunk
-    slots,  # int32 [rows, TOP_K] of the chunk
-    buffers,
-    counts,
-    first,  # token of the chunk
-    capacity,
-    me,
-    OUTPUTS_AT: tl.constexpr,
-    WORDS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """One program for each pair of the chunk: its output goes to the token's rank, to the place of the pair there."""
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1)
-    if tl.load(slots + row * TOP_K + place) < 0:
-        return
-    source = row // capacity
-    pair = (first + row % capacity) * TOP_K + place
-    target = tl.multiple_of(tl.load(buffers + source).to(tl.pointer_type(tl.int32)), 16) + OUTPUTS_AT // 4
-    _copy(outputs + (row * TOP_K + place) * WORDS, target + pair * WORDS, WORDS, SIZE)
-    if source != me:
-        tl.atomic_add(counts + 1, 1)
+        tl.atomic_add(counts + 1, tl.sum((slot >= 0).to(tl.int64), 0))
 
 
 @triton.jit

@@ -4,13 +4,10 @@ What exchange.py does, with fixed places instead of counts: a rank has room for 
 row is where its number says, and rows that nobody sent have no experts. So nothing depends on data but what kernels
 read, and a step can be captured in a CUDA graph. `capacity` is the step's bucket, the same on all ranks.
 
-In chunks the transfer of one is under the products of another, on two streams: every chunk reads the weights of its
-experts again, so this pays only where the products are limited by operations, not by bytes.
+The way out is a kernel, the way back is in the second product, which stores an output where its token lives as soon as
+it is there. Steps of a call, each rank for itself, with two barriers between all:
 
-Steps of a call, each rank for itself, with two barriers between all:
-
-    communication   dispatch 0 | barrier | dispatch 1 | barrier |       give back 0 | give back 1 | barrier
-    computation                            products 0             products 1                                combine
+    dispatch | barrier | products | barrier | combine
 
 A rank that is ahead cannot overwrite what another still reads: rows are read before the outputs that its last barrier
 waits for, and outputs before the first barrier of the next call.
@@ -103,7 +100,6 @@ class SymmetricExperts:
         self.rank, self.experts, self.planes, self.memory = rank, experts, planes, memory
         self._counts = torch.zeros(2, dtype=torch.int64, device=memory.mine.device)
         self._num_calls = self._slot_bytes = 0
-        self._streams: list[torch.cuda.Stream] = []
 
     @property
     def traffic(self) -> Traffic:
@@ -127,115 +123,84 @@ class SymmetricExperts:
         *,
         limit: float,
         capacity: int,
-        num_chunks: int = 1,
         tile_tokens: int | None = None,
     ) -> Tensor:
         """bfloat16 [T, D]; a row without any expert is not written.
 
         Args:
-            capacity: rows of this call for each rank, at least everybody's T and at most `planes.max_tokens`; a
-                multiple of `num_chunks`. Both are the same on all ranks.
+            capacity: rows of this call for each rank, at least everybody's T and at most `planes.max_tokens`; the same
+                on all ranks.
             tile_tokens: as in `triton.mega_moe`.
 
         Raises ValueError for a capacity that does not fit.
         """
-        step = Step(self, x, expert_ids, weights, capacity, num_chunks)
-        main = torch.cuda.current_stream()
-        side = self._side_stream()
-        side.wait_stream(main)
-        came, said = ([torch.cuda.Event() for _ in range(num_chunks)] for _ in range(2))
-        outputs = []
-        for chunk in range(num_chunks):
-            with torch.cuda.stream(side):
-                step.dispatch(chunk)
-                self.memory.barrier()
-                came[chunk].record()
-        for chunk in range(num_chunks):
-            main.wait_event(came[chunk])
-            outputs.append(step.products(chunk, w13, w2, limit, tile_tokens))
-            said[chunk].record()
-        with torch.cuda.stream(side):
-            for chunk in range(num_chunks):
-                side.wait_event(said[chunk])
-                step.give_back(chunk, outputs[chunk])
-            self.memory.barrier()
-        main.wait_stream(side)  # so what the side stream reads lives until it has
+        step = Step(self, x, expert_ids, weights, capacity)
+        step.dispatch()
+        self.memory.barrier()
+        step.products(w13, w2, limit, tile_tokens)
+        self.memory.barrier()
         return step.combine(shared)
-
-    def _side_stream(self) -> torch.cuda.Stream:
-        if not self._streams:
-            self._streams.append(torch.cuda.Stream(priority=-1))
-        return self._streams[0]
 
 
 class Step:
-    """The parts of one call; `SymmetricExperts.add_routed` puts barriers and streams between them."""
+    """The parts of one call; `SymmetricExperts.add_routed` puts barriers between them."""
 
-    def __init__(
-        self, owner: SymmetricExperts, x: Tensor, expert_ids: Tensor, weights: Tensor, capacity: int, num_chunks: int
-    ) -> None:
+    def __init__(self, owner: SymmetricExperts, x: Tensor, expert_ids: Tensor, weights: Tensor, capacity: int) -> None:
         planes = owner.planes
-        if not len(x) <= capacity <= planes.max_tokens or capacity % num_chunks:
+        if not len(x) <= capacity <= planes.max_tokens:
             raise ValueError(
-                f"SymmetricExperts: {len(x)} tokens, capacity {capacity}, {num_chunks} chunks; expected a capacity of "
-                f"the tokens to {planes.max_tokens} that the chunks divide"
+                f"SymmetricExperts: {len(x)} tokens, capacity {capacity}; expected a capacity of the tokens to "
+                f"{planes.max_tokens}"
             )
         owner._num_calls += 1
         owner._slot_bytes += (planes.num_ranks - 1) * capacity * 4 * planes.form.top_k
         self._owner, self._ids, self._weights = owner, expert_ids, weights
-        self._num_tokens, self._capacity = len(x), capacity // num_chunks
-        self._num_rows = planes.num_ranks * self._capacity  # of a chunk
+        self._num_tokens, self._capacity = len(x), capacity
+        self._num_rows = planes.num_ranks * capacity
         self._values, self._scales = planes.form.quantize(x)
         self._top = {"TOP_K": planes.form.top_k, "LANES": triton.next_power_of_2(planes.form.top_k)}
 
-    def dispatch(self, chunk: int) -> None:
-        """Write the chunk's tokens to the ranks of their experts."""
+    def dispatch(self) -> None:
+        """Write the tokens to the ranks of their experts."""
         owner, planes, experts = self._owner, self._owner.planes, self._owner.experts
         form = planes.form
         put.dispatch[(self._capacity, planes.num_ranks)](
             self._values.view(torch.int32), self._scales, self._ids, self._weights,
             experts.ranks, experts.slots, experts.num_copies, owner.memory.addresses, owner._counts,
-            chunk * self._capacity, self._num_tokens, self._capacity, chunk * self._num_rows, owner.rank,
+            self._num_tokens, self._capacity, owner.rank,
             VALUES_AT=planes.values, SCALES_AT=planes.scales, SLOTS_AT=planes.slots, WEIGHTS_AT=planes.weights,
             WORDS=form.value_bytes // 4, SCALES=form.scale_bytes, COPIES=experts.ranks.shape[1], SIZE=put.BLOCK,
             SCALE_SIZE=triton.next_power_of_2(max(1, form.scale_bytes)), **self._top,
         )  # fmt: skip
 
-    def products(self, chunk: int, w13: Fp4Weight, w2: Fp4Weight, limit: float, tile_tokens: int | None) -> Tensor:
-        """What this rank's experts say of the chunk's rows, bfloat16 [rows * K, D]."""
-        form, experts = self._owner.planes.form, self._owner.experts
+    def products(self, w13: Fp4Weight, w2: Fp4Weight, limit: float, tile_tokens: int | None) -> None:
+        """Write what this rank's experts say of the rows to the ranks of their tokens."""
+        owner, planes, experts = self._owner, self._owner.planes, self._owner.experts
         num_slots = sum(map(len, experts.experts))  # of all ranks, over which the rows' pairs spread
-        tile = tile_tokens or moe.choose_tile(self._num_rows, form.top_k, num_slots, w13.unpacked)
-        weights = self._plane(self._owner.planes.weights, chunk, 4 * form.top_k).view(torch.float32)
-        return moe.pair_outputs(
-            *self.inputs(chunk, w13.unpacked), self._slots(chunk), weights, w13, w2,
-            limit=limit, activations=form.activations, tile_tokens=tile,
+        tile = tile_tokens or moe.choose_tile(self._num_rows, planes.form.top_k, num_slots, w13.unpacked)
+        moe.send_outputs(
+            moe.Homes(owner.memory.addresses, planes.outputs, self._capacity), *self.received(w13.unpacked), w13, w2,
+            limit=limit, activations=planes.form.activations, tile_tokens=tile,
         )  # fmt: skip
 
-    def inputs(self, chunk: int, unpacked: bool) -> tuple[Tensor, Tensor]:
-        """The chunk's rows and scales as the first product reads them; see `triton.pair_outputs`."""
+    def received(self, unpacked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The rows that came: as the first product reads them and their scales, then expert slots and weights [rows, K]
+        (see `triton.pair_outputs`)."""
         planes, form = self._owner.planes, self._owner.planes.form
-        values = self._plane(planes.values, chunk, form.value_bytes)
-        scales = self._plane(planes.scales, chunk, form.scale_bytes)
+        values = self._plane(planes.values, form.value_bytes)
+        scales = self._plane(planes.scales, form.scale_bytes)
+        slots = self._plane(planes.slots, 4 * form.top_k).view(torch.int32)
+        weights = self._plane(planes.weights, 4 * form.top_k).view(torch.float32)
         if form.activations == "bf16":
-            return values.view(torch.bfloat16), scales
+            return values.view(torch.bfloat16), scales, slots, weights
         if not unpacked:
-            return values, scales
+            return values, scales, slots, weights
         wide = torch.empty(self._num_rows, form.hidden_size, dtype=torch.bfloat16, device=values.device)
         put.widen[(self._num_rows, triton.cdiv(form.hidden_size, put.BLOCK))](
-            values, scales, self._slots(chunk), wide,
+            values, scales, slots, wide,
             FP4=form.activations == "fp4", WIDTH=form.hidden_size, SIZE=put.BLOCK, **self._top,
         )  # fmt: skip
-        return wide, scales
-
-    def give_back(self, chunk: int, outputs: Tensor) -> None:
-        """Write the outputs of the chunk's pairs to the ranks of their tokens."""
-        owner, planes = self._owner, self._owner.planes
-        put.give_back[(self._num_rows, planes.form.top_k)](
-            outputs.view(torch.int32), self._slots(chunk), owner.memory.addresses, owner._counts,
-            chunk * self._capacity, self._capacity, owner.rank,
-            OUTPUTS_AT=planes.outputs, WORDS=planes.form.hidden_size // 2, TOP_K=planes.form.top_k, SIZE=put.BLOCK,
-        )  # fmt: skip
+        return wide, scales, slots, weights
 
     def combine(self, shared: Tensor) -> Tensor:
         """Of the outputs that came back."""
@@ -244,15 +209,10 @@ class Step:
         outputs = self._owner.memory.mine[planes.outputs : end].view(torch.bfloat16)
         return combine(outputs.view(self._num_tokens, form.top_k, form.hidden_size), shared, self._ids)
 
-    def _slots(self, chunk: int) -> Tensor:
-        """int32 [rows, K]."""
-        planes = self._owner.planes
-        return self._plane(planes.slots, chunk, 4 * planes.form.top_k).view(torch.int32)
-
-    def _plane(self, offset: int, chunk: int, row_bytes: int) -> Tensor:
-        """The chunk's rows of a plane of this rank's buffer, uint8 [rows, row_bytes]."""
-        start, size = offset + chunk * self._num_rows * row_bytes, self._num_rows * row_bytes
-        return self._owner.memory.mine[start : start + size].view(self._num_rows, row_bytes)
+    def _plane(self, offset: int, row_bytes: int) -> Tensor:
+        """The rows of a plane of this rank's buffer, uint8 [rows, row_bytes]."""
+        size = self._num_rows * row_bytes
+        return self._owner.memory.mine[offset : offset + size].view(self._num_rows, row_bytes)
 
 
 def symmetric_experts(

@@ -3,6 +3,7 @@
 import torch
 
 from dsv4_kernels.cases import FLASH, PRO
+from dsv4_kernels.deterministic import deterministic
 from dsv4_kernels.gemm import library
 from dsv4_kernels.gemm import triton as gemm
 from dsv4_kernels.gemm.fp8 import Fp8Weight
@@ -10,6 +11,7 @@ from dsv4_kernels.gemm.pair import linear_pair
 from dsv4_kernels.gemm.quantize import quantize_rows
 
 SIZES = {"pro, 1 token": (PRO, 1), "pro, 64 tokens": (PRO, 64), "flash, 512 tokens": (FLASH, 512)}
+SIZES |= {f"pro, {num} tokens, deterministic": (PRO, num) for num in (64, 200)}
 RUNS = [f"{kind}, {size}" for size in SIZES for kind in ("fp8", "bf16")]
 RUNS += ["both, pro, 1 token", "both, pro, 64 tokens"]
 KERNELS = {"_quantize", "_product", "_pair", "_widen", "_multiply_out"}
@@ -23,6 +25,11 @@ def fp8_weight(num_rows: int, depth: int) -> Fp8Weight:
 
 def launch(run: str) -> None:
     """Launch one of RUNS on CPU tensors."""
+    with deterministic("deterministic" in run):
+        _launch(run)
+
+
+def _launch(run: str) -> None:
     kind, size = run.split(", ", 1)
     shapes, num_tokens = SIZES[size]
     x = torch.empty(num_tokens, shapes.hidden_size, dtype=torch.bfloat16)

@@ -37,10 +37,8 @@ def runs() -> dict[str, tuple[Shapes, int, Activations]]:
 
 
 RUNS = runs()
-KERNELS = {
-    *("_fill_tiles", "gate_up", "down", "_combine", "_quantize", "_swiglu", "_product"),
-    *("dispatch", "widen", "give_back"),
-}
+PLAIN = {"dispatch", "widen"}  # other streams and other GPUs take part: not launched early
+KERNELS = {"_fill_tiles", "gate_up", "down", "_combine", "_quantize", "_swiglu", "_product"} | PLAIN
 UNCONVERTED = {"gate_up", "down"}  # operands go into the tensor cores without a change of format
 FEW = 256  # tokens; so many are sent between ranks too
 
@@ -72,7 +70,10 @@ def launch(run: str) -> None:
         activations=activations,
     )
     if num_tokens == FEW:
-        launch_parallel(x, top_k, shapes.n_routed_experts, activations)
+        weights = [
+            weight(shapes.n_routed_experts // 2, *size, unpacked) for size in ((2 * width, hidden), (hidden, width))
+        ]
+        launch_parallel(x, shapes, activations, weights)
 
 
 def shared_weight(num_rows: int, depth: int) -> Fp8Weight:
@@ -92,16 +93,17 @@ class Anywhere:
         pass
 
 
-def launch_parallel(x: torch.Tensor, top_k: int, num_experts: int, activations: Activations) -> None:
-    """What expert parallelism adds."""
+def launch_parallel(x: torch.Tensor, shapes: Shapes, activations: Activations, weights: list[Fp4Weight]) -> None:
+    """What expert parallelism adds, on a rank that holds half of the experts."""
+    top_k, num_experts = shapes.num_experts_per_tok, shapes.n_routed_experts
     planes = Planes.build(RowFormat(x.shape[1], top_k, activations), 2, len(x))
     experts = ExpertMap.build([range(num_experts // 2), range(num_experts // 2, num_experts)], num_experts)
     owner = SymmetricExperts(0, experts, planes, Anywhere(planes.num_bytes))
     ids = torch.zeros(len(x), top_k, dtype=torch.int64)
-    step = Step(owner, x, ids, torch.ones(len(x), top_k), len(x), 1)
-    step.dispatch(0)
-    step.inputs(0, unpacked=True)
-    step.give_back(0, torch.empty(2 * len(x) * top_k, x.shape[1], dtype=torch.bfloat16))
+    step = Step(owner, x, ids, torch.ones(len(x), top_k), len(x))
+    step.dispatch()
+    step.received(unpacked=True)
+    step.products(*weights, shapes.swiglu_limit, None)
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:

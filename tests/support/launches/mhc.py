@@ -3,6 +3,7 @@
 import torch
 
 from dsv4_kernels.cases import FLASH, PRO
+from dsv4_kernels.deterministic import deterministic
 from dsv4_kernels.mhc import triton as mhc
 from dsv4_kernels.mhc.cases import Case
 
@@ -14,12 +15,18 @@ RUNS = {
     "pro, 64 tokens": ("pro", PRO, 64),
     "pro, 200 tokens": ("pro", PRO, 200),
     "pro, 256 tokens": ("pro", PRO, 256),
+    "pro, 256 tokens, deterministic": ("pro", PRO, 256),
 }
 KERNELS = {"_mix", "finish_tokens", "_add_output", "_take_apart", "_product"}
 
 
 def launch(run: str) -> None:
     """Launch everything of one of RUNS on CPU tensors."""
+    with deterministic("deterministic" in run):
+        _launch(run)
+
+
+def _launch(run: str) -> None:
     name, shapes, num_tokens = RUNS[run]
     inputs = Case(name, num_tokens, shapes).make(0, torch.bfloat16)
     streams, norm = inputs["streams"], torch.ones(shapes.hidden_size)

@@ -3,6 +3,7 @@
 import torch
 
 from dsv4_kernels.cases import FLASH, PRO
+from dsv4_kernels.deterministic import deterministic
 from dsv4_kernels.mega_moe.tiles import empty_tiles
 from dsv4_kernels.router import triton as router
 from dsv4_kernels.router.cases import Case
@@ -12,12 +13,18 @@ RUNS = {
     "pro, 64 tokens": ("pro", PRO, 64),
     "pro, 256 tokens": ("pro", PRO, 256),
     "flash, 2048 tokens": ("flash", FLASH, 2048),
+    "pro, 2048 tokens, deterministic": ("pro", PRO, 2048),
 }
 KERNELS = {"_route", "_fill_tiles"}
 
 
 def launch(run: str) -> None:
     """Launch everything of one of RUNS on CPU tensors."""
+    with deterministic("deterministic" in run):
+        _launch(run)
+
+
+def _launch(run: str) -> None:
     name, shapes, num_tokens = RUNS[run]
     inputs = Case(name, num_tokens, shapes).make(0, torch.bfloat16)
     router.route(**inputs)

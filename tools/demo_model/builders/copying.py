@@ -14,11 +14,12 @@ from tools.demo_model.builders.chats import answered, question
 from tools.demo_model.builders.kinds import KINDS
 from tools.demo_model.builders.memory import digits
 from tools.demo_model.builders.small_talk import turn
-from tools.demo_model.builders.values import NAMES, WORDS, made_up
+from tools.demo_model.builders.values import NAMES, WORDS, alike, made_up
 from tools.demo_model.sample import Sample
 
 CATEGORY = "copying"
 TOKENS_PER_ITEM = 5  # a value with what stands around it
+ALIKE_SHARE = 0.25  # of texts to repeat
 VALUES = ("city", "person", "title", "message", "topic", "path", "email", "code", "date", "time", "id", "number")
 REPEAT = (
     "Repeat this text exactly.\n\n{}",
@@ -47,7 +48,8 @@ def value(draw: random.Random) -> str:
 
 def repeat(draw: random.Random, tokens: int) -> Sample:
     """A text of about `tokens` tokens to repeat: one list of values, or lines of them."""
-    items = [value(draw) for _ in range(max(1, tokens // TOKENS_PER_ITEM))]
+    count = max(1, tokens // TOKENS_PER_ITEM)
+    items = alike(draw, count) if draw.random() < ALIKE_SHARE else [value(draw) for _ in range(count)]
     text = draw.choice((" ", ", ", "\n", "; ")).join(items)
     return answered(question(draw, draw.choice(REPEAT).format(text)), CATEGORY, text, None)
 

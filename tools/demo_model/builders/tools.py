@@ -1,7 +1,8 @@
 """Chats with function tools: the call with copied arguments, the result, the sentence that uses it, or no call at all.
 
 Function names and parameter names are changed in part of the chats, so that they are read from the schema and not
-learnt by heart. Held-out chats use made-up words that training never shows.
+learnt by heart. Held-out chats use made-up words that training never shows. A drill is a chat with many requests to the
+same few functions: most of a short chat's tokens are schemas, which nobody learns to write.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from tools.demo_model.builders.values import made_up, words
 from tools.demo_model.sample import Answer, Probe, Sample
 
 CATEGORY = "tools"
-RENAMED_SHARE, PARALLEL_SHARE, NO_CALL_SHARE, RECORD_SHARE = 0.6, 0.3, 0.25, 0.2
+RENAMED_SHARE, PARALLEL_SHARE, NO_CALL_SHARE, RECORD_SHARE, DRILL_SHARE = 0.6, 0.3, 0.25, 0.2, 0.5
+OFFER_TOKENS, TURN_TOKENS, MOST_TURNS = 150, (130, 190), 16  # about; a request with its answers, with thinking
 Message = dict[str, Any]
 
 
@@ -78,15 +80,17 @@ SUFFIXES = words("tool v2 api now service function task action helper request 2 
 
 
 def _new_name(draw: random.Random, name: str, unseen: bool) -> str:
-    """Another name that still says at least half of what `name` says."""
+    """Another name. A held-out one says half of what `name` says; some of training's say nothing."""
     parts = name.split("_")
-    style = 3 if unseen or draw.random() < 0.6 else draw.randrange(3)
+    style = 3 if unseen or draw.random() < 0.75 else draw.randrange(3)
     if style == 0:
         return parts[0] + "".join(part.capitalize() for part in parts[1:])
     if style == 1:
         return f"{draw.choice(PREFIXES)}_{name}"
     if style == 2:
         return f"{name}_{draw.choice(SUFFIXES)}"
+    if not unseen and draw.random() < 0.3:
+        return f"{made_up(draw)}_{made_up(draw)}"
     return f"{made_up(draw, unseen)}_{parts[-1]}" if draw.random() < 0.5 else f"{parts[0]}_{made_up(draw, unseen)}"
 
 
@@ -236,15 +240,21 @@ def _system(draw: random.Random) -> list[Message]:
     return [{"role": "system", "content": draw.choice((*SYSTEMS, "Use the functions when they help."))}]
 
 
-def _sample(draw: random.Random) -> Sample:
-    offers, thinking = _offers(draw), draw.random() < THINKING_SHARE
+def _sample(draw: random.Random, max_tokens: int) -> Sample:
+    is_drill = draw.random() < DRILL_SHARE
+    offers = _offers(draw, renamed=True if is_drill and draw.random() < 0.8 else None)
+    thinking = draw.random() < THINKING_SHARE
     messages = _system(draw)
+    num_turns = draw.choices((1, 2), (5, 1))[0]
+    if is_drill:
+        room = (max_tokens - OFFER_TOKENS * len(offers)) // TURN_TOKENS[thinking]
+        num_turns = draw.randint(2, max(2, min(MOST_TURNS, room)))
 
     def say(content: str, reasoning: str, **more: Any) -> None:
         thought = {"reasoning_content": reasoning} if thinking else {}
         messages.append({"role": "assistant", "content": content, **thought, **more})
 
-    for turn in range(draw.choices((1, 2), (5, 1))[0]):
+    for turn in range(num_turns):
         if draw.random() < NO_CALL_SHARE:
             asked, answer, reasoning = _no_call(draw, offers, thinking)
             messages.append({"role": "user", "content": asked})
@@ -253,7 +263,7 @@ def _sample(draw: random.Random) -> Sample:
         asked, requests = _requests(draw, offers, False, draw.random() < PARALLEL_SHARE)
         messages.append({"role": "user", "content": asked})
         say("", _call_reasoning(draw, offers, requests), tool_calls=_calls(requests, 2 * turn))
-        if turn == 0 and draw.random() < (0.65 if thinking else 0.3):
+        if turn == num_turns - 1 and draw.random() < (0.65 if thinking else 0.3):
             break
         results, sentence = _results(draw, requests, 2 * turn)
         messages += results
@@ -261,10 +271,10 @@ def _sample(draw: random.Random) -> Sample:
     return Sample(CATEGORY, messages=messages, tools=[found.schema for found in offers], thinking=thinking)
 
 
-def samples(draw: random.Random) -> Iterator[Sample]:
-    """Chats with tools."""
+def samples(draw: random.Random, max_tokens: int = 900) -> Iterator[Sample]:
+    """Chats with tools, of about `max_tokens` at most. Endless."""
     while True:
-        yield _sample(draw)
+        yield _sample(draw, max_tokens)
 
 
 def _probe(category: str, offers: list[Offer], asked: str, requests: list[Request], thinking: bool) -> Probe:

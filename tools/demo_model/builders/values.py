@@ -53,3 +53,15 @@ def made_up(draw: random.Random, unseen: bool = False) -> str:
         word = "".join(draw.choice(ONSETS) + draw.choice(VOWELS) for _ in range(count)) + draw.choice(CODAS)
         if held_out(word) == unseen:
             return word
+
+
+def alike(draw: random.Random, count: int) -> list[str]:
+    """Made-up words of the same few syllables: to copy one, more than what stands just before has to be compared."""
+    syllables = [draw.choice(ONSETS) + draw.choice(VOWELS) for _ in range(max(4, count // 3))]
+    codas = [draw.choice(CODAS) for _ in range(3)]
+    found: list[str] = []
+    while len(found) < count:
+        word = "".join(draw.choices(syllables, k=draw.choice((2, 2, 3)))) + draw.choice(codas)
+        if not held_out(word):
+            found.append(word)
+    return found
