@@ -5,7 +5,7 @@ Each switch replaces functions where the network or the step looks them up, and 
 | switch | in place of | runs |
 |---|---|---|
 | `mhc` | `mhc_boundary`, `mhc_head` | the references of mhc, norm and quant: a launch for each torch operation |
-| `compressor` | `compress_c4`, `compress_c128` | the reference's chain: gather, pool, norm, RoPE, round, store |
+| `compressor` | the compressors of `prepare_rows` | the reference's chain: gather, pool, norm, RoPE, round, store |
 | `launches` | what shares a launch (ADR 7) | the same Triton kernels, each in a launch of its own, see `_launches` |
 | `bf16-experts` | FP8 activations of the routed experts | BF16 activations, W4A16 (only on GPUs without FP4 products) |
 | `early-launches` | kernels launched before the one ahead ends (ADR 9) | the same, one after the other; compiled anew |
@@ -23,21 +23,22 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import dependent
-from dsv4_kernels.compressor.triton import C4Compressor
+from dsv4_kernels.compressor.triton import C4Compressor, C128Compressor, compress_c4, compress_c128
 from dsv4_kernels.gemm import library
 from dsv4_kernels.gemm import triton as gemm
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.indexer import triton as indexer
 from dsv4_kernels.indexer.queries import prepare_queries
-from dsv4_kernels.kv_store.triton import prepare_q
+from dsv4_kernels.kv_store import Planes
+from dsv4_kernels.kv_store.triton import prepare_q, store_kv
 from dsv4_kernels.mega_moe.combine import combine
 from dsv4_kernels.mega_moe.shared import shared_expert
 from dsv4_kernels.mega_moe.triton import pair_outputs
 from dsv4_kernels.metadata import C4, Rows
 from dsv4_kernels.mhc import reference as mhc
 from dsv4_kernels.norm.reference import rms_norm as plain_norm
-from dsv4_kernels.norm.triton import rms_norm
+from dsv4_kernels.norm.triton import rms_norm, rms_norm_fp8
 from dsv4_kernels.out_proj.triton import LIBRARY_TOKENS
 from dsv4_kernels.quant.reference import quantize_fp8
 from dsv4_kernels.quant.triton import launch as quantize
@@ -61,8 +62,8 @@ def unfused(off: Collection[str], network: DeviceTransformer) -> Iterator[None]:
             _launches(replace, network)
         if "mhc" in off:
             replace(device, mhc_boundary=_boundary, mhc_head=_head)
-        if "compressor" in off:
-            replace(device_step, compress_c4=plain_compressor.compress_c4, compress_c128=plain_compressor.compress_c128)
+        if "launches" in off or "compressor" in off:
+            replace(device_step, prepare_rows=_prepare_rows("launches" in off, "compressor" in off))
         if "early-launches" in off:
             replace(dependent, ENABLED=False)
         _moe(replace, "launches" in off, "bf16-experts" in off)
@@ -122,6 +123,51 @@ def _head(
     return streams, plain_norm(merged, norm, norm_eps)
 
 
+def _norm_fp8(x: Tensor, weight: Tensor, eps: float) -> Fp8Rows:
+    """`rms_norm_fp8` in two launches."""
+    return quantize_rows(rms_norm(x, weight, eps))
+
+
+def _prepare_rows(separate: bool, plain: bool) -> Callable[..., Fp8Rows]:
+    """`prepare_rows` in a launch for each operation. `separate`: also for each C4 compressor, and for the norm and the
+    rounding of the query latent. `plain`: compressors as chains of torch operations."""
+    norm = _norm_fp8 if separate else rms_norm_fp8
+    of_c4, of_c128 = compress_c4, compress_c128
+    if plain:
+        of_c4, of_c128 = plain_compressor.compress_c4, plain_compressor.compress_c128
+
+    def compress(compressors: Sequence[C4Compressor] | C128Compressor, *rest: Any) -> None:
+        if isinstance(compressors, C128Compressor):
+            raw, ape, gain = compressors.raw, compressors.ape, compressors.norm
+            of_c128(raw, ape, gain, *rest, compressors.state, compressors.planes, compressors.row_format)
+        else:
+            for group in [(each,) for each in compressors] if separate else [compressors]:
+                of_c4(group, *rest)
+
+    def prepare_rows(
+        query: Tensor,
+        query_norm: Tensor,
+        kv: Tensor,
+        kv_norm: Tensor,
+        eps: float,
+        turns: Tensor,
+        rows: Rows,
+        step_planes: Planes,
+        ring_planes: Planes,
+        ring_rows: int,
+        window: int,
+        compressors: Sequence[C4Compressor] | C128Compressor,
+        rotations: Tensor,
+        page_table: Tensor,
+        page_tokens: int,
+    ) -> Fp8Rows:
+        store_kv(kv, kv_norm, eps, turns, rows, step_planes, ring_planes, ring_rows, window)
+        compress(compressors, eps, rotations, rows, page_table, page_tokens)
+        return norm(query, query_norm, eps)
+
+    return prepare_rows
+
+
 class _Columns:
     """Products over one input that are not one matrix, read by the columns that they would have there."""
 
@@ -138,9 +184,9 @@ class _Columns:
 
 
 def _launches(replace: Replace, network: DeviceTransformer) -> None:
-    """Apart again: norm and rounding of the query latent; rounding between both output products; products of the
-    index, which are stacked under those of attention; both compressors of C4; the queries of attention and index;
-    index scores and top-k."""
+    """Apart again: latent and raw products; rounding between both output products; products of the index, which are
+    stacked under those of attention; the queries of attention and index; index scores and top-k. And what
+    `_prepare_rows` takes apart."""
     splits: dict[int, list[Any]] = {}  # by id of the whole weight
     for block in network.blocks:
         attention, config = block.attention, network.config
@@ -163,9 +209,6 @@ def _launches(replace: Replace, network: DeviceTransformer) -> None:
 
         return run
 
-    def norm_fp8(x: Tensor, weight: Tensor, eps: float) -> Fp8Rows:
-        return quantize_rows(rms_norm(x, weight, eps))
-
     whole_out_proj = device.grouped_out_proj
 
     def out_proj(o: Tensor, wo_a: Fp8Weight, wo_b: Fp8Weight) -> Tensor:
@@ -174,7 +217,7 @@ def _launches(replace: Replace, network: DeviceTransformer) -> None:
         num_rows, depth = wo_a.codes.shape
         num_groups = o.shape[1] * o.shape[2] // depth
         low = torch.empty(len(o), num_rows, dtype=o.dtype, device=o.device)
-        gemm.launch("wide", o.flatten(1), None, wo_a.codes, wo_a.exponents, num_groups, low, None, None)
+        gemm.launch("wide", o.flatten(1), None, wo_a.codes, wo_a.exponents, num_groups, low, None)
         return library.linear_fp8(quantize_rows(low), wo_b)
 
     def queries(both: _Columns, num_heads: int, head_dim: int, eps: float, weights: Tensor, scale: float,
@@ -183,15 +226,13 @@ def _launches(replace: Replace, network: DeviceTransformer) -> None:
         q = prepare_q(heads.unflatten(1, (num_heads, head_dim)), eps, rotations, rows)
         return q, *prepare_queries(index, 0, head_dim, eps, weights, scale, rotations, rows)[1:]
 
-    both_c4 = device_step.compress_c4
+    linear_fp8, linear_bf16 = product(device.linear_fp8), product(device.linear_bf16)
 
-    def compress_c4(compressors: Sequence[C4Compressor], *rest: Any) -> None:
-        for each in compressors:
-            both_c4((each,), *rest)
+    def linear_pair(x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Tensor) -> tuple[Any, Any]:
+        return linear_fp8(x_fp8, weight), linear_bf16(x, matrix)
 
-    replace(device, linear_fp8=product(device.linear_fp8), linear_bf16=product(device.linear_bf16),
-            rms_norm_fp8=norm_fp8, grouped_out_proj=out_proj)  # fmt: skip
-    replace(device_step, prepare_queries=queries, compress_c4=compress_c4)
+    replace(device, linear_fp8=linear_fp8, linear_pair=linear_pair, rms_norm_fp8=_norm_fp8, grouped_out_proj=out_proj)
+    replace(device_step, prepare_queries=queries, rms_norm_fp8=_norm_fp8)
     replace(indexer, ONE_LAUNCH_ROWS=0)
 
 

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
-from dsv4_kernels.gemm.library import linear_bf16, linear_fp8
+from dsv4_kernels.gemm.library import linear_bf16, linear_fp8, linear_pair
 from dsv4_kernels.mega_moe.tiles import empty_tiles
 from dsv4_kernels.mega_moe.triton import choose_tile, expert_parts
 from dsv4_kernels.mega_moe.weights import Fp4Weight
 from dsv4_kernels.mhc.triton import mhc_boundary, mhc_head
 from dsv4_kernels.norm.embed import embed_and_norm_fp8
-from dsv4_kernels.norm.triton import rms_norm_fp8
 from dsv4_kernels.out_proj.triton import grouped_out_proj
 from dsv4_kernels.router.triton import route
 from dsv4serve.config import ModelConfig
@@ -56,13 +55,20 @@ class DeviceStep(Protocol):
     def positions(self) -> Tensor:
         """int32 [rows], position of each row in its sequence; -1 = padding, of which nothing is read or written."""
 
-    def attend(self, layer: DeviceAttention, queries: Tensor, kv: Tensor, raw: Tensor | None) -> Tensor:
-        """Store the rows' keys, compress, select, attend: bf16 [rows, heads, head_dim], inverse RoPE applied.
+    def prepare(self, layer: DeviceAttention, latent: Tensor, raw: Tensor | None) -> Fp8Rows:
+        """Store the rows' keys, compress, and give what `layer.w_query` takes: the query latents after their norm.
+
+        Args:
+            latent: bf16 [rows, q_lora_rank + head_dim], what `layer.w_latent` gives: query latents and keys.
+            raw: f32 [rows, ..], what `layer.w_raw` gives; None where the layer has none.
+        """
+
+    def attend(self, layer: DeviceAttention, queries: Tensor, raw: Tensor | None) -> Tensor:
+        """Select and attend, behind `prepare`: bf16 [rows, heads, head_dim], inverse RoPE applied.
 
         Args:
             queries: bf16 [rows, heads * head_dim + index_heads * index_dim], before norm and RoPE; changed in place.
-            kv: bf16 [rows, head_dim], before norm and RoPE.
-            raw: f32 [rows, ..], what `layer.w_raw` gives; None where the layer has none.
+            raw: as in `prepare`.
         """
 
     def keep(self, layer: DeviceAttention, kv: Tensor) -> None:
@@ -95,11 +101,13 @@ class DeviceAttention:
 
     def __call__(self, x: Tensor, x_fp8: Fp8Rows, step: DeviceStep) -> Tensor:
         """x bf16 [rows, hidden] normed input and the same in E4M3 -> bf16 [rows, hidden]."""
-        rank, eps = self.config.q_lora_rank, self.config.rms_norm_eps
-        latent = linear_fp8(x_fp8, self.w_latent)
-        queries = linear_fp8(rms_norm_fp8(latent[:, :rank], self.q_norm, eps), self.w_query)
-        raw = None if self.w_raw is None else linear_bf16(x, self.w_raw)
-        output = step.attend(self, queries, latent[:, rank:], raw)
+        raw = None
+        if self.w_raw is None:
+            latent = linear_fp8(x_fp8, self.w_latent)
+        else:
+            latent, raw = linear_pair(x_fp8, self.w_latent, x, self.w_raw)
+        queries = linear_fp8(step.prepare(self, latent, raw), self.w_query)
+        output = step.attend(self, queries, raw)
         return grouped_out_proj(output, self.wo_a, self.wo_b)
 
     def keep(self, x_fp8: Fp8Rows, step: DeviceStep) -> None:

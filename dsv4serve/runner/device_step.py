@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_kernels.compressor.triton import C4Compressor, compress_c4, compress_c128
+from dsv4_kernels.compressor.beside import prepare_rows
+from dsv4_kernels.compressor.triton import C4Compressor, C128Compressor
+from dsv4_kernels.gemm.fp8 import Fp8Rows
 from dsv4_kernels.indexer.queries import prepare_queries
 from dsv4_kernels.indexer.triton import select
 from dsv4_kernels.kv_store import Planes, RowFormat
 from dsv4_kernels.kv_store.triton import commit, prepare_q, store_kv
-from dsv4_kernels.metadata import C4, C128, Rows
+from dsv4_kernels.metadata import C4, Rows
+from dsv4_kernels.norm.triton import rms_norm_fp8
 from dsv4_kernels.rope import rope_table
 from dsv4_kernels.sparse_attention.triton import sparse_attention
 from dsv4serve.memory import CachePools, LayerCache
@@ -59,18 +62,33 @@ class PagedDeviceStep:
         """int32 [rows]."""
         return self.rows.positions
 
-    def attend(self, layer: DeviceAttention, queries: Tensor, kv: Tensor, raw: Tensor | None) -> Tensor:
+    def prepare(self, layer: DeviceAttention, latent: Tensor, raw: Tensor | None) -> Fp8Rows:
+        """See `DeviceStep.prepare`."""
+        config, cache = layer.config, self._pools.layers[layer.index]
+        query, kv = latent[:, : config.q_lora_rank], latent[:, config.q_lora_rank :]
+        if not layer.ratio:
+            self._store(layer, kv)
+            return rms_norm_fp8(query, layer.q_norm, config.rms_norm_eps)
+        of_ratio = self._c4 if layer.ratio == C4 else self._c128
+        return prepare_rows(
+            query,
+            layer.q_norm,
+            *self._window(layer, kv),
+            of_ratio(layer, cache, _present(raw)),
+            self._rotate(layer, layer.ratio),
+            self._page_table,
+            PAGE_TOKENS,
+        )
+
+    def attend(self, layer: DeviceAttention, queries: Tensor, raw: Tensor | None) -> Tensor:
         """See `DeviceStep.attend`."""
         config, rows, cache = layer.config, self.rows, self._pools.layers[layer.index]
         rotations, chosen = self._rotate(layer, 1), None
-        self._store(layer, kv)
         if layer.ratio == C4:
-            q, chosen = self._c4(layer, cache, queries, _present(raw))
+            q, chosen = self._select(layer, cache, queries, _present(raw))
         else:
             heads = queries.unflatten(1, (config.num_attention_heads, config.head_dim))
             q = prepare_q(heads, config.rms_norm_eps, rotations, rows)
-        if layer.ratio == C128:
-            self._c128(layer, cache, _present(raw))
         output = sparse_attention(
             q,
             rows,
@@ -96,10 +114,14 @@ class PagedDeviceStep:
 
     def _store(self, layer: DeviceAttention, kv: Tensor) -> None:
         """Window rows to the step's own rows and, where they fit, to the ring."""
+        store_kv(*self._window(layer, kv))
+
+    def _window(self, layer: DeviceAttention, kv: Tensor) -> tuple[Any, ...]:
+        """Arguments of `store_kv`."""
         config, ring = layer.config, self._pools.layers[layer.index].window
         ring_rows, window = self._pools.layout.window_ring_rows, config.sliding_window
         rotations, eps = self._rotate(layer, 1), config.rms_norm_eps
-        store_kv(kv, layer.kv_norm, eps, rotations, self.rows, self._step_planes, ring, ring_rows, window)
+        return kv, layer.kv_norm, eps, rotations, self.rows, self._step_planes, ring, ring_rows, window
 
     def _commit(self, layer: DeviceAttention) -> None:
         """The other window rows to the ring."""
@@ -107,35 +129,32 @@ class PagedDeviceStep:
             ring, layout = self._pools.layers[layer.index].window, self._pools.layout
             commit(self.rows, self._step_planes, ring, layout.window_ring_rows, layer.config.sliding_window)
 
-    def _c4(self, layer: DeviceAttention, cache: LayerCache, queries: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Close entries and index keys, prepare queries, choose: heads of attention and int32 [rows, index_topk]."""
-        config, layout = layer.config, cache.layout
-        width, index_width = 4 * config.head_dim, 4 * config.index_head_dim
-        index_raw = raw[:, width : width + index_width]
-        compress_c4(
-            (
-                self._c4_compressor(layer.compressor, raw[:, :width], cache.c4_state, cache.entries, layout.entry),
-                self._c4_compressor(layer.index_compressor, index_raw, cache.index_state, cache.index, layout.index),
-            ),
-            config.rms_norm_eps,
-            self._rotate(layer, C4),
-            self.rows,
-            self._page_table,
-            PAGE_TOKENS,
-        )
+    def _select(self, layer: DeviceAttention, cache: LayerCache, queries: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Prepare queries and choose: heads of attention and int32 [rows, index_topk]."""
+        config = layer.config
         q, index_q, weights = prepare_queries(
             queries,
             config.num_attention_heads,
             config.head_dim,
             config.rms_norm_eps,
-            raw[:, width + index_width :],
+            raw[:, 4 * (config.head_dim + config.index_head_dim) :],
             layer.index_weight_scale,
             self._rotate(layer, 1),
             self.rows,
         )
-        index, row_format = _present(cache.index), _present(layout.index)
+        index, row_format = _present(cache.index), _present(cache.layout.index)
         top_k = config.index_topk
         return q, select(index_q, weights, self.rows, index, row_format, self._page_table, PAGE_TOKENS, top_k)
+
+    def _c4(self, layer: DeviceAttention, cache: LayerCache, raw: Tensor) -> tuple[C4Compressor, C4Compressor]:
+        """The compressors of the entries and of the index keys."""
+        config, layout = layer.config, cache.layout
+        width, index_width = 4 * config.head_dim, 4 * config.index_head_dim
+        index_raw = raw[:, width : width + index_width]
+        return (
+            self._c4_compressor(layer.compressor, raw[:, :width], cache.c4_state, cache.entries, layout.entry),
+            self._c4_compressor(layer.index_compressor, index_raw, cache.index_state, cache.index, layout.index),
+        )
 
     def _c4_compressor(
         self,
@@ -150,21 +169,10 @@ class PagedDeviceStep:
         ring = ring.view(-1, self._pools.layout.c4_ring_rows, ring.shape[1])
         return C4Compressor(raw, ape, norm, ring, _present(planes), _present(row_format))
 
-    def _c128(self, layer: DeviceAttention, cache: LayerCache, raw: Tensor) -> None:
+    def _c128(self, layer: DeviceAttention, cache: LayerCache, raw: Tensor) -> C128Compressor:
         ape, norm = _present(layer.compressor)
-        compress_c128(
-            raw,
-            ape,
-            norm,
-            layer.config.rms_norm_eps,
-            self._rotate(layer, C128),
-            self.rows,
-            self._page_table,
-            PAGE_TOKENS,
-            _present(cache.c128_state),
-            _present(cache.entries),
-            _present(cache.layout.entry),
-        )
+        planes, row_format = _present(cache.entries), _present(cache.layout.entry)
+        return C128Compressor(raw, ape, norm, _present(cache.c128_state), planes, row_format)
 
     def _rotate(self, layer: DeviceAttention, ratio: int) -> Tensor:
         """Rotations at the rows' positions, rounded down to the first one of their block of `ratio`."""

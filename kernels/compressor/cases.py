@@ -6,16 +6,18 @@ cache byte that a step does not write keeps the value POISON.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv4_kernels.cases import Step, generator
+from dsv4_kernels.cases import PRO, Step, generator
+from dsv4_kernels.compressor.beside import prepare_rows
 from dsv4_kernels.compressor.reference import finish, online_update, pool_sequence
-from dsv4_kernels.compressor.triton import C4Compressor, compress_c4, compress_c128
+from dsv4_kernels.compressor.triton import C4Compressor, C128Compressor, compress_c4, compress_c128
+from dsv4_kernels.gemm.fp8 import Fp8Rows
 from dsv4_kernels.kv_store import Format, Planes, RowFormat, encode
 from dsv4_kernels.metadata import C4, C128
 from dsv4_kernels.metadata.rows import Rows
@@ -23,7 +25,7 @@ from dsv4_kernels.quant import hadamard
 from dsv4_kernels.rope import rope_frequencies, rope_table
 
 POISON = 0xA5
-EPS, PAGE_TOKENS = 1e-6, 256
+EPS, PAGE_TOKENS, WINDOW = 1e-6, 256, 128
 MAIN = RowFormat(Format.KV_FP8, 512, 64)  # of both released models
 INDEX = RowFormat(Format.INDEX_FP4, 128)
 
@@ -155,9 +157,44 @@ def compress(ratio: int, *made: dict[str, Any]) -> None:
     if ratio == C128:
         compress_c128(**made[0])
         return
-    own = {field.name for field in fields(C4Compressor)}
+    compressors, shared = _compressors(C4Compressor, made)
+    compress_c4(compressors, **shared)
+
+
+def prepare(ratio: int, *made: dict[str, Any], seed: int = 0) -> tuple[Fp8Rows, dict[str, Any]]:
+    """`prepare_rows` on what `Case.make` made beside random latents of Pro; and its arguments by name."""
+    random, rows = generator(seed), made[0]["rows"]
+    device, num_rows = rows.slots.device, len(rows.slots)
+    latent = torch.randn(num_rows, PRO.q_lora_rank + MAIN.dim, generator=random).bfloat16().to(device)
+    frequencies = rope_frequencies(MAIN.rope_dim, 160000.0, (16, 65536, 32, 1))
+    turns = rope_table(rows.positions.cpu().clamp_min(0).long(), frequencies).to(device)
+    sizes = num_rows, len(made[0]["page_table"]) * WINDOW  # rows of the step, and of the rings
+    step, ring = (
+        tuple(torch.full((size, width), POISON, dtype=torch.uint8, device=device) for width in MAIN.plane_bytes)
+        for size in sizes
+    )
+    compressors, shared = _compressors(C4Compressor if ratio == C4 else C128Compressor, made)
+    arguments = {
+        "query": latent[:, : PRO.q_lora_rank],
+        "query_norm": torch.rand(PRO.q_lora_rank, generator=random).to(device),
+        "kv": latent[:, PRO.q_lora_rank :],
+        "kv_norm": torch.rand(MAIN.dim, generator=random).to(device),
+        "turns": turns,
+        "step_planes": step,
+        "ring_planes": ring,
+        "ring_rows": WINDOW,
+        "window": WINDOW,
+        "compressors": compressors if ratio == C4 else compressors[0],
+    }
+    arguments |= shared
+    return prepare_rows(**arguments), arguments
+
+
+def _compressors(kind: type, made: Sequence[dict[str, Any]]) -> tuple[list[Any], dict[str, Any]]:
+    """A compressor of each of `made`, and the arguments that they share."""
+    own = {field.name for field in fields(kind)}
     shared = {name: value for name, value in made[0].items() if name not in own}
-    compress_c4([C4Compressor(**{name: each[name] for name in own}) for each in made], **shared)
+    return [kind(**{name: each[name] for name in own}) for each in made], shared
 
 
 def _first_rows(counts: tuple[int, ...]) -> list[int]:

@@ -18,10 +18,17 @@ class Fp8Rows:
 
     codes: float8_e4m3fn [T, K]; exponents: uint8 [T, K / 128], E8M0: the scale is 2^(byte - 127). Equal to
     `quantize_fp8(x, 128)`; the exponents may lie column by column.
+    scales: the scales as float32, laid out like the exponents; None where whoever made the rows left them out.
     """
 
     codes: Tensor
     exponents: Tensor
+    scales: Tensor | None = None
+
+    @property
+    def scales_to_write(self) -> Tensor:
+        """What kernels take that write scales: the exponents stand for none."""
+        return self.exponents if self.scales is None else self.scales
 
     def __post_init__(self) -> None:
         _check("Fp8Rows", self.codes, self.exponents, 1)

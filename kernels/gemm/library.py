@@ -7,31 +7,22 @@ float32, and Hopper only.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.dependent import launches_early, wait_for_previous
-from dsv4_kernels.deterministic import is_deterministic
+from dsv4_kernels.gemm import quantize
 from dsv4_kernels.gemm import triton as ours
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
+from dsv4_kernels.gemm.pair import linear_pair as our_pair
 from dsv4_kernels.quant.device import power_of_two
-
-LEAST_TOKENS = 48  # of a product that the library does
-MULTIPLE = 4  # of tokens: the library wants columns of scales at multiples of 16 bytes
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def is_for_library(x: Tensor) -> bool:
     """Whether the library multiplies x [T, K] with a weight. It promises no order of sums, so never if that counts."""
-    return not is_deterministic() and len(x) >= LEAST_TOKENS and len(x) % MULTIPLE == 0 and _is_hopper(x.device)
+    return quantize.is_for_library(len(x), x.device)
 
 
 @triton.jit(do_not_specialize=["num"])
@@ -44,7 +35,9 @@ def _widen(exponents, scales, num, BLOCK: tl.constexpr):
 
 
 def float_scales(rows: Fp8Rows) -> Tensor:
-    """Scales of `empty_rows`' layout as float32 [T, K / 128], neighbours over the rows."""
+    """Scales of `empty_rows`' layout as float32 [T, K / 128], neighbours over the rows; made here if they are not."""
+    if rows.scales is not None:
+        return rows.scales
     by_column = rows.exponents.t()
     if not by_column.is_contiguous():
         raise ValueError(f"float_scales: exponents have strides {rows.exponents.stride()}; expected column by column")
@@ -99,3 +92,10 @@ def linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
     if not is_for_library(x):
         return ours.linear_bf16(x, weight)
     return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+
+def linear_pair(x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`linear_fp8(x_fp8, weight)` and `linear_bf16(x, matrix)`, in one launch where both are ours and tokens few."""
+    if not is_for_library(x):
+        return our_pair(x_fp8, weight, x, matrix)
+    return linear_fp8(x_fp8, weight), linear_bf16(x, matrix)

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
+from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows
 from dsv4_kernels.quant.triton import launch
 
+LEAST_TOKENS = 48  # of a product that the library does
+MULTIPLE = 4  # of tokens: the library wants columns of scales at multiples of 16 bytes
 
-def empty_rows(num_rows: int, depth: int, device: torch.device) -> Fp8Rows:
-    """Rows to be written."""
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def is_for_library(num_tokens: int, device: torch.device) -> bool:
+    """Whether the library multiplies so many tokens with a weight."""
+    return not is_deterministic() and num_tokens >= LEAST_TOKENS and num_tokens % MULTIPLE == 0 and _is_hopper(device)
+
+
+def empty_rows(num_rows: int, depth: int, device: torch.device, scales: bool = False) -> Fp8Rows:
+    """Rows to be written. `scales`: who writes them also writes the float32 scales that the library's product wants."""
     codes = torch.empty(num_rows, depth, device=device, dtype=torch.float8_e4m3fn)
-    return Fp8Rows(codes, torch.empty(depth // GROUP, num_rows, device=device, dtype=torch.uint8).t())
+    exponents = torch.empty(depth // GROUP, num_rows, device=device, dtype=torch.uint8).t()
+    if not (scales and is_for_library(num_rows, device)):
+        return Fp8Rows(codes, exponents)
+    return Fp8Rows(codes, exponents, torch.empty(exponents.t().shape, device=device, dtype=torch.float32).t())
 
 
 def quantize_rows(x: Tensor) -> Fp8Rows:

@@ -16,11 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.dependent import launches_early, wait_for_previous
-from dsv4_kernels.kv_store.device import prepare_heads
+from dsv4_kernels.kv_store.device import prepare_heads, store_row
 from dsv4_kernels.kv_store.reference import KV_GROUP, SCALE_ALIGN, Planes
 from dsv4_kernels.metadata.rows import Rows
-from dsv4_kernels.quant.device import inverse_power_of_two, scale_exponent
-from dsv4_kernels.rope.device import rotate
 
 PROGRAM_HEADS = 8  # heads that one program prepares, two for each warp
 
@@ -48,35 +46,10 @@ def _store(
     GROUPS: tl.constexpr,
 ):
     wait_for_previous()
-    row = tl.program_id(0).to(tl.int64)
-    position = tl.load(positions + row)
-    inside = position >= 0
-    NOPE: tl.constexpr = DIM - GROUP
-    DATA: tl.constexpr = NOPE + 2 * GROUP
-    group, lane = tl.arange(0, GROUPS), tl.arange(0, GROUP)
-    dim = group[:, None] * GROUP + lane[None, :]
-    x = tl.load(kv + row * kv_row + dim, mask=inside & (dim < DIM), other=0.0).to(tl.float32)
-    inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x) / DIM + eps))
-    normed = x * inverse * tl.load(weight + dim, mask=dim < DIM, other=0.0)
-    normed = normed.to(tl.bfloat16).to(tl.float32)
-    exponent = scale_exponent(normed, 1, FP4=False)
-    codes = (normed * inverse_power_of_two(exponent)[:, None]).to(tl.float8e4nv)
-    scale = tl.where(group < NOPE // GROUP, exponent, 0).to(tl.uint8)
-
-    x = tl.load(kv + row * kv_row + NOPE + lane, mask=inside, other=0.0).to(tl.float32)
-    tail = (x * inverse * tl.load(weight + NOPE + lane)).to(tl.bfloat16)
-    tail = rotate(tail[None, :], rotations + row * GROUP, GROUP)
-    tail_at = NOPE // 2 + lane[None, :]
-
-    keep = inside & (dim < NOPE)
-    tl.store(step_codes + row * DATA + dim, codes, mask=keep)
-    tl.store(step_rope + row * (DATA // 2) + tail_at, tail, mask=inside)
-    tl.store(step_scale + row * GROUPS + group, scale, mask=inside)
-    fits = inside & (tl.load(counts + row) <= room)
-    target = tl.load(slots + row).to(tl.int64) * ring_rows + position % ring_rows
-    tl.store(ring_codes + target * DATA + dim, codes, mask=keep & fits)
-    tl.store(ring_rope + target * (DATA // 2) + tail_at, tail, mask=fits)
-    tl.store(ring_scale + target * GROUPS + group, scale, mask=fits)
+    store_row(
+        tl.program_id(0).to(tl.int64), kv, weight, rotations, slots, positions, counts, step_codes, step_rope,
+        step_scale, ring_codes, ring_rope, ring_scale, kv_row, ring_rows, room, eps, DIM, GROUP, GROUPS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -157,34 +130,42 @@ def store_kv(
 
     Raises ValueError for head sizes that are no multiple of 64 up to 512, or with other than 64 rotated dims.
     """
+    arguments, sizes = store_arguments(
+        latent_kv, norm_weight, eps, rotations, rows, step_planes, ring_planes, ring_rows, window
+    )
+    if latent_kv.shape[0]:
+        _store[(latent_kv.shape[0],)](*arguments, **sizes, num_warps=1, launch_pdl=launches_early(latent_kv.device))
+
+
+def store_arguments(
+    latent_kv: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    rotations: Tensor,
+    rows: Rows,
+    step_planes: Planes,
+    ring_planes: Planes,
+    ring_rows: int,
+    window: int,
+) -> tuple[list[Tensor | int | float], dict[str, int]]:
+    """Arguments of `_store`, checked, and its constants; those of `store_kv`."""
     dim = latent_kv.shape[1]
     check_dims(dim, rotations)
-    step_codes, step_rope, step_scale = kv_views(step_planes)
-    ring_codes, ring_rope, ring_scale = kv_views(ring_planes)
-    if latent_kv.shape[0]:
-        _store[(latent_kv.shape[0],)](
-            latent_kv,
-            norm_weight,
-            torch.view_as_real(rotations),
-            rows.slots,
-            rows.positions,
-            rows.counts,
-            step_codes,
-            step_rope,
-            step_scale,
-            ring_codes,
-            ring_rope,
-            ring_scale,
-            latent_kv.stride(0),
-            ring_rows,
-            ring_room(ring_rows, window),
-            eps,
-            DIM=dim,
-            GROUP=KV_GROUP,
-            GROUPS=SCALE_ALIGN,
-            num_warps=1,
-            launch_pdl=launches_early(latent_kv.device),
-        )
+    arguments = [
+        latent_kv,
+        norm_weight,
+        torch.view_as_real(rotations),
+        rows.slots,
+        rows.positions,
+        rows.counts,
+        *kv_views(step_planes),
+        *kv_views(ring_planes),
+        latent_kv.stride(0),
+        ring_rows,
+        ring_room(ring_rows, window),
+        eps,
+    ]
+    return arguments, {"DIM": dim, "GROUP": KV_GROUP, "GROUPS": SCALE_ALIGN}
 
 
 def commit(rows: Rows, step_planes: Planes, ring_planes: Planes, ring_rows: int, window: int) -> None:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.dependent import wait_for_previous
-from dsv4_kernels.quant.device import inverse_power_of_two, scale_exponent
+from dsv4_kernels.quant.device import inverse_power_of_two, scale_exponent, store_scales
 
 
 @triton.jit
@@ -27,6 +27,7 @@ def finish_token(
     x,  # [tokens, hidden]
     codes,  # e4m3 [tokens, hidden]
     exponents,  # uint8 [tokens, hidden / 128], strides 1 and exponent_step
+    row_scales,  # of `store_scales`
     post,  # f32 [tokens, 4]
     comb,  # f32 [tokens, 4, 4]
     hidden,
@@ -91,7 +92,7 @@ def finish_token(
         exponent = scale_exponent(values, 1, FP4=False)
         values = values * inverse_power_of_two(exponent)[:, None]
         tl.store(codes + token * hidden + dim, values.to(codes.dtype.element_ty), mask=inside)
-        tl.store(exponents + token + group * exponent_step, exponent.to(tl.uint8), mask=group * 128 < hidden)
+        store_scales(exponents, row_scales, token + group * exponent_step, exponent, group * 128 < hidden)
 
 
 @triton.jit(do_not_specialize=["exponent_step"])
@@ -105,6 +106,7 @@ def finish_tokens(
     x,
     codes,
     exponents,
+    row_scales,
     post,
     comb,
     hidden,
@@ -120,6 +122,6 @@ def finish_tokens(
     """A token each program."""
     wait_for_previous()
     finish_token(
-        tl.program_id(0).to(tl.int64), streams, partials, squares, base, scale, norm, x, codes, exponents, post, comb,
-        hidden, num_slices, exponent_step, hc_eps, norm_eps, ITERATIONS, SLICES, GROUPS, HAS_SQUARES,
+        tl.program_id(0).to(tl.int64), streams, partials, squares, base, scale, norm, x, codes, exponents, row_scales,
+        post, comb, hidden, num_slices, exponent_step, hc_eps, norm_eps, ITERATIONS, SLICES, GROUPS, HAS_SQUARES,
     )  # fmt: skip

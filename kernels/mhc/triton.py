@@ -107,6 +107,7 @@ def _mix(
     x,
     codes,
     exponents,
+    row_scales,
     post,
     comb,
     hidden,
@@ -173,7 +174,8 @@ def _mix(
         if is_last(counts + tl.program_id(0), num_slices):
             finish_token(
                 tl.program_id(0).to(tl.int64), new_streams, partials, partials, base, scale, norm, x, codes, exponents,
-                post, comb, hidden, num_slices, exponent_step, hc_eps, norm_eps, ITERATIONS, SLICES, GROUPS, False,
+                row_scales, post, comb, hidden, num_slices, exponent_step, hc_eps, norm_eps, ITERATIONS, SLICES,
+                GROUPS, False,
             )  # fmt: skip
 
 
@@ -211,7 +213,7 @@ def mhc_boundary(
     num_tokens, _, hidden = streams.shape
     if hidden % GROUP:
         raise ValueError(f"mhc: streams are {list(streams.shape)}; expected D a multiple of {GROUP}")
-    rows = empty_rows(num_tokens, hidden, streams.device)
+    rows = empty_rows(num_tokens, hidden, streams.device, scales=True)
     new_post = torch.empty(num_tokens, STREAMS, device=streams.device, dtype=torch.float32)
     new_comb = torch.empty(num_tokens, STREAMS, STREAMS, device=streams.device, dtype=torch.float32)
     new_streams, x = _launch(
@@ -266,7 +268,9 @@ def _launch(
     x = torch.empty(num_tokens, hidden, device=streams.device, dtype=streams.dtype)
     if not num_tokens:
         return (streams if output is None else torch.empty_like(streams)), x
-    outs = (x, x, x, x) if results is None else (results[0].codes, results[0].exponents, *results[1:])
+    outs = (x,) * 5
+    if results is not None:
+        outs = results[0].codes, results[0].exponents, results[0].scales_to_write, *results[1:]
     sizes = {"ITERATIONS": sinkhorn_iters, "GROUPS": triton.next_power_of_2(triton.cdiv(hidden, GROUP))}
     takes_many = num_tokens >= MANY and streams.dtype is torch.bfloat16 and not is_deterministic()
     if tiles is None and takes_many:

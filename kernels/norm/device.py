@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dsv4_kernels.quant.device import inverse_power_of_two, scale_exponent
+from dsv4_kernels.quant.device import inverse_power_of_two, scale_exponent, store_scales
 
 
 @triton.jit
@@ -15,6 +15,7 @@ def norm_row(
     weight,  # float32 [dim], with HAS_WEIGHT
     out,  # [rows, dim], of x's dtype or E4M3
     exponents,  # uint8 [rows, dim / 128], with QUANTIZE
+    scales,  # of `store_scales`, with QUANTIZE
     dim,
     x_row,
     row_step,
@@ -38,6 +39,5 @@ def norm_row(
         values = values.to(tl.float32)
         exponent = scale_exponent(values, 1, FP4=False)
         values = values * inverse_power_of_two(exponent)[:, None]
-        exponent_at = exponents + row * row_step + group * group_step
-        tl.store(exponent_at, exponent.to(tl.uint8), mask=group * 128 < dim)
+        store_scales(exponents, scales, row * row_step + group * group_step, exponent, group * 128 < dim)
     tl.store(out + row * dim + column, values.to(out.dtype.element_ty), mask=inside)

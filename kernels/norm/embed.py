@@ -23,6 +23,8 @@ def _two_norms(
     other_out,  # E4M3 [rows, dim]
     exponents,
     other_exponents,
+    scales,  # of `store_scales`
+    other_scales,
     num_tokens,
     dim,
     row_step,
@@ -37,12 +39,12 @@ def _two_norms(
     if row < num_tokens:
         at = table + (tl.load(ids + row) - row) * dim
         norm_row(
-            row, at, weight, out, exponents, dim, dim, row_step, group_step, eps, True, True, GROUPS
+            row, at, weight, out, exponents, scales, dim, dim, row_step, group_step, eps, True, True, GROUPS
         )  # fmt: skip
     else:
         norm_row(
-            row - num_tokens, x, other_weight, other_out, other_exponents, dim, dim, other_row_step, other_group_step,
-            eps, True, True, GROUPS,
+            row - num_tokens, x, other_weight, other_out, other_exponents, other_scales, dim, dim, other_row_step,
+            other_group_step, eps, True, True, GROUPS,
         )  # fmt: skip
 
 
@@ -59,12 +61,13 @@ def embed_and_norm_fp8(
             f"embed_and_norm_fp8: table {list(table.shape)} {table.dtype}, x {list(x.shape)} {x.dtype}; expected one "
             "width and dtype, contiguous"
         )
-    found, other = empty_rows(num_tokens, dim, x.device), empty_rows(num_rows, dim, x.device)
+    found, other = (empty_rows(num, dim, x.device, scales=True) for num in (num_tokens, num_rows))
     if num_tokens + num_rows:
         groups = triton.next_power_of_2(triton.cdiv(dim, GROUP))
         _two_norms[(num_tokens + num_rows,)](
-            table, ids, x, weight, x_weight, found.codes, other.codes, found.exponents, other.exponents, num_tokens,
-            dim, *found.exponents.stride(), *other.exponents.stride(), eps, GROUPS=groups,
+            table, ids, x, weight, x_weight, found.codes, other.codes, found.exponents, other.exponents,
+            found.scales_to_write, other.scales_to_write, num_tokens, dim,
+            *found.exponents.stride(), *other.exponents.stride(), eps, GROUPS=groups,
             num_warps=8 if groups > 16 else 4, launch_pdl=launches_early(x.device),
         )  # fmt: skip
     return found, other

@@ -41,6 +41,14 @@ def inverse_power_of_two(exponent):
 
 
 @triton.jit
+def store_scales(exponents, scales, at, exponent, mask):
+    """Store E8M0 bytes at `exponents`, and what they stand for at `scales` if those are float32."""
+    tl.store(exponents + at, exponent.to(tl.uint8), mask=mask)
+    if scales.dtype.element_ty == tl.float32:
+        tl.store(scales + at, power_of_two(exponent), mask=mask)
+
+
+@triton.jit
 def scaled_groups(values, GROUP: tl.constexpr, FP4: tl.constexpr):
     """f32 [rows, columns] to (values over their scales [rows, groups, GROUP], exponents [rows, groups])."""
     groups = tl.reshape(values, (values.shape[0], values.shape[1] // GROUP, GROUP))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dsv4_kernels.compressor.cases import CASES, INDEX, MAIN, POISON, Case, compress
+from dsv4_kernels.compressor import beside
+from dsv4_kernels.compressor.cases import CASES, INDEX, MAIN, POISON, Case, compress, prepare
 from dsv4_kernels.kv_store import Format, RowFormat, decode
 from dsv4_kernels.metadata import C4, C128
 
@@ -62,3 +63,20 @@ def test_two_compressors_in_one_launch_have_the_bits_of_each_alone():
         compress(C4, other)
         assert torch.equal(one["ring"].nan_to_num(7.0), other["ring"].nan_to_num(7.0))
         assert all(torch.equal(plane, same) for plane, same in zip(one["planes"], other["planes"], strict=True))
+
+
+@pytest.mark.parametrize(("ratio", "formats"), [(C4, (MAIN, INDEX)), (C128, (MAIN,))])
+def test_rows_prepared_in_one_launch_are_those_of_a_launch_each(monkeypatch, ratio, formats):
+    """Entries and history to the bit; a norm's sum has another order with more warps, which moves few codes."""
+    results = []
+    for many in (1, 1000):
+        monkeypatch.setattr(beside, "MANY", many)
+        made = [CASES[1].make(ratio, row_format, 1, device="cuda")[0] for row_format in formats]
+        normed, arguments = prepare(ratio, *made)
+        kept = [each["ring" if ratio == C4 else "state"].nan_to_num(7.0) for each in made]
+        exact = [*kept, *(plane for each in made for plane in each["planes"])]
+        rounded = [normed.codes.view(torch.uint8), normed.exponents, *arguments["step_planes"]]
+        results.append((exact, [*rounded, *arguments["ring_planes"]]))
+    assert all(torch.equal(one, other) for one, other in zip(results[0][0], results[1][0], strict=True))
+    for one, other in zip(results[0][1], results[1][1], strict=True):
+        assert (one != other).float().mean() <= 1e-3

@@ -6,8 +6,9 @@ import torch
 from dsv4_kernels.arrival import counters
 from dsv4_kernels.benching import relative_error
 from dsv4_kernels.cases import DEMO, FLASH, PRO
-from dsv4_kernels.gemm import library
+from dsv4_kernels.gemm import library, quantize
 from dsv4_kernels.gemm.cases import products
+from dsv4_kernels.gemm.pair import linear_pair
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.gemm.reference import linear
 from dsv4_kernels.gemm.triton import Tiles, linear_bf16, linear_fp8
@@ -50,7 +51,7 @@ def test_fp8_product_equals_the_reference(name, product):
 
 @pytest.mark.parametrize(("name", "product"), ALL, ids=ids)
 def test_the_library_computes_the_same_product(name, product):
-    x, weight = product.make(2 * library.LEAST_TOKENS, 1, "cuda")
+    x, weight = product.make(2 * quantize.LEAST_TOKENS, 1, "cuda")
     assert library.is_for_library(x)
     assert not library.is_for_library(x[:-1])
     if product.fp8:
@@ -80,6 +81,17 @@ def test_repeated_and_batched_products_have_the_same_bits():
     tiles = Tiles(64, 8, 8, 4)
     together = linear_fp8(quantize_rows(x), weight, tiles=tiles)
     assert torch.equal(together[21:22], linear_fp8(quantize_rows(x[21:22]), weight, tiles=tiles))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 33, 64])
+def test_two_products_in_one_launch_have_the_bits_of_two_launches(num_tokens):
+    x, weight = FP8[0][1].make(num_tokens, 5, "cuda")
+    matrix = torch.randn(2624, x.shape[1], device="cuda").bfloat16()
+    rows = quantize_rows(x)
+    for _ in range(5):
+        found_fp8, found = linear_pair(rows, weight, x, matrix)
+        assert torch.equal(found_fp8, linear_fp8(rows, weight))
+        assert torch.equal(found, linear_bf16(x, matrix))
 
 
 def test_a_captured_product_follows_its_inputs():

@@ -9,7 +9,8 @@ import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
 from triton.runtime import interpreter
 
-from dsv4_kernels.compressor.cases import CASES, INDEX, MAIN, POISON, Case, compress
+from dsv4_kernels.compressor import beside
+from dsv4_kernels.compressor.cases import CASES, INDEX, MAIN, POISON, Case, compress, prepare
 from dsv4_kernels.compressor.triton import compress_c128
 from dsv4_kernels.kv_store import Format, RowFormat, decode
 from dsv4_kernels.metadata import C4, C128
@@ -85,6 +86,22 @@ def test_two_compressors_in_one_launch_have_the_bits_of_each_alone(case):
         alone, _, ring = run(case, C4, row_format)
         assert_same(together["ring"], ring)
         assert all(torch.equal(one, two) for one, two in zip(together["planes"], alone["planes"], strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("ratio", "formats"), [(C4, (MAIN, INDEX)), (C128, (MAIN,))])
+def test_rows_prepared_in_one_launch_have_the_bits_of_a_launch_each(monkeypatch, case, ratio, formats):
+    results = []
+    for many in (1, 1000):
+        monkeypatch.setattr(beside, "MANY", many)
+        made = [case.make(ratio, row_format, 1)[0] for row_format in formats]
+        normed, arguments = prepare(ratio, *made)
+        kept = [each["ring" if ratio == C4 else "state"] for each in made]
+        planes = [plane for each in made for plane in each["planes"]]
+        window = [*arguments["step_planes"], *arguments["ring_planes"]]
+        results.append([normed.codes.view(torch.uint8), normed.exponents, *kept, *planes, *window])
+    for apart, together in zip(*results, strict=True):
+        assert_same(together, apart)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

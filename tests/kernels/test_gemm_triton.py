@@ -6,15 +6,19 @@ from support import triton_interpreter  # noqa: F401  # before any kernel
 
 from dsv4_kernels.arrival import counters
 from dsv4_kernels.benching import relative_error
-from dsv4_kernels.cases import PRO, generator, matrix, nonzero
-from dsv4_kernels.gemm import library
-from dsv4_kernels.gemm import triton as gemm
+from dsv4_kernels.cases import DEMO, PRO, generator, matrix, nonzero
+from dsv4_kernels.gemm import device as gemm_device
+from dsv4_kernels.gemm import library, quantize
 from dsv4_kernels.gemm.bench import floor_bytes, flops
 from dsv4_kernels.gemm.cases import products
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
+from dsv4_kernels.gemm.pair import linear_pair
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.gemm.reference import linear
-from dsv4_kernels.gemm.triton import Tiles, linear_bf16, linear_fp8, tiles_for
+from dsv4_kernels.gemm.triton import Tiles, grouped_fp8_out, linear_bf16, linear_fp8, tiles_for
+from dsv4_kernels.mhc.cases import Case
+from dsv4_kernels.mhc.triton import mhc_boundary
+from dsv4_kernels.norm.triton import rms_norm_fp8
 from dsv4_kernels.quant import dequantize_fp8_blocks, quantize_fp8, quantize_fp8_blocks
 
 # Relative norm; sums in another order decide a bfloat16 rounding now and then.
@@ -73,7 +77,7 @@ def test_bf16_product_equals_the_reference(num_tokens, num_rows, depth, dtype):
 
 @pytest.mark.parametrize("num_tokens", [5, 70])
 def test_scales_applied_by_the_tensor_core_give_the_product(num_tokens, monkeypatch):
-    monkeypatch.setattr(gemm, "cuda_capability_geq", lambda major: major <= 10)  # as on GB300
+    monkeypatch.setattr(gemm_device, "cuda_capability_geq", lambda major: major <= 10)  # as on GB300
     weight, values = weight_of(200, 640)
     x = rows_of(num_tokens, 640)
     found = linear_fp8(quantize_rows(x), weight, out_dtype=torch.float32)
@@ -104,6 +108,24 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_the_same_tiles(tiles):
     together = linear_fp8(quantize_rows(x), weight, out_dtype=torch.float32, tiles=tiles)
     alone = linear_fp8(quantize_rows(x[21:22]), weight, out_dtype=torch.float32, tiles=tiles)
     assert torch.equal(together[21:22], alone)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 33, 70])
+def test_two_products_in_one_launch_have_the_bits_of_two_launches(num_tokens):
+    weight, _ = weight_of(200, 1536)
+    x, matrix = rows_of(num_tokens, 1536), rows_of(300, 1536, seed=3)
+    rows = quantize_rows(x)
+    for multiply in (linear_pair, library.linear_pair):
+        found_fp8, found = multiply(rows, weight, x, matrix)
+        assert torch.equal(found_fp8, linear_fp8(rows, weight))
+        assert torch.equal(found, linear_bf16(x, matrix))
+    assert not counters(x.device, 8).any()
+
+
+def test_two_products_need_the_same_rows():
+    weight, _ = weight_of(128, 128)
+    with pytest.raises(ValueError, match=r"x_fp8 is \[3, 128\], x \[2, 128\]; expected one shape"):
+        linear_pair(quantize_rows(rows_of(3, 128)), weight, rows_of(2, 128), rows_of(4, 128))
 
 
 def test_nan_in_one_row_stays_there():
@@ -197,3 +219,21 @@ def test_products_on_a_cpu_are_ours():
     assert torch.equal(library.linear_fp8(quantize_rows(x), weight), linear_fp8(quantize_rows(x), weight))
     matrix = x[:3].contiguous()
     assert torch.equal(library.linear_bf16(x, matrix), linear_bf16(x, matrix))
+
+
+def test_who_makes_rows_for_the_library_writes_their_scales(monkeypatch):
+    """As many rows as the library takes: norm, hyper-connection and first output product, without another launch."""
+    monkeypatch.setattr(quantize, "is_for_library", lambda num_tokens, device: True)
+    x, weight = rows_of(4, 512), weight_of(256, 256)[0]
+    boundary = Case("few", 4, DEMO).make(0, torch.bfloat16)
+    made = [
+        rms_norm_fp8(x, None, 1e-6),
+        mhc_boundary(norm=torch.ones(DEMO.hidden_size), **boundary)[2],
+        grouped_fp8_out(x, weight, 2),
+        grouped_fp8_out(x, weight, 2, tiles=Tiles(16, 2, 4, 3)),
+    ]
+    for rows in made:
+        assert rows.scales.stride() == rows.exponents.stride()
+        assert torch.equal(rows.scales, 2.0 ** (rows.exponents.float() - 127))
+        assert library.float_scales(rows) is rows.scales
+    assert quantize_rows(x).scales is None

@@ -7,7 +7,7 @@ from support import triton_interpreter  # noqa: F401  # before any kernel
 from dsv4_kernels.arrival import counters
 from dsv4_kernels.benching import relative_error
 from dsv4_kernels.cases import PRO, generator, matrix, nonzero
-from dsv4_kernels.gemm import triton as gemm
+from dsv4_kernels.gemm import device as gemm_device
 from dsv4_kernels.gemm.fp8 import Fp8Weight
 from dsv4_kernels.gemm.triton import Tiles, grouped_fp8_out
 from dsv4_kernels.out_proj import reference
@@ -62,8 +62,8 @@ def test_low_rank_rows_are_quantised_where_they_are_made(tiles, groups, rank):
 
 @pytest.mark.parametrize(("groups", "rank", "splits"), [(GROUPS, RANK, 2), (6, 64, 1), (6, 64, 2)])
 def test_only_the_last_of_all_that_share_128_rows_adds_them(groups, rank, splits, monkeypatch):
-    added, add = [], gemm._add
-    monkeypatch.setattr(gemm, "_add", lambda *args: (added.append(args), add(*args)))
+    added, add = [], gemm_device._add
+    monkeypatch.setattr(gemm_device, "_add", lambda *args: (added.append(args), add(*args)))
     o, wo_a, _ = make(20, groups, rank)
     grouped_fp8_out(o.flatten(1), wo_a, groups, tiles=Tiles(16, splits, 4, 3))
     assert len(added) == groups * rank // 128 * 2  # tiles of tokens

@@ -29,7 +29,7 @@ from dsv4serve.weights.device import DeviceWeights
 
 RATIOS = [4, 128]
 NUM_EXPERTS = 384
-MORE = {4: 7, 128: 4}  # launches of a layer in deterministic mode
+DETERMINISTIC = {4: 24, 128: 21}  # launches of a layer in deterministic mode
 PAGES = 32  # of a request: 8K tokens
 
 
@@ -105,14 +105,21 @@ def run_layer(network, monkeypatch, ratio: int, counts: list[int]) -> Launches:
     return launches
 
 
-@pytest.mark.parametrize("num_requests", [1, 64])
-@pytest.mark.parametrize(("ratio", "most"), [(4, 18), (128, 17)])
-def test_a_layer_of_a_decode_step_has_few_launches(network, monkeypatch, ratio, most, num_requests):
+@pytest.mark.parametrize(
+    ("ratio", "num_requests", "most"),
+    [
+        (4, 1, 14),
+        (4, 64, 15),  # no partial attention, but both hyper-connections in two launches
+        (128, 1, 13),
+        (128, 64, 14),
+    ],
+)
+def test_a_layer_of_a_decode_step_has_few_launches(network, monkeypatch, ratio, num_requests, most):
     launches = run_layer(network, monkeypatch, ratio, [1] * num_requests)
     assert sum(launches.names.values()) <= most, launches.names
     with deterministic():
         launches = run_layer(network, monkeypatch, ratio, [1] * num_requests)
-    assert sum(launches.names.values()) <= most + MORE[ratio], launches.names
+    assert sum(launches.names.values()) <= DETERMINISTIC[ratio], launches.names
 
 
 @pytest.mark.parametrize("is_deterministic", [False, True])

@@ -134,7 +134,8 @@ def _check_attention(
     assert relative(found, queries) <= LAYER_BOUND, theirs.names
     raw = None if ours.w_raw is None else linear_bf16(x.to(device), ours.w_raw)
     attended, output = (seen[theirs.names[part]] for part in ("attend", "output"))
-    found = step.attend(ours, queries.to(device), given[:, rank:], raw)
+    step.prepare(ours, given, raw)
+    found = step.attend(ours, queries.to(device), raw)
     assert relative(found, attended) <= LAYER_BOUND, theirs.names
     assert relative(grouped_out_proj(attended.to(device), ours.wo_a, ours.wo_b), output) <= LAYER_BOUND, theirs.names
     if device.type == "cpu":

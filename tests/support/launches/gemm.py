@@ -7,12 +7,14 @@ from dsv4_kernels.deterministic import deterministic
 from dsv4_kernels.gemm import library
 from dsv4_kernels.gemm import triton as gemm
 from dsv4_kernels.gemm.fp8 import Fp8Weight
+from dsv4_kernels.gemm.pair import linear_pair
 from dsv4_kernels.gemm.quantize import quantize_rows
 
 SIZES = {"pro, 1 token": (PRO, 1), "pro, 64 tokens": (PRO, 64), "flash, 512 tokens": (FLASH, 512)}
 SIZES |= {f"pro, {num} tokens, deterministic": (PRO, num) for num in (64, 200)}
 RUNS = [f"{kind}, {size}" for size in SIZES for kind in ("fp8", "bf16")]
-KERNELS = {"_quantize", "_product", "_widen", "_multiply_out"}
+RUNS += ["both, pro, 1 token", "both, pro, 64 tokens"]
+KERNELS = {"_quantize", "_product", "_pair", "_widen", "_multiply_out"}
 
 
 def fp8_weight(num_rows: int, depth: int) -> Fp8Weight:
@@ -31,19 +33,22 @@ def _launch(run: str) -> None:
     kind, size = run.split(", ", 1)
     shapes, num_tokens = SIZES[size]
     x = torch.empty(num_tokens, shapes.hidden_size, dtype=torch.bfloat16)
-    if kind == "fp8":
-        weight = fp8_weight(shapes.q_lora_rank + shapes.head_dim, shapes.hidden_size)
+    weight = fp8_weight(shapes.q_lora_rank + shapes.head_dim, shapes.hidden_size)
+    matrix = torch.empty(2624, shapes.hidden_size, dtype=torch.bfloat16)
+    if kind == "both":
+        linear_pair(quantize_rows(x), weight, x, matrix)
+    elif kind == "fp8":
         gemm.linear_fp8(quantize_rows(x), weight)
         library.float_scales(quantize_rows(x))
         library.bf16_values(weight)
     else:
-        gemm.linear_bf16(x, torch.empty(2624, shapes.hidden_size, dtype=torch.bfloat16))
+        gemm.linear_bf16(x, matrix)
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
     """What the machine code must multiply matrices with; for 103 those of FP8 apply the scales too."""
-    if kernel != "_product":
+    if kernel not in ("_product", "_pair"):
         return set()
-    return {("fp8", 90): {"QGMMA"}, ("fp8", 103): {"UTCQMMA"}, ("bf16", 90): {"HGMMA"}, ("bf16", 103): {"UTCHMMA"}}[
-        run.split(", ")[0], capability
-    ]
+    fp8, bf16 = {90: ("QGMMA", "HGMMA"), 103: ("UTCQMMA", "UTCHMMA")}[capability]
+    kind = run.split(", ")[0]
+    return {"fp8": {fp8}, "bf16": {bf16}, "both": {fp8, bf16}}[kind]

@@ -7,6 +7,8 @@ from dsv4_kernels.deterministic import deterministic
 from dsv4_kernels.mhc import triton as mhc
 from dsv4_kernels.mhc.cases import Case
 
+from . import for_library
+
 RUNS = {
     "pro, 1 token": ("pro", PRO, 1),
     "flash, 1 token": ("flash", FLASH, 1),
@@ -33,6 +35,9 @@ def _launch(run: str) -> None:
         output = streams[:, :1].expand(-1, num_parts, -1).contiguous()
         mhc.mhc_boundary(norm=norm, output=output, post=post, comb=comb, **inputs)
     mhc.mhc_boundary(norm=norm, **inputs)
+    if run == "pro, 64 tokens":
+        with for_library():
+            mhc.mhc_boundary(norm=norm, **inputs)
     head = {key: inputs[key] for key in ("streams", "hc_eps", "norm_eps")}
     head |= {"fn": inputs["fn"][:4], "base": inputs["base"][:4], "scale": inputs["scale"][:1], "norm": norm}
     mhc.mhc_head(**head, output=output, post=post, comb=comb)

@@ -6,6 +6,8 @@ from dsv4_kernels.cases import FLASH, PRO
 from dsv4_kernels.norm import triton as norm
 from dsv4_kernels.norm.embed import embed_and_norm_fp8
 
+from . import for_library
+
 RUNS = {
     f"{name} {dim}": getattr(shapes, dim)
     for name, shapes in (("pro", PRO), ("flash", FLASH))
@@ -20,6 +22,8 @@ def launch(run: str) -> None:
     norm.rms_norm(x, weight, 1e-6)
     norm.rms_norm_fp8(x, weight, 1e-6)
     embed_and_norm_fp8(x, torch.zeros(4, dtype=torch.int64), weight, x, weight, 1e-6)
+    with for_library():
+        norm.rms_norm_fp8(x, weight, 1e-6)
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:

@@ -1,0 +1,122 @@
+"""Two products over the same tokens in one launch, side by side: one in FP8, one in bfloat16.
+
+A layer's attention takes its normed input twice: in E4M3 for the latent, in bfloat16 for what compressors and indexer
+read. Few tokens split each product into about as many programs as there are multiprocessors, so alone each of them
+waits for its own memory at its start and its end; together they fill these times (ADR 7, rule 3). The programs of the
+bfloat16 product come first, because they read most.
+
+Up to 32 tokens three programs fit on a multiprocessor of Hopper, as of either product. Up to 64 it is one, as of the
+FP8 product alone; two of the other would fit, but it has no two for each multiprocessor.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4_kernels.arrival import counters
+from dsv4_kernels.dependent import launches_early, wait_for_previous
+from dsv4_kernels.deterministic import is_deterministic
+from dsv4_kernels.gemm import triton as gemm
+from dsv4_kernels.gemm.device import multiply_tile
+from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
+
+MOST_TOKENS = 64  # of one launch; more fill the GPU with either product alone
+
+
+# Not compiled anew for other numbers of tokens.
+@triton.jit(do_not_specialize=["num_tokens", "block_step"])
+def _pair(
+    x,  # bf16 [tokens, depth], rows x_row apart
+    matrix,  # bf16 [num_rows, depth]
+    arrived,
+    parts,
+    out,  # [tokens, num_rows]
+    codes,  # e4m3 [tokens, depth], rows code_row apart
+    exponents,  # uint8 [tokens, depth / 128], strides token_step and block_step
+    weight,  # e4m3 [fp8_rows, depth]
+    weight_exponents,
+    fp8_arrived,
+    fp8_parts,
+    fp8_out,  # [tokens, fp8_rows]
+    num_tokens,
+    depth,
+    num_rows,
+    fp8_rows,
+    x_row,
+    code_row,
+    token_step,
+    block_step,
+    SPLITS: tl.constexpr,
+    FP8_SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr,  # of a tile, at least num_tokens
+    ADD_TOKENS: tl.constexpr,
+):
+    wait_for_previous()
+    program, tiles, fp8_tiles = tl.program_id(0), tl.cdiv(num_rows, 128), tl.cdiv(fp8_rows, 128)
+    if program < tiles * SPLITS:
+        multiply_tile(
+            program % tiles, program // tiles, x, x, matrix, matrix, arrived, parts, out, out, out, num_tokens,
+            num_rows, num_rows + 128, depth, x_row, 0, 0, 0, 0, "bf16", False, SPLITS > 1, SPLITS, 1, 128, TOKENS, 64,
+            ADD_TOKENS,
+        )  # fmt: skip
+    else:
+        program -= tiles * SPLITS
+        multiply_tile(
+            program % fp8_tiles, program // fp8_tiles, codes, exponents, weight, weight_exponents, fp8_arrived,
+            fp8_parts, fp8_out, fp8_out, fp8_out, num_tokens, fp8_rows, fp8_rows + 128, depth, code_row, token_step,
+            block_step, 0, 0, "fp8", False, FP8_SPLITS > 1, FP8_SPLITS, 1, 128, TOKENS, 128, ADD_TOKENS,
+        )  # fmt: skip
+
+
+def linear_pair(x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`linear_fp8(x_fp8, weight)` bfloat16 [T, N] and `linear_bf16(x, matrix)` float32 [T, M], to the bit.
+
+    One launch for up to MOST_TOKENS tokens, else (and in deterministic mode) one for each.
+    Raises ValueError for shapes that do not fit.
+    """
+    num_tokens, (num_rows, depth) = len(x), matrix.shape
+    if not 0 < num_tokens <= MOST_TOKENS or is_deterministic():
+        return gemm.linear_fp8(x_fp8, weight), gemm.linear_bf16(x, matrix)
+    gemm.check_fp8(x_fp8, weight)
+    gemm.check_bf16(x, matrix)
+    fp8_rows = len(weight.codes)
+    if x_fp8.codes.shape != x.shape:
+        raise ValueError(f"linear_pair: x_fp8 is {list(x_fp8.codes.shape)}, x {list(x.shape)}; expected one shape")
+    tokens, splits, num_warps, num_stages, _ = gemm.tiles_for(num_tokens, num_rows, depth, fp8=False)
+    fp8_splits = gemm.tiles_for(num_tokens, fp8_rows, depth, fp8=True).splits
+    out = torch.empty(num_tokens, num_rows, device=x.device, dtype=torch.float32)
+    fp8_out = torch.empty(num_tokens, fp8_rows, device=x.device, dtype=torch.bfloat16)
+    tiles, fp8_tiles = triton.cdiv(num_rows, gemm.TILE_ROWS), triton.cdiv(fp8_rows, gemm.TILE_ROWS)
+    arrived = counters(x.device, tiles + fp8_tiles)
+    _pair[(tiles * splits + fp8_tiles * fp8_splits,)](
+        x,
+        matrix,
+        arrived,
+        torch.empty(splits, num_tokens, num_rows, device=x.device, dtype=torch.float32),
+        out,
+        x_fp8.codes,
+        x_fp8.exponents,
+        weight.codes,
+        weight.exponents,
+        arrived[tiles:],
+        torch.empty(fp8_splits, num_tokens, fp8_rows, device=x.device, dtype=torch.float32),
+        fp8_out,
+        num_tokens,
+        depth,
+        num_rows,
+        fp8_rows,
+        x.stride(0),
+        x_fp8.codes.stride(0),
+        *x_fp8.exponents.stride(),
+        SPLITS=splits,
+        FP8_SPLITS=fp8_splits,
+        TOKENS=tokens,
+        ADD_TOKENS=gemm.ADD_TOKENS,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        launch_pdl=launches_early(x.device),
+    )
+    return fp8_out, out
