@@ -9,12 +9,33 @@ from pathlib import Path
 
 import pytest
 from support import triton_interpreter  # noqa: F401  # before any kernel
+from support.compile_gate import waits_first
 
 SUPPORT = Path(__file__).parents[1] / "support"
 OPERATIONS = sorted(path.stem for path in SUPPORT.glob("launches/[a-z]*.py"))
 KERNELS = Path(__file__).parents[2] / "kernels"
 MAX_SHARED_BYTES = 227 << 10
 MAX_TENSOR_MEMORY_COLUMNS = 512  # with more Triton 3.9 compiles a kernel that does nothing
+
+
+WAIT = "BAR.SYNC ;\n.L_x_0:\n ACQBULK ;\n PREEXIT ;\n LDG.E R2 ;\n.L_x_1:\n EXIT ;\n"
+
+
+@pytest.mark.parametrize(
+    ("sass", "expected"),
+    [
+        (WAIT, True),
+        ("@P0 BRA `(.L_x_0) ;\n" + WAIT, True),  # a short way to the wait
+        ("@P0 BRA `(.L_x_1) ;\n" + WAIT, False),  # one around it
+        ("@P0 EXIT ;\n" + WAIT, False),
+        ("STG.E R2 ;\n" + WAIT, False),
+        ("UTCATOMSWS.FIND_AND_SET.ALIGN ;\n" + WAIT, True),
+        (WAIT + "UTCATOMSWS.FIND_AND_SET.ALIGN ;\n", False),
+        (WAIT.replace("ACQBULK", "NOP"), False),
+    ],
+)
+def test_machine_code_that_does_not_wait_first_is_found(sass, expected):
+    assert waits_first(sass) == expected
 
 
 def test_each_operation_with_triton_kernels_is_compiled():

@@ -28,8 +28,11 @@ MATRIX = ("HMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
 CONVERSION = re.compile(r"\b(F2F|F2FP|F2I|I2F|I2FP)\b")
 LABEL = re.compile(r"^(\.L\w+):", re.MULTILINE)
 BRANCH = re.compile(r"\bBRA\b.*`\((\.L\w+)\)")
-# What reads or writes memory that others see, or leaves the straight way through the program.
-VISIBLE = re.compile(r"\b(LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UBLKCP|UBLKPF|UTMA\w+|BRA|BRX|CALL|EXIT|RET)\b")
+# What reads or writes memory that others see, or may leave the way from the first instruction to the wait unseen; not
+# the call that ends a program without tensor memory (Triton 3.6).
+VISIBLE = re.compile(
+    r"\b(LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UBLKCP|UTMA\w+|BRX|CALL(?!.*guardrail_trap)|EXIT|RET)\b"
+)
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -99,9 +102,15 @@ def conversions(sass: str) -> int | None:
 
 
 def waits_first(sass: str) -> bool:
-    """Whether every program waits for the kernels before it, and reads and writes no memory until then."""
+    """Whether every program waits for the kernels before it, and reads and writes no memory until then.
+
+    Nor may it take tensor memory later: it could wait for that of a program which waits for this kernel.
+    """
     wait = re.search(r"\bACQBULK\b", sass)
-    return wait is not None and not VISIBLE.search(sass, 0, wait.start())
+    if wait is None or VISIBLE.search(sass, 0, wait.start()) or "FIND_AND_SET" in sass[wait.end() :]:
+        return False
+    labels = {label[1]: label.start() for label in LABEL.finditer(sass)}
+    return all(labels[branch[1]] < wait.start() for branch in BRANCH.finditer(sass, 0, wait.start()))
 
 
 @functools.cache

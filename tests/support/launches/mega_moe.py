@@ -103,7 +103,8 @@ def launch_parallel(x: torch.Tensor, shapes: Shapes, activations: Activations, w
     step = Step(owner, x, ids, torch.ones(len(x), top_k), len(x))
     step.dispatch()
     step.received(unpacked=True)
-    step.products(*weights, shapes.swiglu_limit, None)
+    # The tile of the run, so that the same instructions are expected.
+    step.products(*weights, shapes.swiglu_limit, moe.choose_tile(len(x), top_k, num_experts, unpacked=True))
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
