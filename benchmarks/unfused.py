@@ -232,7 +232,7 @@ def _launches(replace: Replace, network: DeviceTransformer) -> None:
         return linear_fp8(x_fp8, weight), linear_bf16(x, matrix)
 
     replace(device, linear_fp8=linear_fp8, linear_pair=linear_pair, grouped_out_proj=out_proj)
-    replace(device_step, prepare_queries=queries)
+    replace(device_step, prepare_queries=queries, rms_norm_fp8=_norm_fp8)
     replace(indexer, ONE_LAUNCH_ROWS=0)
 
 
