@@ -85,16 +85,16 @@ def test_products(kind):
     """One tile of rows, so as many splits as K allows: three; 64 tokens are the last with a program for each."""
     depth, sizes = 1536, [1, 17, 64, 65, 130]
     x = nonzero(generator(2), sizes[-1], 2 * depth, scale=3.0).bfloat16()
-    if kind == "bf16":
-        weight = nonzero(generator(3), 40, depth).bfloat16()
-        run = lambda size: [linear_bf16(x[:size, :depth], weight)]  # noqa: E731
-    elif kind == "fp8":
-        weight = fp8_weight(40, depth)
-        run = lambda size: [linear_fp8(quantize_rows(x[:size, :depth]), weight, out_dtype=torch.float32)]  # noqa: E731
-    else:
-        groups = 2 if kind == "wide of halves" else 1
-        weight = fp8_weight(128, depth)
-        run = lambda size: [grouped_fp8_out(x[:size, : groups * depth], weight, groups)]  # noqa: E731
+    wide, groups = fp8_weight(128, depth), 2 if kind == "wide of halves" else 1
+    narrow, plain = fp8_weight(40, depth), nonzero(generator(3), 40, depth).bfloat16()
+
+    def run(size):
+        if kind == "bf16":
+            return [linear_bf16(x[:size, :depth], plain)]
+        if kind == "fp8":
+            return [linear_fp8(quantize_rows(x[:size, :depth]), narrow, out_dtype=torch.float32)]
+        return [grouped_fp8_out(x[:size, : groups * depth], wide, groups)]
+
     with deterministic():
         assert same_rows(run, sizes)
     if kind == "bf16":  # sums of E4M3 products are exact, and results rounded to it show little
