@@ -137,8 +137,7 @@ def test_traffic_is_one_row_for_each_other_rank_and_one_output_for_each_pair(ran
                     if copies:  # in turn, from the rank's own number on
                         targets.append(copies[(row + rank) % len(copies)])
                 dispatched[rank] += len(set(targets) - {rank})
-                for target in targets:
-                    said[target] += target != rank
+                said[rank] += sum(target != rank for target in targets)  # what comes back to the token's rank
         form = RowFormat(HIDDEN, TOP_K, scenario["options"]["activations"], scenario["tokens"][0]["x"].dtype)
         for rank in range(num_ranks):
             traffic = ranks[rank][name][1]
