@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -87,7 +89,7 @@ class StepGraphs:
             self.eager(bucket)  # compiles
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with _no_collection(), torch.cuda.graph(graph, pool=pool):
                 output = self._forward(*self._inputs[bucket], keeps_rows=False)
             self._replays[bucket] = graph.replay, output
 
@@ -144,6 +146,18 @@ class StepGraphs:
             inputs, ids = (tensor.to(self._forward.device, copy=True) for tensor in self._host[bucket][0])
             self._inputs[bucket] = inputs, ids
         return self._host[bucket]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """The collector may find an older engine's graphs, and freeing one spoils a capture that is under way."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def track(items: list[Bucket], label: str, wanted: bool) -> Iterator[Bucket]:
