@@ -1,4 +1,9 @@
-"""Scheduler and runner, step after step: plans and submits, and takes results as late as the runner allows."""
+"""Scheduler and runner, step after step: plans and submits, and takes results as late as the runner allows.
+
+Nothing is planned behind a step with drafts before its result is there. Its requests could not be in the next step,
+because only the result says how far they have come; so those with drafts and those without would take turns to the end,
+and read all weights twice as often.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +47,8 @@ class Pipeline:
         The caller gives a finished step to `Scheduler.update` before the next call.
         """
         begin = self._clock()
-        planned = self._scheduler.schedule()
+        drafts_are_out = bool(self._submitted) and bool(self._submitted[-1][0].verifies)
+        planned = None if drafts_are_out else self._scheduler.schedule()
         if planned is not None:
             now = self._clock()
             self._submitted.append((planned, now - begin, now, self._runner.submit(planned)))
@@ -52,6 +58,6 @@ class Pipeline:
         result = take_result()
         now = self._clock()
         seconds = now - max(submitted_at, self._finished_at)
+        self._scheduler.took(planned, now - self._finished_at)
         self._finished_at = now
-        self._scheduler.took(planned, seconds)
         return FinishedStep(planned, result, schedule_s, seconds)

@@ -20,7 +20,9 @@ TRIES = 3  # steps that show how long a number of drafts takes
 COST_MEMORY = 64.0  # steps after which the cost of a number of drafts has lost two thirds of its weight
 PACE_MEMORY = 8.0  # the same of the machine's pace
 LONGEST = 1.5  # of what was expected: a step that takes longer was interrupted, and counts as this
-PROBE_STEPS = 32  # every so many steps another number than the best is tried, or its numbers would grow old
+PROBE_STEPS = 32  # after so many steps another number than the best is tried, or its numbers would grow old,
+PROBE_SHARE = 0.01  # but tries lose no more than this share of the time,
+MOST_SPARE = 8.0  # which is saved up for so many steps of the usual length at most
 
 
 class DraftPolicy:
@@ -39,7 +41,6 @@ class DraftPolicy:
         self._rates = [PRIOR] * most  # of first, second, .. drafts, given that those before were accepted
         self._counts = [PRIOR_WEIGHT] * most
         self._costs: dict[int, _Costs] = {}  # by size class of the batch
-        self._num_steps = 0
 
     def observe(self, num_drafts: int, num_accepted: int) -> None:
         """A verify with `num_drafts` drafts of which the first `num_accepted` were accepted."""
@@ -49,7 +50,10 @@ class DraftPolicy:
             self._rates[position] += ((position < num_accepted) - self._rates[position]) * weight
 
     def took(self, num_requests: int, num_drafts: int, seconds: float) -> None:
-        """A step of nothing but `num_requests` decodes, with so many drafts each, took `seconds`."""
+        """A step of nothing but `num_requests` decodes, with so many drafts each, ended `seconds` after the last one.
+
+        So what the host does between two steps counts for those that are not submitted ahead.
+        """
         self._class(num_requests).add(num_drafts, seconds)
 
     def choose(self, num_requests: int) -> int:
@@ -60,17 +64,15 @@ class DraftPolicy:
         for num in range(self.most, -1, -1):
             if costs.counts[num] < TRIES:
                 return num
-        self._num_steps += 1
-        if self._num_steps % PROBE_STEPS == 0:
-            return self._num_steps // PROBE_STEPS % (self.most + 1)
-        best, best_speed, tokens, chance = 0, 0.0, 1.0, 1.0
+        best, best_speed, tokens, chance = 0, 0.0, [1.0], 1.0
         for num, cost in enumerate(costs.ratios):
-            if tokens / cost > best_speed:
-                best, best_speed = num, tokens / cost
+            if tokens[num] / cost > best_speed:
+                best, best_speed = num, tokens[num] / cost
             if num < self.most:
                 chance *= self._rates[num]
-                tokens += chance
-        return best
+                tokens.append(tokens[num] + chance)
+        losses = [cost - made / best_speed for cost, made in zip(costs.ratios, tokens, strict=True)]
+        return costs.probe(best, losses)
 
     def _class(self, num_requests: int) -> _Costs:
         """Batches of 1, 2, 3 to 4, 5 to 8, .. requests take about as long."""
@@ -84,6 +86,20 @@ class _Costs:
         self.counts = [0] * (most + 1)
         self.ratios = [1.0] * (most + 1)
         self._pace = 0.0
+        self._next, self._num_steps, self._spare = 0, 0, 0.0  # of tries; what they may still lose, in ratios
+
+    def probe(self, best: int, losses: list[float]) -> int:
+        """The best number, or the one whose turn it is to be tried; `losses`: what a step of each loses, in ratios."""
+        self._num_steps += 1
+        self._spare = min(self._spare + PROBE_SHARE * self.ratios[best], MOST_SPARE)
+        if self._next == best:
+            self._next = (self._next + 1) % len(self.ratios)
+        loss = losses[self._next]
+        if self._num_steps < PROBE_STEPS or loss > self._spare:
+            return best
+        tried, self._next = self._next, (self._next + 1) % len(self.ratios)
+        self._num_steps, self._spare = 0, self._spare - loss
+        return tried
 
     def add(self, num_drafts: int, seconds: float) -> None:
         if not self._pace:
