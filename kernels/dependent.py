@@ -1,4 +1,4 @@
-"""Programmatic dependent launch: a kernel is set up on its multiprocessors while the one before it still runs.
+"""Programmatic dependent launch: a kernel is set up while the one before it writes its last results back.
 
 Each kernel calls `wait_for_previous` as its first line, and each launch passes `launch_pdl=launches_early(device)`.
 Why, and why nothing is read too early: docs/adr/0009-kernels-are-launched-early.md.
@@ -19,17 +19,15 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def wait_for_previous():
-    """Wait until all kernels launched before are complete, their writes visible; then let the next one be set up.
+    """Wait until all kernels launched before are complete, their writes visible.
 
-    All programs call it before they read or write memory. Of a kernel launched early nothing else keeps it behind the
-    one before, and the next one, which may begin right after, relies on this one's programs being behind the wait:
-    so what is complete here is complete there, and the next one itself waits for this one only.
+    All programs call it before they read or write memory: of a kernel launched early nothing else keeps it behind the
+    one before. The next one is set up when all programs of this one have ended; it waits for this one only, whose own
+    programs were behind this wait.
     """
     if not INTERPRETED:  # noqa: SIM102  # two constants; the interpreter has no target
         if cuda_capability_geq(9):
             tl.extra.cuda.gdc_wait()
-            # The next kernel reads nothing of this one before its own wait, so there is no reason to hold it back.
-            tl.extra.cuda.gdc_launch_dependents()
 
 
 def launches_early(device: torch.device) -> bool:
