@@ -45,7 +45,7 @@ def build_device_runner(config: EngineConfig, model: ModelConfig, progress: bool
         max_step_tokens=config.max_step_tokens,
         read_vocabulary=lambda: read_vocabulary(config.model, model.vocab_size),
     )
-    runner.graphs.capture(progress)
+    runner.make_ready(progress)
     return runner
 
 
