@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dsv4serve.config import Device, EngineConfig, LoadFormat, default_model
+from dsv4serve.obs.kernels import kernels
 from dsv4serve.runner import build_runner
 from dsv4serve.types import PAGE_TOKENS, Chunk, PageAppend, SamplingParams, SchedulerOutput, SlotStart, StepOutput
 
@@ -68,6 +69,19 @@ def build(name: str, **settings: Any) -> Driver:
     torch.cuda.synchronize()
     driver.start_s = time.perf_counter() - begin
     return driver
+
+
+def start_results(start_s: float) -> dict[str, Any]:
+    """What a record says of the start of its process's only engine, which took `start_s`: seconds from the start of the
+    process until it was ready, and the kernels that were compiled or loaded from the cache before that and since."""
+    return {
+        "start_s": round(start_s, 1),
+        "ready_s": round(kernels.ready_s, 1),
+        "kernels_made": {
+            phase: {"compiled": counts.compiled, "loaded": counts.loaded, "seconds": round(counts.seconds, 2)}
+            for phase, counts in kernels.phases.items()
+        },
+    }
 
 
 class Driver:

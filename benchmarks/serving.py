@@ -4,8 +4,8 @@
 
 Scheduler and runner in this process, as the engine drives them, without HTTP and without the sockets: what the engine
 itself can do. One JSON line for each length and concurrency; the words mean what benchmarks/README.md says. A slice has
-few of a model's layers (gpu_models.py): its tokens/s are not the model's. How to run it on the GPU machine is in
-gpu_smoke.py beside this file.
+few of a model's layers (gpu_models.py): its tokens/s are not the model's. The exit code is 1 when a kernel was compiled
+after the engine was ready. How to run it on the GPU machine is in gpu_smoke.py beside this file.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from gpu_models import MODELS, engine_config
+from gpu_models import MODELS, engine_config, start_results
 
 from dsv4serve.cli.load import RequestRecord, summarize
 from dsv4serve.cli.record import append_record, make_record
 from dsv4serve.config import Device
+from dsv4serve.obs.kernels import kernels
 from dsv4serve.runner import build_runner
 from tools.demo_model.loop import Loop, Prompt, Served
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     begin = time.perf_counter()
     loop = Loop(config, build_runner(config))
-    start_s = round(time.perf_counter() - begin, 1)
+    start_s = time.perf_counter() - begin
     for num_input, num_output in lengths:
         for concurrency in args.concurrency:
             serve(loop, num_input, 4, concurrency, concurrency, seed=0)  # what was not warm is now
@@ -62,13 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             served = serve(loop, num_input, num_output, concurrency, args.rounds * concurrency, seed=1)
             full = [seconds for size, _, seconds in loop.steps if size == concurrency]
             results = summarize([record(one, num_input) for one in served])
-            results |= {"decode_step_ms": round(1e3 * median(full), 3) if full else None, "start_s": start_s}
+            results |= {"decode_step_ms": round(1e3 * median(full), 3) if full else None} | start_results(start_s)
             settings = {"model": args.model, "input": num_input, "output": num_output, "concurrency": concurrency,
                         "rounds": args.rounds}  # fmt: skip
             append_record(args.out, make_record(sys.argv, "", settings, results))
             shown = ("output_tokens_per_s", "total_tokens_per_s", "interactivity", "decode_step_ms")
             print(f"{num_input}/{num_output} x {concurrency}:", {name: results[name] for name in shown}, flush=True)
-    return 0
+    if kernels.num_late:
+        print(f"{kernels.num_late} kernels were compiled or loaded after the engine was ready (see the log): its start "
+              "must run every form", file=sys.stderr)  # fmt: skip
+    return int(kernels.num_late > 0)
 
 
 def serve(loop: Loop, num_input: int, num_output: int, concurrency: int, num_requests: int, seed: int) -> list[Served]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import MODELS, Driver, build
+from gpu_models import MODELS, Driver, build, start_results
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name.startswith("decode"):
             step_us = 1e3 * driver.decode_ms(list(range(int(name.split()[1]))), NUM_STEPS)
             results |= {"step_us": round(step_us, 1), "idle_share": round(1 - results["busy_us"] / step_us, 4)}
+        results |= start_results(driver.start_s)
         settings = {"model": args.model, "step": name, "context": context}
         append_record(args.out, make_record(sys.argv, "", settings, results))
         print(name, {key: value for key, value in results.items() if key != "kernels"})

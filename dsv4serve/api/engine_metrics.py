@@ -26,6 +26,7 @@ def engine_metrics(live: Live, info: EngineInfo | None) -> Iterator[Metric]:
     )
     yield from _counters(stats)
     yield from _speculation(live, stats)
+    yield from _start_up(stats)
     steps = HistogramMetricFamily(PREFIX + "step_time_seconds", "time of a step, by phase", labels=("phase",))
     for phase, histogram in stats.step_times.items():
         steps.add_metric((phase,), histogram.cumulative(), histogram.sum)
@@ -87,6 +88,18 @@ def _speculation(live: Live, stats: EngineStats) -> Iterator[Metric]:
     yield _gauge(
         "shadow_drift", "norm of the logits' difference / norm of the reference's, last time", stats.shadow_drift
     )
+
+
+def _start_up(stats: EngineStats) -> Iterator[Metric]:
+    yield _gauge("ready_seconds", "from the start of the engine's process until it could serve", stats.ready_s)
+    for name, text in (
+        ("compiled", "kernels compiled; while the engine serves there should be none"),
+        ("loaded", "kernels loaded from the cache on disk; while the engine serves there should be none"),
+    ):
+        family = CounterMetricFamily(f"{PREFIX}kernels_{name}", text, labels=("phase",))
+        for phase, counts in stats.kernels.items():
+            family.add_metric((phase,), getattr(counts, name))
+        yield family
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -40,6 +40,7 @@ from dsv4serve.engine.pipeline import Pipeline
 from dsv4serve.engine.runner_protocol import Runner
 from dsv4serve.obs.acceptance import AcceptanceWatch
 from dsv4serve.obs.histogram import StepHistogram
+from dsv4serve.obs.kernels import kernels
 from dsv4serve.scheduler import Scheduler
 from dsv4serve.types import (
     Constraint,
@@ -202,6 +203,8 @@ class EngineCore:
             **asdict(self._scheduler.stats()),
             num_frontends=len(self._requests),
             step_times=self._step_times,
+            ready_s=kernels.ready_s,
+            kernels=kernels.phases,
             num_nonfinite_drafts=self._num_nonfinite_drafts,
             num_nonfinite_steps=self._num_nonfinite_steps,
             num_shadow_rows=self._num_shadow_rows,

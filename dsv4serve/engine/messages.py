@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from dsv4serve.obs.histogram import StepHistogram
+from dsv4serve.obs.kernels import KernelCounts
 from dsv4serve.types import Request, RequestOutput
 
 
@@ -90,6 +91,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="engine_stats")
     is_accept_rate_low: bool = False
     num_frontends: int  # that said Hello and are not known to be gone
     step_times: dict[str, StepHistogram] = {}  # schedule, prepare, execute, sample, update
+    ready_s: float = 0.0  # from the start of the engine's process until it could serve
+    kernels: dict[str, KernelCounts] = {}  # by phase, start-up and serving
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):

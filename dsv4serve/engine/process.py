@@ -16,6 +16,7 @@ from dsv4serve.engine.messages import EngineInfo
 from dsv4serve.engine.runner_protocol import Runner
 from dsv4serve.engine.spawn import ProcessSpec, die_with_parent
 from dsv4serve.obs.acceptance import AcceptanceWatch
+from dsv4serve.obs.kernels import START_UP, kernels
 from dsv4serve.obs.logging import configure
 from dsv4serve.scheduler import Scheduler
 from dsv4serve.scheduler.drafts import DraftPolicy
@@ -76,7 +77,11 @@ def build_core(endpoint: str, config: EngineConfig, build_runner: Callable[[Engi
         num_pages=runner.num_pages,
         num_tails=runner.num_tails,
     )
-    logger.info("engine ready: %s", info)
+    made = kernels.phases[START_UP]
+    logger.info(
+        "engine ready %.1f s after its start, kernels: %d compiled and %d loaded from the cache in %.1f s; %s",
+        kernels.ready_s, made.compiled, made.loaded, made.seconds, info,
+    )  # fmt: skip
     watch = None
     if config.num_draft_tokens:
         watch = AcceptanceWatch(config.num_draft_tokens, config.accept_rate_reference)

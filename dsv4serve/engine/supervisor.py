@@ -27,6 +27,7 @@ from collections import deque
 from dsv4serve.config import EngineConfig
 from dsv4serve.engine.client import EngineClient
 from dsv4serve.engine.spawn import ProcessSpec, command, config_values
+from dsv4serve.obs.kernels import process_age_s
 from dsv4serve.obs.metrics import MULTIPROCESS_FOLDER
 from dsv4serve.types import ConfigError, EngineUnavailable
 
@@ -224,6 +225,7 @@ class Supervisor:
         reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         while not (await self._is_connected() and await is_ready(reachable, port)):
             await asyncio.sleep(READY_POLL_S)
+        logger.info("the server is ready %.1f s after its launch", process_age_s())
         print(ready_text(self._config, reachable, port), flush=True)
 
     async def _is_connected(self) -> bool:

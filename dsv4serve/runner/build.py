@@ -9,6 +9,7 @@ from dsv4serve.config import Device, EngineConfig, ModelConfig, Numerics
 from dsv4serve.constrained.vocabulary import read_vocabulary
 from dsv4serve.memory import CacheLayout, CapacityPlan, plan_capacity
 from dsv4serve.model.transformer import Transformer
+from dsv4serve.obs.kernels import kernels
 from dsv4serve.obs.memory import available_memory_bytes
 from dsv4serve.runner.runner import Runner
 from dsv4serve.runner.sentinel import Sentinel
@@ -17,17 +18,25 @@ from dsv4serve.weights import halve, load_weights
 
 
 def build_runner(config: EngineConfig, progress: bool = False) -> Runner:
-    """Load the model and allocate its cache.
+    """Load the model, allocate its cache, and make every kernel: behind this the process serves.
 
     Raises:
         CheckpointError, ConfigError, CapacityError: before anything large is allocated.
     """
+    kernels.start_up()
     torch.set_num_threads(config.threads)
     model = ModelConfig.load(config.model)
     if config.device is Device.CUDA:
         from dsv4serve.runner.device_build import build_device_runner  # Triton is not installed everywhere
 
-        return build_device_runner(config, model, progress)
+        runner: Runner = build_device_runner(config, model, progress)
+    else:
+        runner = _build_cpu_runner(config, model, progress)
+    kernels.serve()
+    return runner
+
+
+def _build_cpu_runner(config: EngineConfig, model: ModelConfig, progress: bool) -> Runner:
     plan = cache_plan(config, model, available_memory_bytes())
     require_mtp_block(config, model)
     weights = load_weights(config, model, progress)

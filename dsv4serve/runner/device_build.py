@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 
 from dsv4_kernels.deterministic import set_deterministic
 from dsv4serve.config import EngineConfig, ExpertActivations, ModelConfig, Numerics
@@ -10,6 +11,7 @@ from dsv4serve.constrained.vocabulary import read_vocabulary
 from dsv4serve.memory import CapacityPlan
 from dsv4serve.memory.activations import step_bytes
 from dsv4serve.model.device import DeviceTransformer
+from dsv4serve.obs.kernels import kernels
 from dsv4serve.runner.build import cache_plan, require_mtp_block
 from dsv4serve.runner.device_batch import bucket_of
 from dsv4serve.runner.device_runner import DeviceRunner
@@ -28,6 +30,7 @@ def build_device_runner(config: EngineConfig, model: ModelConfig, progress: bool
     Raises:
         ConfigError, KernelUnavailable, CheckpointError, CapacityError: before anything large is allocated.
     """
+    triton.knobs.compilation.listener = kernels.observe
     require_settings(config)
     require_kernels(model)
     require_mtp_block(config, model)
@@ -42,7 +45,7 @@ def build_device_runner(config: EngineConfig, model: ModelConfig, progress: bool
         max_step_tokens=config.max_step_tokens,
         read_vocabulary=lambda: read_vocabulary(config.model, model.vocab_size),
     )
-    runner.graphs.capture(progress)
+    runner.make_ready(progress)
     return runner
 
 

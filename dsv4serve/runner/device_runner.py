@@ -20,6 +20,7 @@ from dsv4serve.memory import CapacityPlan
 from dsv4serve.model.device import DeviceTransformer, Streams
 from dsv4serve.runner.device_batch import BatchOutput, DeviceForward
 from dsv4serve.runner.graphs import StepGraphs, max_step_rows
+from dsv4serve.runner.logprobs import BLOCK_ROWS
 from dsv4serve.runner.runner import Runner
 from dsv4serve.runner.sampler import row_bytes
 from dsv4serve.types import PAGE_TOKENS, PageAppend, SamplingParams, SchedulerOutput, StepOutput
@@ -53,6 +54,14 @@ class DeviceRunner(Runner):
         self._end_last: Callable[[], object] = _nothing  # of the step before: what the host has to decide
         self.verifying: dict[int, int] = {}  # by slot: the step under way that decides where its request goes on
 
+    @torch.inference_mode()
+    def make_ready(self, progress: bool = False) -> None:
+        """Run every form of every kernel, and capture the steps' graphs: nothing is compiled behind this."""
+        self.graphs.capture(progress)
+        rows = self.graphs.eager(self.graphs.buckets[0], keeps_rows=True).rows
+        assert rows is not None
+        self._logits(rows)
+
     def may_draft(self, params: SamplingParams) -> bool:
         """See the protocol: what the host does to logits is done to rows without drafts only."""
         return super().may_draft(params) and params.wants_only_tokens
@@ -72,8 +81,14 @@ class DeviceRunner(Runner):
         self._new_pages |= enumerate(append.pages, start=first)
 
     def _logits(self, streams: Streams) -> Tensor:
-        """Float32 logits on the host."""
-        return self.transformer.logits(streams).cpu()
+        """Float32 logits on the host. Always computed for BLOCK_ROWS rows, the last one repeated: other numbers of rows
+        have other forms of the kernels, which `make_ready` would have to run too."""
+        num_rows = len(streams.streams)
+        blocks = []
+        for first in range(0, num_rows, BLOCK_ROWS):
+            rows = torch.arange(first, first + BLOCK_ROWS, device=self.forward.device).clamp_(max=num_rows - 1)
+            blocks.append(self.transformer.logits(streams[rows])[: num_rows - first].cpu())
+        return torch.cat(blocks)
 
     def _begin(self, output: SchedulerOutput, begin: float) -> Callable[[], StepOutput]:
         result = StepOutput(step_id=output.step_id)

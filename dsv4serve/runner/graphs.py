@@ -83,10 +83,13 @@ class StepGraphs:
 
     @torch.inference_mode()
     def capture(self, progress: bool = False) -> None:
-        """Capture all buckets, the largest first, whose memory the others then use. Padding only: writes nothing."""
-        pool = torch.cuda.graph_pool_handle()
+        """Run all buckets, the largest first, so that no step needs a kernel that is not there; on CUDA capture them,
+        the smaller ones in the memory of the larger. Padding only: writes nothing."""
+        pool = torch.cuda.graph_pool_handle() if self._is_cuda else None
         for bucket in track(sorted(self.buckets, reverse=True), "capturing graphs", progress):
             self.eager(bucket)  # compiles
+            if not self._is_cuda:
+                continue
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with _no_collection(), torch.cuda.graph(graph, pool=pool):

@@ -38,6 +38,10 @@ def test_engine_numbers(server):
     assert found["cached_tokens_total",] == 500
     assert found["generation_tokens_total",] == 300
     assert found["step_time_seconds_count", "execute"] == 0
+    assert found["ready_seconds",] == 12.5
+    assert found["kernels_compiled_total", "start-up"] == 3
+    assert found["kernels_loaded_total", "start-up"] == 150
+    assert found["kernels_compiled_total", "serving"] == found["kernels_loaded_total", "serving"] == 0
 
 
 def test_without_an_engine_only_the_frontends_are_counted(server):

@@ -19,7 +19,7 @@ else:
         collect_ignore.append("test_parallel.py")  # several ranks, under torchrun
     if not all(map(find_spec, ("dsv4serve", "msgspec", "pydantic_settings", "safetensors", "rich"))):
         # The engine's requirements are not here; kernels need none.
-        collect_ignore += ["test_engine_gpu.py", "test_drafts_gpu.py", "test_deterministic_gpu.py"]
+        collect_ignore += ["test_engine_gpu.py", "test_drafts_gpu.py", "test_deterministic_gpu.py", "test_ready_gpu.py"]
 
 
 @pytest.fixture(autouse=True)

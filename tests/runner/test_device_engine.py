@@ -7,10 +7,13 @@ from support.device_engine import Sequences, check_generation, check_layers, che
 from support.device_models import CONFIG, both, checkpoint
 from support.engine import Engine, greedy
 from support.models import random_ids
+from torch.testing import assert_close
 
+from dsv4serve.model.device import Streams
 from dsv4serve.runner import device_step
 from dsv4serve.runner.device_batch import bucket_of, empty_inputs, fill_inputs, input_names
 from dsv4serve.runner.graphs import Bucket, bucket_for, buckets
+from dsv4serve.runner.logprobs import BLOCK_ROWS
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,15 @@ def test_a_sampled_request_draws_what_the_reference_sampler_draws(networks):
     on_host, on_device = (greedy(name, prompt, 2, return_logits=name == "host", **settings) for name in ("host", "dev"))
     tokens = [Engine(network, on_device=True).run([each])[each.request_id].token_ids for each in (on_host, on_device)]
     assert tokens[0] == tokens[1]
+
+
+def test_logits_of_prompt_rows_are_those_of_the_rows_whatever_they_are_padded_to(networks):
+    """More than one block, the last one of two rows."""
+    _, network = networks
+    streams = Streams(torch.randn(BLOCK_ROWS + 2, 4, CONFIG.hidden_size, dtype=torch.bfloat16))
+    with torch.inference_mode():
+        found = Engine(network, on_device=True).runner._logits(streams)
+        assert_close(found, network.logits(streams), rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_that_ran_ahead_of_a_stop_leaves_nothing_to_the_next_request_of_the_slot(networks):

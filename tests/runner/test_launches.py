@@ -6,38 +6,26 @@ Every launch of a step that is bound by memory costs a microsecond or two (docs/
 import collections
 import ctypes
 import dataclasses
-import json
-from importlib import resources
 
 import pytest
 import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
+from support.pro_network import NUM_EXPERTS, RATIOS, pro_network
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
 from dsv4_kernels.deterministic import deterministic
-from dsv4_kernels.mega_moe.weights import Fp4Weight
 from dsv4_kernels.metadata import Rows
-from dsv4serve.config import ModelConfig, Numerics
+from dsv4serve.config import Numerics
 from dsv4serve.memory import CacheLayout, CachePools
 from dsv4serve.memory.activations import SCORE_BYTES, row_bytes, step_bytes
-from dsv4serve.model.device import DeviceTransformer, Streams
+from dsv4serve.model.device import Streams
 from dsv4serve.runner.device_batch import DeviceForward, empty_inputs
 from dsv4serve.runner.device_step import PagedDeviceStep
-from dsv4serve.weights.device import DeviceWeights
 
-RATIOS = [4, 128]
-NUM_EXPERTS = 384
 DETERMINISTIC = {4: 24, 128: 21}  # launches of a layer in deterministic mode
 PAGES = 32  # of a request: 8K tokens
-
-
-def config() -> ModelConfig:
-    """Pro with two layers and few experts, whose number no launch depends on."""
-    raw = json.loads((resources.files("dsv4serve_configs") / "models/pro.json").read_text("utf-8"))
-    layers = {"num_hidden_layers": 2, "compress_ratios": [*RATIOS, 0], "num_hash_layers": 0}
-    return ModelConfig.from_dict(raw | layers | {"n_routed_experts": 8, "vocab_size": 512})
 
 
 class Launches(TorchDispatchMode):
@@ -68,15 +56,7 @@ class Launches(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def network():
-    """With all experts, of which each is the same memory, and an MTP block."""
-    weights = DeviceWeights(config(), torch.device("cpu"), unpacked=True, has_drafts=True).weights
-    network = DeviceTransformer(config(), weights)
-    for block in [*network.blocks, network.mtp.block]:
-        for name in ("w13", "w2"):
-            weight = getattr(block.moe, name)
-            same = (tensor[:1].expand(NUM_EXPERTS, *tensor.shape[1:]) for tensor in (weight.values, weight.scales))
-            setattr(block.moe, name, Fp4Weight(*same, weight.unpacked))
-    return network
+    return pro_network()
 
 
 def run_layer(network, monkeypatch, ratio: int, counts: list[int]) -> Launches:

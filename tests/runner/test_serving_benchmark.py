@@ -22,3 +22,24 @@ def test_a_closed_loop_counts_every_token(tmp_path):
         assert results["num_output_tokens"] == 2 * concurrency * 6
         assert 0 < results["decode_step_ms"] <= results["e2e_ms"]["mean"]
         assert results["interactivity"] > 0
+        assert results["ready_s"] > results["start_s"] > 0
+        nothing = {"compiled": 0, "loaded": 0, "seconds": 0.0}
+        assert results["kernels_made"] == {"start-up": nothing, "serving": nothing}
+
+
+LATE = """
+import sys
+sys.path.insert(0, "benchmarks")
+from dsv4serve.obs.kernels import kernels
+import serving
+kernels.phases["serving"].compiled = 1
+sys.exit(serving.main(sys.argv[1:]))
+"""
+
+
+def test_a_kernel_that_came_late_fails_the_run(tmp_path):
+    options = ["--model", "demo", "--device", "cpu", "--lengths", "5/2", "--concurrency", "1", "--cache-gib", "0.1"]
+    command = [sys.executable, "-c", LATE, str(tmp_path / "serving.jsonl"), *options]
+    done = subprocess.run(command, timeout=120, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "1 kernels were compiled or loaded after the engine was ready" in done.stderr

@@ -18,6 +18,7 @@ from dsv4serve.chat.tokenizer import ChatTokenizer
 from dsv4serve.config import EngineConfig
 from dsv4serve.engine.messages import EngineInfo, EngineStats
 from dsv4serve.obs.histogram import StepHistogram
+from dsv4serve.obs.kernels import KernelCounts
 from dsv4serve.types import FinishReason, Request, RequestOutput
 
 MAX_MODEL_LEN = 4096
@@ -50,6 +51,8 @@ STATS = EngineStats(
     num_accepted=[40, 30],
     num_frontends=1,
     step_times={"execute": StepHistogram()},
+    ready_s=12.5,
+    kernels={"start-up": KernelCounts(compiled=3, loaded=150, seconds=6.0), "serving": KernelCounts()},
 )
 Answer = Callable[[Request], list[RequestOutput]]
 
