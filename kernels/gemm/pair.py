@@ -85,8 +85,8 @@ def linear_pair(x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Tensor) ->
     fp8_rows = len(weight.codes)
     if x_fp8.codes.shape != x.shape:
         raise ValueError(f"linear_pair: x_fp8 is {list(x_fp8.codes.shape)}, x {list(x.shape)}; expected one shape")
-    tokens, splits, num_warps, num_stages, _ = gemm.tiles_for(num_tokens, num_rows, depth, fp8=False)
-    fp8_splits = gemm.tiles_for(num_tokens, fp8_rows, depth, fp8=True).splits
+    tokens, splits, num_warps, num_stages, _ = gemm.tiles_for(num_tokens, num_rows, depth, "bf16")
+    fp8_splits = gemm.tiles_for(num_tokens, fp8_rows, depth, "fp8").splits
     out = torch.empty(num_tokens, num_rows, device=x.device, dtype=torch.float32)
     fp8_out = torch.empty(num_tokens, fp8_rows, device=x.device, dtype=torch.bfloat16)
     tiles, fp8_tiles = triton.cdiv(num_rows, gemm.TILE_ROWS), triton.cdiv(fp8_rows, gemm.TILE_ROWS)

@@ -50,9 +50,14 @@ class Tiles(NamedTuple):
     turns: int = 1  # of K too: parts that a program adds up itself
 
 
-def tiles_for(num_tokens: int, num_weight_rows: int, depth: int, fp8: bool) -> Tiles:
+def tiles_for(num_tokens: int, num_weight_rows: int, depth: int, format_: str) -> Tiles:
     """The tiles of a product; FORMAT "fp8" needs a second set of accumulators, turns one more."""
-    wanted = PROGRAMS // triton.cdiv(num_weight_rows, TILE_ROWS)
+    fp8, row_tiles = format_ == "fp8", triton.cdiv(num_weight_rows, TILE_ROWS)
+    wanted = PROGRAMS // row_tiles
+    if format_ == "wide":
+        # A program that makes weights bfloat16 reads nothing meanwhile, so two share a multiprocessor (32 instead of
+        # 42 us for one token of Pro). From 17 tokens on parts cost as much: two where there was one.
+        wanted = 2 * PROGRAMS // row_tiles if num_tokens <= 16 or is_deterministic() else max(2, wanted)
     splits = max(1, min(wanted, depth // MIN_SPLIT_DEPTH))
     if num_tokens > MOST_SPLIT_TOKENS:
         if splits > 1 and is_deterministic():
@@ -189,7 +194,7 @@ def launch(
     num_tokens, (num_rows, depth) = x.shape[0], weight.shape
     if not num_tokens:
         return
-    tokens, splits, num_warps, num_stages, turns = tiles or tiles_for(num_tokens, num_rows, depth, format_ == "fp8")
+    tokens, splits, num_warps, num_stages, turns = tiles or tiles_for(num_tokens, num_rows, depth, format_)
     group_rows = num_rows // num_groups if num_groups > 1 else num_rows + TILE_ROWS
     tile_rows = TILE_ROWS if num_groups == 1 or group_rows % TILE_ROWS == 0 else TILE_ROWS // 2
     quantize = isinstance(out, Fp8Rows)

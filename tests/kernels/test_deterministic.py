@@ -73,10 +73,10 @@ def test_the_library_is_left_out(monkeypatch):
 
 
 @pytest.mark.parametrize(("num_rows", "depth"), [(2048, 7168), (7168, 16384), (73728, 1536), (24, 128)])
-@pytest.mark.parametrize("fp8", [True, False])
-def test_k_is_cut_by_the_weight_alone(num_rows, depth, fp8):
+@pytest.mark.parametrize("form", ["fp8", "bf16", "wide"])
+def test_k_is_cut_by_the_weight_alone(num_rows, depth, form):
     with deterministic():
-        cuts = {tiles.splits * tiles.turns for tiles in (tiles_for(n, num_rows, depth, fp8) for n in range(1, 400))}
+        cuts = {tiles.splits * tiles.turns for tiles in (tiles_for(n, num_rows, depth, form) for n in range(1, 400))}
     assert len(cuts) == 1
 
 

@@ -180,10 +180,12 @@ def test_shapes_that_do_not_fit_are_named():
 
 
 def test_few_tokens_are_split_until_every_multiprocessor_has_work():
-    assert tiles_for(1, 2048, 7168, fp8=True).splits == 8  # 16 tiles of rows
-    assert tiles_for(64, 65536, 1536, fp8=True).splits == 1
-    assert tiles_for(1, 128, 1024, fp8=True).splits == 2  # no fewer than 512 of K each
-    assert tiles_for(65, 2048, 7168, fp8=True).splits == 1
+    assert tiles_for(1, 2048, 7168, "fp8").splits == 8  # 16 tiles of rows
+    assert tiles_for(64, 65536, 1536, "fp8").splits == 1
+    assert tiles_for(1, 128, 1024, "fp8").splits == 2  # no fewer than 512 of K each
+    assert tiles_for(65, 2048, 7168, "fp8").splits == 1
+    assert [tiles_for(n, 16384, 4096, "wide").splits for n in (1, 17, 65)] == [2, 2, 1]  # two on a multiprocessor
+    assert [tiles_for(n, 8192, 4096, "wide").splits for n in (16, 17)] == [4, 2]
 
 
 def test_the_floor_of_a_pro_decode_step():
