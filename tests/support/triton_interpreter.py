@@ -9,6 +9,8 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+from support import interpreter_speed  # noqa: F401
+
 FP8 = {tl.float8e4nv: ml_dtypes.float8_e4m3fn, tl.float8e5: ml_dtypes.float8_e5m2}
 FP8_MAX = {tl.float8e4nv: 448.0, tl.float8e5: 57344.0}
 Handle, Builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
