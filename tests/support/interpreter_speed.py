@@ -60,7 +60,7 @@ original_tensor, tensor_fields = tl.tensor.__init__, {}
 
 
 def make_block_type(self, element_ty, shape):
-    sizes = tuple(map(unwrap, unwrap(shape)))
+    sizes = tuple([size if type(size) is int else unwrap(size) for size in unwrap(shape)])
     if sizes not in block_fields:
         original_block_type(self, element_ty, shape)
         block_fields[sizes] = self.shape, self.numel, str(self.shape)
