@@ -15,12 +15,21 @@ export MKL_NUM_THREADS ?= 1
 serve: .venv/installed  ## launch the embedded model on http://127.0.0.1:8000; options: make serve ARGS="--port 9000"
 	.venv/bin/dsv4serve launch $(ARGS)
 
-# Without ARGS in two halves side by side, kernels and the rest, because either keeps one core busy for minutes.
+# Without ARGS two of these at a time, because each keeps one core busy for minutes: the long ones first, and of the two
+# that are left each when a core is free. How long the compilations take depends on Triton's cache.
+define PARTS
+tests --ignore=tests/kernels --ignore=tests/runner
+tests/kernels/test_compile_gate.py
+tests/kernels --ignore=tests/kernels/test_compile_gate.py
+tests/runner
+endef
+export PARTS
+
 test: .venv/installed-dev lint  ## lint, types and all tests; options: make test ARGS="tests/house -x"
 ifeq ($(strip $(ARGS)),)
-	@log=$$(mktemp); .venv/bin/pytest --durations=10 tests/kernels >$$log 2>&1 & kernels=$$!; \
-	.venv/bin/pytest --durations=10 --ignore=tests/kernels; rest=$$?; \
-	wait $$kernels; status=$$?; cat $$log; rm $$log; exit $$((rest + status))
+	@printf '%s\n' "$$PARTS" | xargs -P 2 -I PART sh -c 'echo "== pytest PART"; log=$$(mktemp); \
+	.venv/bin/pytest --durations=10 PART >$$log 2>&1; status=$$?; echo "== pytest PART ended with $$status"; \
+	cat $$log; rm $$log; exit $$status'
 else
 	.venv/bin/pytest $(ARGS)
 endif

@@ -18,16 +18,17 @@ from typing import Any
 
 SUPPORT = Path(__file__).resolve().parents[1] / "tests/support"
 TARGETS = {90: "sm_90a", 103: "sm_103a"}
-Kernel = dict[str, Any]  # a line of the compile gate
+Kernel = dict[str, Any]  # an entry of the compile gate's answer
 
 
 def compiled(operation: str, capability: int) -> list[Kernel]:
-    """The lines of the gate, in the order of launches."""
+    """What the gate answers, in the order of launches."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_DEFAULT_FP_FUSION"] = "1"
-    command = [sys.executable, SUPPORT / "compile_gate.py", str(capability), operation]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    command = [sys.executable, SUPPORT / "compile_gate.py", str(capability)]
+    run = subprocess.run(command, env=environment, input=operation, capture_output=True, text=True, check=True)
+    kernels: list[Kernel] = json.loads(run.stdout)
+    return kernels
 
 
 def cells(kernel: Kernel) -> str:

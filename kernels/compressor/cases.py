@@ -220,6 +220,6 @@ def _keep(kept: Tensor, raw: Tensor, base: int, length: int, ratio: int) -> None
 CASES = (
     Case("decode", (0, 3, 4, 7, 126, 127, 128, 511), (1,) * 8),
     Case("verify", (0, 2, 3, 5, 125, 127, 253, 510), (3, 2, 4, 3, 4, 2, 4, 3)),
-    Case("mixed", (0, 130, 3, 256, 7, 383), (9, 1, 300, 40, 2, 130), num_padding=3),
+    Case("mixed", (0, 130, 3, 256, 7, 383), (9, 1, 20, 10, 2, 130), num_padding=3),
     Case("empty", (), ()),
 )

@@ -42,15 +42,50 @@ def test_each_operation_with_triton_kernels_is_compiled():
     assert sorted(path.parent.name for path in KERNELS.glob("*/triton.py")) == OPERATIONS
 
 
+class Gates:
+    """A process for each capability, which serves all operations; another one behind one that failed."""
+
+    def __init__(self, folder):
+        self.folder, self.idle = folder, {}
+
+    def start(self, capability):
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+        command = [sys.executable, SUPPORT / "compile_gate.py", str(capability)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with (self.folder / str(capability)).open("w") as errors:
+            return subprocess.Popen(command, env=environment, stderr=errors, text=True, **pipes)
+
+    def compile(self, capability, operation):
+        gate = self.idle.pop(capability, None) or self.start(capability)
+        try:
+            gate.stdin.write(operation + "\n")
+            gate.stdin.flush()
+            answer = gate.stdout.readline()
+            assert answer, (self.folder / str(capability)).read_text()
+        except BaseException:  # among others, the test's time is over: the answer may come to the next one
+            self.end(gate)
+            raise
+        self.idle[capability] = gate
+        return json.loads(answer)
+
+    def end(self, gate):
+        gate.kill()
+        gate.communicate()
+
+
+@pytest.fixture(scope="module")
+def gates(tmp_path_factory):
+    gates = Gates(tmp_path_factory.mktemp("gates"))
+    yield gates
+    for gate in gates.idle.values():
+        gates.end(gate)
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize(("capability", "target"), [(90, "sm_90a"), (103, "sm_103a")])
-def test_kernels_compile_without_stack_and_on_the_tensor_cores(operation, capability, target):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
-    command = [sys.executable, SUPPORT / "compile_gate.py", str(capability), operation]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+def test_kernels_compile_without_stack_and_on_the_tensor_cores(gates, operation, capability, target):
+    kernels = gates.compile(capability, operation)
     launches = importlib.import_module(f"support.launches.{operation}")
     assert {kernel["kernel"] for kernel in kernels} == launches.KERNELS
     unconverted = getattr(launches, "UNCONVERTED", set())

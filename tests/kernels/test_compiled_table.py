@@ -1,4 +1,4 @@
-"""benchmarks/compiled_kernels.py: rows of the table from lines of the compile gate."""
+"""benchmarks/compiled_kernels.py: rows of the table from answers of the compile gate."""
 
 import importlib.util
 from pathlib import Path

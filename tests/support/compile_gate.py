@@ -1,9 +1,10 @@
 """Compiles an operation's Triton kernels for a GPU that is not here; prints what the compiler made of them.
 
-    python tests/support/compile_gate.py 103 mhc     (90 = Hopper, 103 = GB300)
+    echo mhc | python tests/support/compile_gate.py 103     (90 = Hopper, 103 = GB300)
 
-One JSON line for each launch of `launches/<operation>.py`, whose public functions run on CPU tensors of true shapes; a
-launch compiles instead. A process of its own: TRITON_INTERPRET must not be set, and the stub driver stays.
+Each line of the input is an operation, answered with one line: a JSON list with an entry for each launch of
+`launches/<operation>.py`, whose public functions run on CPU tensors of true shapes; a launch compiles instead.
+A process of its own: TRITON_INTERPRET must not be set, and the stub driver stays.
 """
 
 import functools
@@ -150,16 +151,18 @@ def describe(kernel, run: str) -> dict:
 
 
 def main() -> None:
-    capability, operation = int(sys.argv[1]), sys.argv[2]
+    capability = int(sys.argv[1])
     compiled = record_launches(capability)
-    launches = importlib.import_module(f"launches.{operation}")
-    for run in launches.RUNS:
-        compiled.clear()
-        launches.launch(run)
-        for kernel in compiled:
-            line = describe(kernel, run)
-            expected = launches.matrix_instructions(kernel.name, run, capability)
-            print(json.dumps(line | {"expected_instructions": sorted(expected)}))
+    for operation in sys.stdin:
+        launches = importlib.import_module(f"launches.{operation.strip()}")
+        kernels = []
+        for run in launches.RUNS:
+            compiled.clear()
+            launches.launch(run)
+            for kernel in compiled:
+                expected = launches.matrix_instructions(kernel.name, run, capability)
+                kernels.append(describe(kernel, run) | {"expected_instructions": sorted(expected)})
+        print(json.dumps(kernels), flush=True)
 
 
 if __name__ == "__main__":

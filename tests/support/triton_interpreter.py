@@ -7,6 +7,7 @@ on those integers; here such values become float32 for every operation and are r
 import ml_dtypes
 import numpy as np
 import triton.language as tl
+from support import interpreter_speed  # noqa: F401
 from triton.runtime import interpreter
 
 FP8 = {tl.float8e4nv: ml_dtypes.float8_e4m3fn, tl.float8e5: ml_dtypes.float8_e5m2}
