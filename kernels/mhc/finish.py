@@ -16,6 +16,50 @@ def _entry(table, index, at: tl.constexpr):
 
 
 @triton.jit
+def _add_up(k0, k1, k2, k3, x0, x1, x2, x3, old, eps):
+    """The reciprocal of a row's or column's scaling: its entries under those of the others, and what eps keeps."""
+    return k0 * x0 + k1 * x1 + (k2 * x2 + k3 * x3) + eps * old
+
+
+@triton.jit
+def _sinkhorn(table, index, eps, ITERATIONS: tl.constexpr):
+    """Entries 8 to 23 of the table, 4 x 4 after row softmax and + eps, made doubly stochastic: `reference.sinkhorn`.
+
+    Each thread has all 16 entries and works by itself: 39 sums, one after the other, over registers. Over lanes each of
+    them would wait for two or three shuffles.
+    """
+    k00, k01 = _entry(table, index, 8), _entry(table, index, 9)
+    k02, k03 = _entry(table, index, 10), _entry(table, index, 11)
+    k10, k11 = _entry(table, index, 12), _entry(table, index, 13)
+    k12, k13 = _entry(table, index, 14), _entry(table, index, 15)
+    k20, k21 = _entry(table, index, 16), _entry(table, index, 17)
+    k22, k23 = _entry(table, index, 18), _entry(table, index, 19)
+    k30, k31 = _entry(table, index, 20), _entry(table, index, 21)
+    k32, k33 = _entry(table, index, 22), _entry(table, index, 23)
+    one = tl.full([], 1.0, tl.float32)
+    r0, r1, r2, r3 = one, one, one, one  # reciprocals of the scalings of rows,
+    c0 = k00 + k10 + (k20 + k30) + eps  # and of columns
+    c1 = k01 + k11 + (k21 + k31) + eps
+    c2 = k02 + k12 + (k22 + k32) + eps
+    c3 = k03 + k13 + (k23 + k33) + eps
+    for _ in range(ITERATIONS - 1):
+        x0, x1, x2, x3 = 1.0 / c0, 1.0 / c1, 1.0 / c2, 1.0 / c3
+        r0 = _add_up(k00, k01, k02, k03, x0, x1, x2, x3, r0, eps)
+        r1 = _add_up(k10, k11, k12, k13, x0, x1, x2, x3, r1, eps)
+        r2 = _add_up(k20, k21, k22, k23, x0, x1, x2, x3, r2, eps)
+        r3 = _add_up(k30, k31, k32, k33, x0, x1, x2, x3, r3, eps)
+        x0, x1, x2, x3 = 1.0 / r0, 1.0 / r1, 1.0 / r2, 1.0 / r3
+        c0 = _add_up(k00, k10, k20, k30, x0, x1, x2, x3, c0, eps)
+        c1 = _add_up(k01, k11, k21, k31, x0, x1, x2, x3, c1, eps)
+        c2 = _add_up(k02, k12, k22, k32, x0, x1, x2, x3, c2, eps)
+        c3 = _add_up(k03, k13, k23, k33, x0, x1, x2, x3, c3, eps)
+    row, column = index // 4, index % 4
+    of_row = tl.where(row == 2, r0, tl.where(row == 3, r1, tl.where(row == 4, r2, r3)))
+    of_column = tl.where(column == 0, c0, tl.where(column == 1, c1, tl.where(column == 2, c2, c3)))
+    return table / (of_row * of_column)
+
+
+@triton.jit
 def finish_token(
     token,  # int64
     streams,  # [tokens, 4, hidden]
@@ -51,7 +95,6 @@ def finish_token(
     s2 = tl.load(at + 2 * hidden, mask=inside, other=0.0)
     s3 = tl.load(at + 3 * hidden, mask=inside, other=0.0)
 
-    weight = tl.load(norm + dim, mask=inside, other=0.0)
     # As rows of four: pre, post, four of comb, the sum of squares and three zeros, four zeros.
     index = tl.arange(0, 8)[:, None] * 4 + tl.arange(0, 4)[None, :]
     is_mix = index < (24 if ITERATIONS > 0 else 4)
@@ -71,13 +114,10 @@ def finish_token(
         tl.store(post + token * 4 + index - 4, 2.0 * gates, mask=(index >= 4) & (index < 8))
         in_comb = (index >= 8) & (index < 24)
         mixing = tl.exp(mixes - tl.max(mixes, axis=1)[:, None])
-        mixing = tl.where(in_comb, mixing / tl.sum(mixing, axis=1)[:, None] + hc_eps, 0.0)
-        mixing = mixing / (tl.sum(mixing, axis=0)[None, :] + hc_eps)
-        for _ in range(ITERATIONS - 1):
-            mixing = mixing / (tl.sum(mixing, axis=1)[:, None] + hc_eps)
-            mixing = mixing / (tl.sum(mixing, axis=0)[None, :] + hc_eps)
+        mixing = _sinkhorn(mixing / tl.sum(mixing, axis=1)[:, None] + hc_eps, index, hc_eps, ITERATIONS)
         tl.store(comb + token * 16 + index - 8, mixing, mask=in_comb)
 
+    weight = tl.load(norm + dim, mask=inside, other=0.0)  # comes while rows are merged; earlier it would cost registers
     merged = (_entry(gates, index, 0) + hc_eps) * s0.to(tl.float32)
     merged += (_entry(gates, index, 1) + hc_eps) * s1.to(tl.float32)
     merged += (_entry(gates, index, 2) + hc_eps) * s2.to(tl.float32)
