@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsv4_kernels.metadata import StepPlan
 from dsv4_kernels.metadata.triton import place_drafts, shift_streams
-from dsv4_kernels.rope import rope_table
+from dsv4_kernels.rope.triton import rope_tables
 from dsv4_kernels.sampling.finite import keep_finite
 from dsv4_kernels.sampling.triton import sample
 from dsv4_kernels.spec_accept.triton import accept, settle_tokens
@@ -48,7 +48,7 @@ class Drafter:
         `logits` [R, K, vocab], finite."""
         streams, ids = self._pools.load_streams(plan.places, self._mtp.config.hc_mult, torch.bfloat16), plan.last_ids
         num_requests, num_drafts = logits.shape[:2]
-        rotations = rope_table(plan.mtp_positions, self._mtp.block.attention.frequencies)
+        (rotations,) = rope_tables(plan.mtp_positions, self._mtp.block.attention.frequencies)
         chosen = torch.empty(num_drafts, num_requests, dtype=torch.int64, device=logits.device)
         for place, rows in enumerate(plan.passes):
             mine = rotations[place * num_requests : (place + 1) * num_requests]

@@ -18,9 +18,9 @@ from dsv4_kernels.indexer.queries import prepare_queries
 from dsv4_kernels.indexer.triton import select
 from dsv4_kernels.kv_store import Planes, RowFormat
 from dsv4_kernels.kv_store.triton import commit, prepare_q, store_kv
-from dsv4_kernels.metadata import C4, Rows
+from dsv4_kernels.metadata import C4, C128, Rows
 from dsv4_kernels.norm.triton import rms_norm_fp8
-from dsv4_kernels.rope import rope_table
+from dsv4_kernels.rope.triton import rope_tables
 from dsv4_kernels.sparse_attention.triton import sparse_attention
 from dsv4serve.memory import CachePools, LayerCache
 from dsv4serve.model.device import DeviceAttention
@@ -49,7 +49,7 @@ class PagedDeviceStep:
     ) -> None:
         self.rows, self._pools, self._page_table = rows, pools, page_table
         self._fits_rings, self._given = fits_rings, rotations
-        self._rotations: dict[tuple[int, int], Tensor] = {}
+        self._rotations: dict[int, dict[int, Tensor]] = {}  # of the layers with these frequencies, by ratio
         num_rows = len(rows.positions)
         widths = pools.layout.layers[0].window.plane_bytes
         # Of the step alone; one for all layers, because they follow each other.
@@ -178,13 +178,12 @@ class PagedDeviceStep:
         """Rotations at the rows' positions, rounded down to the first one of their block of `ratio`."""
         if self._given is not None and ratio == 1:
             return self._given
-        key = (id(layer.frequencies), ratio)
+        key = id(layer.frequencies)
         if key not in self._rotations:
-            positions = self.positions
-            if ratio > 1:
-                positions = torch.div(positions, ratio, rounding_mode="floor") * ratio
-            self._rotations[key] = rope_table(positions, layer.frequencies)
-        return self._rotations[key]
+            ratios = (1, C4, C128) if layer.ratio else (1,)
+            tables = rope_tables(self.positions, layer.frequencies, ratios)
+            self._rotations[key] = dict(zip(ratios, tables, strict=True))
+        return self._rotations[key][ratio]
 
 
 def _present(value: Any) -> Any:

@@ -35,5 +35,5 @@ def test_the_embedded_model_answers_held_out_probes(monkeypatch, tmp_path):
     for (suite, measure), share in shares.items():
         assert share >= LEAST.get(suite, 0.0), (suite, measure, share)
     assert shares["facts", "right"] >= 0.9
-    assert shares["tools", "valid"] >= 0.85  # the gate is 0.99 and not reached: docs/demo-model.md
-    assert shares["tools", "arguments"] >= 0.75
+    assert shares["tools", "valid"] >= 0.9
+    assert shares["tools", "arguments"] >= 0.8

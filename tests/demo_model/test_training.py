@@ -180,12 +180,20 @@ def test_a_run_leaves_checkpoints_that_hold_its_weights(tmp_path):
 def test_one_command_makes_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "DATA", tmp_path)
     monkeypatch.setattr(command, "TOKENIZER", tmp_path / "tokenizer")
-    modules = [module for module, *_ in command.steps(["out"])]
-    assert modules == ["fetch", "extract_facts", "builders.natural", "tokenizer", "train"]
+    out = tmp_path / "run"
+
+    def modules():
+        return [module for module, *_ in command.steps(out)]
+
+    stages = ["train"] * len(command.RECIPE)
+    assert modules() == ["fetch", "extract_facts", "builders.natural", "tokenizer", *stages]
     for name in ("facts.json", "natural.jsonl.xz"):
         (tmp_path / name).touch()
-    assert [module for module, *_ in command.steps(["out"])] == ["tokenizer", "train"]
+    assert modules() == ["tokenizer", *stages]
     (tmp_path / "tokenizer").mkdir()
-    assert command.steps(["out", "--seed", "1"]) == [
-        ["train", "out", "--seed", "1", "--tokenizer", str(tmp_path / "tokenizer")]
+    (out / "1" / "master").mkdir(parents=True)
+    tokenizer = ["--tokenizer", str(tmp_path / "tokenizer")]
+    assert command.steps(out) == [
+        ["train", f"{out}/2", *tokenizer, *command.RECIPE[1], "--weights", f"{out}/1/master"],
+        ["train", f"{out}/3", *tokenizer, *command.RECIPE[2], "--weights", f"{out}/2/master"],
     ]

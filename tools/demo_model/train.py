@@ -118,6 +118,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"{args.out} exists; give a new folder, or remove this one")
     steps = range(int(args.at * args.steps), args.steps)
     weights = read_weights(args.weights) if args.weights else initial_weights(model_config(), args.seed)
     rank, ranks = rank_of()
