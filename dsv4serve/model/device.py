@@ -229,9 +229,9 @@ class DeviceHead:
             comb=rows.comb,
         )
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Float32 logits [rows, vocab]: exact products, float32 sums."""
-        return linear_bf16(x, self.head)
+    def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Float32 logits [rows, vocab], in `out` if there is one: exact products, float32 sums."""
+        return linear_bf16(x, self.head, out)
 
 
 class DeviceMtp:

@@ -103,7 +103,7 @@ class DeviceForward:
         else:
             complete, x = head.collapse(streams)
             x = x if sampling is None else x[sampling]
-        behind.copy_(head.logits(x))
+        head.logits(x, out=behind)
         accepted = None
         if made is None:
             tokens, is_bad = sample(behind, **plan.judged, uniform=plan.shares)

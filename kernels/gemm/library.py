@@ -87,11 +87,14 @@ def linear_fp8(x: Fp8Rows, weight: Fp8Weight) -> Tensor:
     )
 
 
-def linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
-    """x bfloat16 [T, K] times weight bfloat16 [N, K] transposed -> float32 [T, N]: products exact, sums float32."""
+def linear_bf16(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x bfloat16 [T, K] times weight bfloat16 [N, K] transposed -> float32 [T, N]: products exact, sums float32.
+
+    `out`, contiguous, is written if there is one.
+    """
     if not is_for_library(x):
-        return ours.linear_bf16(x, weight)
-    return torch.mm(x, weight.t(), out_dtype=torch.float32)
+        return ours.linear_bf16(x, weight, out=out)
+    return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
 
 
 def linear_pair(x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -120,14 +120,21 @@ def linear_fp8(
 
 
 def linear_bf16(
-    x: Tensor, weight: Tensor, *, out_dtype: torch.dtype = torch.float32, tiles: Tiles | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """x bfloat16 [T, K] times weight bfloat16 [N, K] transposed -> [T, N]; products exact, sums float32.
 
     For what the official code computes in float32 from bfloat16 values: compressors, index weights, gate, head.
+    `out`, contiguous, is written if there is one.
     """
     check_bf16(x, weight)
-    out = torch.empty(x.shape[0], weight.shape[0], device=x.device, dtype=out_dtype)
+    if out is None:
+        out = torch.empty(x.shape[0], weight.shape[0], device=x.device, dtype=out_dtype)
     launch("bf16", x, None, weight, None, 1, out, tiles)
     return out
 

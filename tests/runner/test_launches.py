@@ -140,8 +140,8 @@ def test_drafts_cost_a_step_few_launches(network, monkeypatch):
         sum(run_step(network, monkeypatch, room, 1 + num, num).names.values())
         for room, num in ((0, 0), (2, 0), (2, 1), (2, 2))
     )
-    assert without <= 58
-    assert decode - without <= 11
+    assert without <= 38
+    assert decode - without <= 8
     assert two - one <= 30  # six of them are the main model's: mHC of three rows has a launch more than of two
     assert one - decode <= 33
 
