@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dsv4serve.memory import CapacityPlan
 
 MIB = 1 << 20
-PACKAGES = ("torch", "triton", "flashinfer-python", "nvidia-cutlass-dsl", "apache-tvm-ffi", "pyzmq", "tokenizers")
+PACKAGES = ("torch", "triton", "apache-tvm-ffi", "pyzmq", "tokenizers")
 OPERATIONS = (
     "compressor",
     "gemm",
