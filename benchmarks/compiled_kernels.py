@@ -8,6 +8,7 @@ Kernels of one operation with equal numbers share a row, which names the first r
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -31,8 +32,10 @@ def compiled(operation: str, capability: int) -> list[Kernel]:
     return kernels
 
 
-def cells(kernel: Kernel) -> str:
-    """Numbers of one kernel on one target."""
+def cells(kernel: Kernel | None) -> str:
+    """Numbers of one kernel on one target, which may do without it."""
+    if kernel is None:
+        return "- | - | - | - | -"
     instructions = ", ".join(f"{count} {name}" for name, count in kernel["matrix_instructions"].items())
     shared = f"{kernel['shared_bytes'] / 1024:.1f}"
     if kernel["tensor_memory_columns"]:
@@ -42,13 +45,15 @@ def cells(kernel: Kernel) -> str:
 
 def rows(operation: str, hopper: Iterable[Kernel], blackwell: Iterable[Kernel]) -> Iterator[str]:
     """Markdown rows of an operation's kernels at Pro and Flash shapes, both targets beside each other."""
+    launches: dict[tuple[str, str], tuple[list[Kernel], list[Kernel]]] = {}
+    for side, kernels in enumerate((hopper, blackwell)):
+        for kernel in kernels:
+            launches.setdefault((kernel["kernel"], kernel["run"]), ([], []))[side].append(kernel)
     runs: dict[str, list[str]] = {}
-    for left, right in zip(hopper, blackwell, strict=True):
-        if (left["kernel"], left["run"]) != (right["kernel"], right["run"]):
-            raise ValueError(f"{operation}: {left['kernel']} of {left['run']} meets {right['kernel']}, {right['run']}")
-        if "demo" not in left["run"]:
-            numbers = f"{cells(left)} | {cells(right)}"
-            runs.setdefault(f"`{left['kernel']}` | {numbers}", []).append(left["run"])
+    for (name, run), both in launches.items():
+        for left, right in itertools.zip_longest(*both):
+            if "demo" not in run:
+                runs.setdefault(f"`{name}` | {cells(left)} | {cells(right)}", []).append(run)
     for key, names in runs.items():
         kernel, numbers = key.split(" | ", 1)
         others = len(set(names)) - 1

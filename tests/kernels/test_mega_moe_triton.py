@@ -15,6 +15,7 @@ from dsv4_kernels.mega_moe import triton as moe
 from dsv4_kernels.mega_moe.cases import Case
 from dsv4_kernels.mega_moe.tiles import make_tiles, max_tiles
 from dsv4_kernels.mega_moe.weights import relayout
+from dsv4_kernels.quant.cases import adversarial
 from dsv4_kernels.quant.reference import (
     dequantize_fp4_weight,
     dequantize_fp8_blocks,
@@ -176,6 +177,18 @@ def test_values_of_extreme_sizes(activations, unpacked):
     inputs["x"][:, 64] *= 1e4
     inputs["weights"] *= torch.logspace(0, -6, 8).view(8, 1)
     for found, expected in zip(moe.mega_moe(**inputs), reference.mega_moe(**given), strict=True):
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("activations", "unpacked"), FORMS)
+def test_values_that_a_rounding_gets_wrong(activations, unpacked):
+    """All equal, one huge value a group, subnormal, minus zero, ties: a token of each, all of its groups the same."""
+    tokens = adversarial(128).clamp(-1e30, 1e30)  # beyond, sums are infinite
+    inputs, given = make(len(tokens), EDGE, activations, unpacked)
+    x = tokens.bfloat16().repeat(1, inputs["x"].shape[1] // 128)
+    inputs["x"], given["x"] = x, x
+    for found, expected in zip(moe.mega_moe(**inputs), reference.mega_moe(**given), strict=True):
+        assert found.isfinite().all()
         assert_close(found, expected)
 
 
