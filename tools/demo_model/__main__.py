@@ -2,10 +2,10 @@
 
     python -m tools.demo_model OUT
 
-Steps whose result is there already are left out, so that a machine without a network can be given out/demo-data/ with
-facts.json, natural.jsonl.xz and tokenizer/, and a run that was interrupted goes on behind the last whole stage, once the
-folder of the other is removed. Training needs a GPU. Each stage of RECIPE begins where the one before it ended, with
-OUT/1/master, OUT/2/master, ..
+Steps whose result is there already are left out. So a machine without a network can be given out/demo-data/ with
+facts.json, natural.jsonl.xz and tokenizer/, and a run that was interrupted goes on behind the last whole stage, once
+the folder of the other is removed. Training needs a GPU. Each stage of RECIPE begins where the one before it ended,
+with OUT/1/master, OUT/2/master, ..
 """
 
 from __future__ import annotations
