@@ -40,7 +40,7 @@ from dsv4serve.cli.record import append_record, make_record  # noqa: E402  # not
 # What a decode step takes longest for comes first: it is measured even when time is short.
 OPS = (
     "mega_moe", "sparse_attention", "gemm", "out_proj", "indexer", "mhc", "kv_store", "compressor", "router", "norm",
-    "quant", "sampling", "spec_accept", "metadata",
+    "quant", "sampling", "spec_accept", "metadata", "rope",
 )  # fmt: skip
 MODELS = ("pro", "flash")
 COMPILE_S = 180.0  # most that compiling may take

@@ -8,7 +8,7 @@
 #define TILE 4            /* rows whose sums are in registers together */
 #define PANEL_COLUMNS 256 /* weights that are copied, as float32, before more than TILE rows pass over them: */
 #define PANEL_LEAST 64    /* columns for which the copy pays */
-#define PANEL_DEPTH 64    /* the copy stays in the second-level cache */
+#define PANEL_DEPTH 64    /* the copy stays in the second-level cache; and every so many products are a sum of their own */
 
 #define DEFINE_READ(NAME, TYPE, WORDS, BITS)                                                                    \
     INLINE TYPE NAME(const void *data, long element, int half) {                                                \
@@ -29,7 +29,7 @@ INLINE float read_single(const void *data, long element, int half) {
     return single.value;
 }
 
-/* Sums go on from `out` if `more`. `num_rows`, `num_vectors` and `half` are constants where this is inlined: the sums
+/* Sums are added to `out` if `more`. `num_rows`, `num_vectors` and `half` are constants where this is inlined: the sums
  * are registers. */
 #define DEFINE_TILE(NAME, TYPE, READ)                                                                         \
     INLINE void NAME(int num_rows, int num_vectors, int half, const float *const *x, const void *w, long ldw, \
@@ -38,14 +38,18 @@ INLINE float read_single(const void *data, long element, int half) {
         TYPE sums[TILE][LANES];                                                                               \
         for (int row = 0; row < num_rows; row++)                                                              \
             for (int v = 0; v < num_vectors; v++)                                                             \
-                sums[row][v] = more ? *(const TYPE *)(out[row] + column + v * lanes) : (TYPE){0};             \
+                sums[row][v] = (TYPE){0};                                                                     \
         for (long k = 0; k < depth; k++)                                                                      \
             for (int v = 0; v < num_vectors; v++) {                                                           \
                 TYPE weight = READ(w, k * ldw + column + v * lanes, half);                                    \
                 for (int row = 0; row < num_rows; row++) sums[row][v] += weight * x[row][k];                  \
             }                                                                                                 \
         for (int row = 0; row < num_rows; row++)                                                              \
-            for (int v = 0; v < num_vectors; v++) *(TYPE *)(out[row] + column + v * lanes) = sums[row][v];    \
+            for (int v = 0; v < num_vectors; v++) {                                                           \
+                TYPE *to = (TYPE *)(out[row] + column + v * lanes);                                           \
+                if (more) sums[row][v] += *to;                                                                \
+                *to = sums[row][v];                                                                           \
+            }                                                                                                 \
     }
 
 DEFINE_TILE(tile, Vector, read_vector)
@@ -64,9 +68,9 @@ INLINE void multiply_columns(int num_rows, int num_vectors, int half, const floa
         quarter_tile(num_rows, 1, half, x, w, ldw, out, column, depth, more);
     for (; column < num_columns; column++) /* fmaf: whether a compiler fuses a * b + c depends on the loops around it */
         for (int row = 0; row < num_rows; row++) {
-            float sum = more ? out[row][column] : 0.0f;
+            float sum = 0.0f;
             for (long k = 0; k < depth; k++) sum = fmaf(x[row][k], read_single(w, k * ldw + column, half), sum);
-            out[row][column] = sum;
+            out[row][column] = more ? out[row][column] + sum : sum;
         }
 }
 
@@ -88,8 +92,8 @@ CLONES static void multiply_float(long num_rows, const float *const *x, const vo
 }
 
 CLONES static void multiply_half(long num_rows, const float *const *x, const void *w, long ldw, float *const *out,
-                                 long num_columns, long depth) {
-    multiply_few(num_rows, 1, x, w, ldw, out, num_columns, depth, 0);
+                                 long num_columns, long depth, int more) {
+    multiply_few(num_rows, 1, x, w, ldw, out, num_columns, depth, more);
 }
 
 /* panel [depth, num_columns] = that part of w. */
@@ -130,8 +134,14 @@ INLINE void multiply_some(long num_rows, int half, const float *const *x, const 
     }
     for (long row = 0; row < num_rows; row += TILE) {
         long count = num_rows - row < TILE ? num_rows - row : TILE;
-        if (half) multiply_half(count, x + row, w, ldw, out + row, num_columns, depth);
-        else multiply_float(count, x + row, w, ldw, out + row, num_columns, depth, 0);
+        for (long first = 0; first < depth; first += PANEL_DEPTH) {
+            const float *inputs[TILE] = {0};
+            for (long i = 0; i < count; i++) inputs[i] = x[row + i] + first;
+            long height = depth - first < PANEL_DEPTH ? depth - first : PANEL_DEPTH;
+            const void *part = weights_from((Weights){w, half}, first * ldw).data;
+            if (half) multiply_half(count, inputs, part, ldw, out + row, num_columns, height, first > 0);
+            else multiply_float(count, inputs, part, ldw, out + row, num_columns, height, first > 0);
+        }
     }
 }
 

@@ -2,8 +2,8 @@
  *
  * Weights are float32, or bfloat16 where that loses nothing: a few rows take as long as reading the weights does. A
  * bfloat16 is the upper half of a float32, so the products and sums are the same.
- * Every output is one sum in the order of k, however many rows and columns are computed side by side, so a row's result
- * does not depend on its batch.
+ * Every output is the sum of sums over 64 of k, in their order, however many rows and columns are computed side by side:
+ * so a row's result does not depend on its batch, and one long chain of roundings does not add up.
  */
 #ifndef DSV4_GEMM_H
 #define DSV4_GEMM_H
