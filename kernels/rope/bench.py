@@ -29,7 +29,7 @@ def floor_bytes(num_tokens: int, half: int) -> int:
 def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
     """All ratios at random positions, for each model and number of tokens."""
     for name, shapes in released(models):
-        half = shapes.rope_dim // 2
+        half = shapes.qk_rope_head_dim // 2
         frequencies = rope_frequencies(2 * half, 160_000.0, None).to("cuda", torch.float32)
         for num_tokens in TOKENS:
             moved = floor_bytes(num_tokens, half)
