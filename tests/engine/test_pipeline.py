@@ -27,7 +27,7 @@ class AheadRunner:
 
 def steps_of(bench: Bench, num_steps: int) -> list[SchedulerOutput]:
     """What was planned while four requests come one after the other and decode."""
-    pipeline = Pipeline(bench.scheduler, AheadRunner(bench.runner))  # type: ignore[arg-type]
+    pipeline = Pipeline(bench.scheduler, AheadRunner(bench.runner))
     planned = []
     for number in range(num_steps):
         if number < 4:
@@ -55,7 +55,7 @@ def test_what_a_step_cost_includes_what_the_host_did_since_the_last_one(monkeypa
 
     bench = Bench(num_draft_tokens=2)
     monkeypatch.setattr(bench.scheduler, "took", lambda planned, seconds: took.append((now, seconds)))
-    pipeline = Pipeline(bench.scheduler, AheadRunner(bench.runner), clock)  # type: ignore[arg-type]
+    pipeline = Pipeline(bench.scheduler, AheadRunner(bench.runner), clock)
     bench.add("r", prompt(0, 20), max_tokens=50)
     for _ in range(12):
         finished = pipeline.step()
