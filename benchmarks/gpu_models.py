@@ -5,7 +5,8 @@ A slice has the first layers of the model at full width, embedding and head, and
 per-layer costs add up, the head and the step's own costs do not.
 
 `pro-rank` is what one of eight GPUs has that divide Pro's experts: layers 3 to 8, three of either ratio, with 48 of 384
-experts. As many tokens meet an expert as with eight such ranks; their exchange is left out.
+experts. As many tokens meet an expert as with eight such ranks; their exchange is left out. `pro-deep` is the same with
+layers 3 to 26, so that MTP block and head are a small part of a step, as they are of the model's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dsv4serve.obs.kernels import kernels
 from dsv4serve.runner import build_runner
 from dsv4serve.types import PAGE_TOKENS, Chunk, PageAppend, SamplingParams, SchedulerOutput, SlotStart, StepOutput
 
-SLICES = {"pro-slice": "pro-4", "flash-slice": "flash-12", "pro-rank": "pro-3:9/8"}
+SLICES = {"pro-slice": "pro-4", "flash-slice": "flash-12", "pro-rank": "pro-3:9/8", "pro-deep": "pro-3:27/8"}
 SLICE = re.compile(r"(\w+)-(?:(\d+):)?(\d+)(?:/(\d+))?")  # model, first layer, end, ranks that divide its experts
 MODELS = ("demo", *SLICES)
 

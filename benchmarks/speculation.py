@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.speculation speed
     OMP_NUM_THREADS=1 python -m benchmarks.speculation forced
     python3 -m benchmarks.speculation speed --device cuda --out $OUT/speculation.jsonl
-    python3 -m benchmarks.speculation forced --device cuda --model pro-slice --out $OUT/speculation.jsonl
+    python3 -m benchmarks.speculation forced --device cuda --model pro-deep --out $OUT/speculation.jsonl
 
 Scheduler and runner in this process (tools/demo_model/loop.py), no HTTP. Every round runs every mode, in another order;
 medians over the rounds are compared, and adaptive with the best of the others round by round. A line is written when
@@ -59,7 +59,7 @@ SLICE_PROMPT = 1024  # random tokens, which are all that random weights need
 MODES = {"none": 0, "fixed 1": 1, "fixed 2": 2, "fixed 3": 3, "adaptive": 3}
 MOST_DRAFTS = 3
 CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
-CACHE_BYTES = 1 << 28
+DEMO_CACHE_BYTES, SLICE_CACHE_BYTES = 1 << 28, 1 << 32
 
 
 class Engines:
@@ -249,7 +249,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings: dict[str, Any] = {"max_running_requests": max(args.concurrency), "numerics": args.numerics}
     if is_slice:
         settings |= {"max_model_len": SLICE_PROMPT + FORCED_TOKENS, "max_step_tokens": 2 * SLICE_PROMPT}
-    config = engine_config(args.model, device=args.device, cache_bytes=CACHE_BYTES, prefix_cache=False, **settings)
+    settings["cache_bytes"] = SLICE_CACHE_BYTES if is_slice else DEMO_CACHE_BYTES
+    config = engine_config(args.model, device=args.device, prefix_cache=False, **settings)
     begin = time.perf_counter()
     engines = Engines(config, CLOCKS[args.clock], shares=on_gpu, has_plain=not is_slice)
     with ExitStack() as patches:
