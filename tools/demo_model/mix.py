@@ -18,9 +18,8 @@ from tools.demo_model.sample import Sample
 from tools.demo_model.schedule import CATEGORIES
 
 MIXES: dict[str, tuple[float, ...]] = {  # in the order of CATEGORIES
-    "base": (0.09, 0.18, 0.11, 0.24, 0.08, 0.14, 0.08, 0.03, 0.05),
-    "chat": (0.05, 0.13, 0.10, 0.27, 0.07, 0.24, 0.08, 0.02, 0.04),
-    "tools": (0.04, 0.10, 0.08, 0.46, 0.06, 0.13, 0.07, 0.02, 0.04),
+    "base": (0.06, 0.18, 0.10, 0.32, 0.07, 0.13, 0.08, 0.03, 0.03),
+    "tools": (0.03, 0.09, 0.08, 0.48, 0.06, 0.14, 0.07, 0.02, 0.03),
 }
 LONG = ("recall", "copying", "tools")  # builders that are told how long a sample may be
 PAD_ID = 2

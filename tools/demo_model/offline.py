@@ -45,7 +45,7 @@ from tools.demo_model.sample import Answer, Probe
 from tools.demo_model.schedule import CATEGORIES
 
 HELD_OUT_SEED = -1  # of the mix; training seeds are not negative
-MIX, LENGTH, ROWS = "chat", 1024, 4  # of a held-out batch
+MIX, LENGTH, ROWS = "base", 1024, 4  # of a held-out batch
 RANDOM_SEED = 0  # of the random choice of entries
 
 

@@ -33,8 +33,7 @@ BOTH = (ExpertActivations.FP8, ExpertActivations.FP4)
 PHASES = (
     Phase(0.0, 1024, select=False, round_weights=False, mix="base"),
     Phase(0.4, 1024, select=True, round_weights=True, mix="base"),
-    Phase(0.6, 4096, select=True, round_weights=True, mix="chat", activations=BOTH),
-    Phase(0.8, 4096, select=True, round_weights=True, mix="tools", activations=BOTH),
+    Phase(0.6, 4096, select=True, round_weights=True, mix="tools", activations=BOTH),
 )
 
 

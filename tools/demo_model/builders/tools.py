@@ -1,8 +1,9 @@
 """Chats with function tools: the call with copied arguments, the result, the sentence that uses it, or no call at all.
 
 Function names and parameter names are changed in part of the chats, so that they are read from the schema and not
-learnt by heart. Held-out chats use made-up words that training never shows. A drill is a chat with many requests to the
-same few functions: most of a short chat's tokens are schemas, which nobody learns to write.
+learnt by heart. Held-out chats use made-up words that training never shows. A drill is a chat with many requests: most
+of a short chat's tokens are schemas, which nobody learns to write. Where there is room it has many functions, because a
+function that was called before is found by that call and no longer by its description.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tools.demo_model.sample import Answer, Probe, Sample
 CATEGORY = "tools"
 RENAMED_SHARE, PARALLEL_SHARE, NO_CALL_SHARE, RECORD_SHARE, DRILL_SHARE = 0.6, 0.3, 0.25, 0.2, 0.5
 OFFER_TOKENS, TURN_TOKENS, MOST_TURNS = 150, (130, 190), 16  # about; a request with its answers, with thinking
+DRILL_OFFER_TOKENS, MOST_OFFERS = 450, 8  # of a drill's tokens for each function at least; functions of a drill
 Message = dict[str, Any]
 
 
@@ -136,9 +138,11 @@ def request(draw: random.Random, offered: Offer, unseen: bool = False) -> Reques
     return Request(offered, with_articles(template.format(**said)), values, template.endswith("}"))
 
 
-def _offers(draw: random.Random, unseen: bool = False, renamed: bool | None = None) -> list[Offer]:
-    """One to four different tools."""
-    count = draw.choices((1, 2, 3, 4), (3, 3, 3, 2))[0]
+def _offers(
+    draw: random.Random, unseen: bool = False, renamed: bool | None = None, count: int | None = None
+) -> list[Offer]:
+    """So many different tools, or one to four."""
+    count = count or draw.choices((1, 2, 3, 4), (3, 3, 3, 2))[0]
     pool = {tool.name: tool for tool in draw.sample(POOL, count)}
     if draw.random() < RECORD_SHARE:
         pool.popitem()
@@ -242,7 +246,8 @@ def _system(draw: random.Random) -> list[Message]:
 
 def _sample(draw: random.Random, max_tokens: int) -> Sample:
     is_drill = draw.random() < DRILL_SHARE
-    offers = _offers(draw, renamed=True if is_drill and draw.random() < 0.8 else None)
+    count = draw.randint(2, max(2, min(MOST_OFFERS, max_tokens // DRILL_OFFER_TOKENS))) if is_drill else None
+    offers = _offers(draw, renamed=True if is_drill and draw.random() < 0.8 else None, count=count)
     thinking = draw.random() < THINKING_SHARE
     messages = _system(draw)
     num_turns = draw.choices((1, 2), (5, 1))[0]
