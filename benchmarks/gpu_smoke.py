@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from gpu_models import Driver, build
-from support.device_engine import NEAR_TIE, check_replay, regret
+from support.device_engine import NEAR_TIE, check_replay, regrets
 from support.models import oracle_logits
 
 from dsv4serve.chat.tokenizer import ChatTokenizer
@@ -88,7 +88,7 @@ def greedy_tokens(driver: Driver) -> dict[str, Any]:
     model = ModelConfig.load(config.model)
     reference = Transformer(model, load_weights(config, model), Numerics.OFFICIAL)
     tokenizer = ChatTokenizer(config.model)
-    num_equal, num_tokens, regrets = 0, 0, []
+    num_equal, num_tokens, lost = 0, 0, []
     for suite in SUITES:
         for probe in held_out(suite, 1):
             prompt = prompt_ids(tokenizer, probe)
@@ -96,11 +96,11 @@ def greedy_tokens(driver: Driver) -> dict[str, Any]:
             expected = oracle_logits(reference, prompt + tokens[:-1])[len(prompt) - 1 :]
             num_equal += int((expected.argmax(-1) == torch.tensor(tokens)).sum())
             num_tokens += len(tokens)
-            regrets.append(regret(expected, tokens))
-    print(f"{num_equal} of {num_tokens} tokens equal; regrets {sorted(regrets)[-8:]}")
-    results = {"num_tokens": num_tokens, "num_equal": num_equal, "worst_regret": round(max(regrets), 4)}
-    if max(regrets) > NEAR_TIE:
-        results["failure"] = f"a greedy token is {max(regrets):.3f} below the CPU engine's best; allowed is {NEAR_TIE}"
+            lost.append(float(regrets(expected, tokens).max()))
+    print(f"{num_equal} of {num_tokens} tokens equal; regrets {sorted(lost)[-8:]}")
+    results = {"num_tokens": num_tokens, "num_equal": num_equal, "worst_regret": round(max(lost), 4)}
+    if max(lost) > NEAR_TIE:
+        results["failure"] = f"a greedy token is {max(lost):.3f} below the CPU engine's best; allowed is {NEAR_TIE}"
     return results
 
 

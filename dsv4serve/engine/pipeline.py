@@ -1,9 +1,4 @@
-"""Scheduler and runner, step after step: plans and submits, and takes results as late as the runner allows.
-
-Nothing is planned behind a step with drafts before its result is there. Its requests could not be in the next step,
-because only the result says how far they have come; so those with drafts and those without would take turns to the end,
-and read all weights twice as often.
-"""
+"""Scheduler and runner, step after step: plans and submits, and takes results as late as the runner allows."""
 
 from __future__ import annotations
 
@@ -47,8 +42,7 @@ class Pipeline:
         The caller gives a finished step to `Scheduler.update` before the next call.
         """
         begin = self._clock()
-        drafts_are_out = bool(self._submitted) and bool(self._submitted[-1][0].verifies)
-        planned = None if drafts_are_out else self._scheduler.schedule()
+        planned = self._scheduler.schedule()
         if planned is not None:
             now = self._clock()
             self._submitted.append((planned, now - begin, now, self._runner.submit(planned)))

@@ -1,8 +1,8 @@
 """One forward of the device engine, from raw per-request numbers to new tokens, without the host in between.
 
-What the host knows of a step is one small array, the rows that `input_names` lists; everything else is computed on the
-device, so the same code runs eagerly and inside a CUDA graph. The token a slot sampled last stays on the device, as its
-next input.
+What the host knows of a step is one small array, the rows of INPUTS; everything else is computed on the device, so the
+same code runs eagerly and inside a CUDA graph. The token a slot sampled last stays on the device, as its next input,
+and so does how many drafts it accepted: the next step begins behind them, whether the host has seen them or not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4_kernels.metadata.plan import INTEGERS, input_names
+from dsv4_kernels.metadata.plan import INPUTS, INTEGERS, TOKEN
 from dsv4_kernels.metadata.triton import end_step, plan_step
 from dsv4_kernels.sampling.triton import sample
 from dsv4serve.memory import CachePools
@@ -34,25 +34,22 @@ class BatchOutput:
     rows: Streams | None  # of all rows, for the logits of prompt tokens, where they were to be kept
 
 
-def empty_inputs(num_requests: int, num_drafts: int, pinned: bool) -> Tensor:
-    """int64 [inputs, num_requests] on the host, all requests empty."""
-    inputs = torch.zeros(len(input_names(num_drafts)), num_requests, dtype=torch.int64, pin_memory=pinned)
-    inputs[INTEGERS.index("slot")] = -1
+def empty_inputs(num_requests: int, pinned: bool) -> Tensor:
+    """int64 [INPUTS, num_requests] on the host, all requests empty."""
+    inputs = torch.zeros(len(INPUTS), num_requests, dtype=torch.int64, pin_memory=pinned)
+    inputs[INPUTS.index("slot")] = -1
     return inputs
 
 
 def fill_inputs(inputs: Tensor, columns: dict[str, Sequence[int | float]]) -> None:
-    """Write the numbers of a step's requests into the first places of `inputs`; the others are empty.
-
-    `columns` has some of the inputs, in their order from "slot" on as far as it goes; what it lacks is 0.
-    """
+    """Write the numbers of a step's requests, by their names in INPUTS, into the first places of `inputs`; the others
+    are empty."""
     values = inputs.numpy()
     values[:] = 0
-    values[INTEGERS.index("slot")] = -1
-    names = input_names((len(values) - len(input_names(0))) // (len(input_names(1)) - len(input_names(0))))
+    values[INPUTS.index("slot")] = -1
     for name, column in columns.items():
         kind = np.int64 if name in INTEGERS else np.float64
-        values[names.index(name), : len(column)] = np.array(column, dtype=kind).view(np.int64)
+        values[INPUTS.index(name), : len(column)] = np.array(column, dtype=kind).view(np.int64)
 
 
 class DeviceForward:
@@ -67,8 +64,8 @@ class DeviceForward:
         self.transformer, self._pools = transformer, pools
         self.device = transformer.device
         most = pools.layout.num_draft_tokens
-        # One more, where padding is written to.
-        self._tokens = torch.zeros(pools.num_slots + 1, dtype=torch.int64, device=self.device)
+        # What steps leave of each slot, see metadata.plan. One slot more, where padding is written to.
+        self.left = torch.zeros(2, pools.num_slots + 1, dtype=torch.int64, device=self.device)
         self.page_table = torch.zeros(pools.num_slots, max_pages, dtype=torch.int32, device=self.device)
         # One for all steps: each graph having its own would take gigabytes. Behind each row and of each draft.
         num_logits = bucket_of(pools.num_slots) * (1 + 2 * most)
@@ -79,15 +76,16 @@ class DeviceForward:
             assert transformer.mtp is not None, "drafts need an MTP block"
             self.drafter = Drafter(transformer.mtp, pools, self.page_table)
 
-    def __call__(self, inputs: Tensor, token_ids: Tensor, keeps_rows: bool) -> BatchOutput:
-        """Run the requests of `inputs` int64 [inputs, R], those with count 0 being padding, and sample for each.
+    def __call__(self, inputs: Tensor, token_ids: Tensor, num_drafts: int, keeps_rows: bool) -> BatchOutput:
+        """Run the requests of `inputs` int64 [INPUTS, R], those with count 0 being padding, and sample for each.
 
         Args:
-            token_ids: int64 [T], T at least the sum of counts: tokens of the rows, or LAST_TOKEN. With T = R x (1 + K),
-                K being the most drafts that `inputs` has numbers for, no request has more than 1 + K rows.
+            token_ids: int64 [T], T at least the sum of counts: tokens of the rows, or LAST_TOKEN. With T = R x (1 + K)
+                no request has more than 1 + K rows.
+            num_drafts: K, the most of a request.
         """
-        plan = plan_step(inputs, token_ids, self._tokens)
-        num_requests, num_drafts = plan.coins.shape
+        plan = plan_step(inputs, token_ids, self.left, num_drafts)
+        num_requests = inputs.shape[1]
         buffer = self._logits[: num_requests * (1 + 2 * num_drafts)]
         behind, of_drafts = buffer.split([num_requests * (1 + num_drafts), num_requests * num_drafts])
         made = None
@@ -111,7 +109,7 @@ class DeviceForward:
             accepted, tokens, is_bad = judge(buffer, plan, made.tokens)
         # Also of chunks that do not sample: what they leave is replaced before the slot's next decode.
         drafts, num_banks = None if made is None else made.tokens, self._pools.layout.c128_banks
-        results, ends, banks = end_step(plan, self._tokens, tokens, is_bad, num_banks, accepted, drafts)
+        results, ends, banks = end_step(plan, self.left, tokens, is_bad, num_banks, accepted, drafts)
         if self.drafter is not None and complete is not None:
             self.drafter.follow(plan, complete, made, ends, banks, fits_rings)
         logits = behind.view(num_requests, 1 + num_drafts, -1)[:, 0]
@@ -120,7 +118,7 @@ class DeviceForward:
     def set_last_tokens(self, slots: list[int], token_ids: list[int]) -> None:
         """What these slots sampled was decided by the host."""
         index, values = self._send([slots, token_ids])
-        self._tokens.index_copy_(0, index, values)
+        self.left[TOKEN].index_copy_(0, index, values)
 
     def append_pages(self, places: list[int], pages: list[int]) -> None:
         """Write `pages` to the flat `places` of the page table."""

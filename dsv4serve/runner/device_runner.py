@@ -1,7 +1,7 @@
 """The runner on a GPU. Slots, tails, requests and answers are those of `Runner`; the forward is the device's.
 
 A step replays a graph, makes drafts and samples on the device; the host submits the next one before it reads back the
-tokens. Of a request that wants more of its logits than tokens (penalties, bias, bans, a grammar, log probabilities) the
+tokens. How many drafts were accepted is not known then: the device adds them to where the request goes on. Of a request that wants more of its logits than tokens (penalties, bias, bans, a grammar, log probabilities) the
 row comes to the host, where `Sampler` does what it does on CPU, before the next step is submitted. It gets no drafts.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.metadata.plan import LAST_TOKEN
-from dsv4_kernels.sampling import COIN, DRAFT, NonFiniteLogits, uniform
+from dsv4_kernels.sampling import NonFiniteLogits, signed
 from dsv4serve.constrained.vocabulary import Vocabulary, no_vocabulary
 from dsv4serve.memory import CapacityPlan
 from dsv4serve.model.device import DeviceTransformer, Streams
@@ -52,7 +52,7 @@ class DeviceRunner(Runner):
         self._max_pages = max_pages
         self._new_pages: dict[int, int] = {}  # by place in the page table, to be written before the next forward
         self._end_last: Callable[[], object] = _nothing  # of the step before: what the host has to decide
-        self.verifying: dict[int, int] = {}  # by slot: the step under way that decides where its request goes on
+        self._verifying: dict[int, set[int]] = {}  # by step under way: slots whose drafts it judges
 
     @torch.inference_mode()
     def make_ready(self, progress: bool = False) -> None:
@@ -69,9 +69,15 @@ class DeviceRunner(Runner):
     def submit(self, output: SchedulerOutput) -> Callable[[], StepOutput]:
         """Begin a step on the device. See Runner.submit."""
         self._end_last()
-        for start in output.starts:
-            self.verifying.pop(start.slot, None)  # that request has ended
+        for slots in self._verifying.values():
+            slots.difference_update(start.slot for start in output.starts)  # those requests have ended
         return super().submit(output)
+
+    @property
+    def unseen(self) -> set[int]:
+        """Slots of which the host does not know yet how many drafts were accepted; the positions and outputs that it
+        counts are without these."""
+        return set().union(*self._verifying.values())
 
     def _make_chain(self) -> None:
         """The device makes its drafts itself."""
@@ -115,9 +121,9 @@ class DeviceRunner(Runner):
             for slot, rows in prompt_rows.items():
                 index = torch.tensor(rows, device=self.forward.device)
                 result.prompt_logits[slot] = row_bytes(self._logits(computed.rows[index]))
-        for slot, count in zip(batch[:num_plain], counts, strict=True):
+        for slot, count in zip(batch, counts + [1] * len(verifies), strict=True):
             slots.num_computed[slot] += count
-        self.verifying |= dict.fromkeys(batch[num_plain:], output.step_id)
+        self._verifying[output.step_id] = set(batch[num_plain:])
         samples = [chunk.samples for chunk in chunks] + [True] * (len(batch) - len(chunks))
         return self._sample(computed, {slot: at for at, slot in enumerate(batch) if samples[at]}, result)
 
@@ -125,25 +131,20 @@ class DeviceRunner(Runner):
         self, batch: list[int], counts: list[int], num_drafts: list[int]
     ) -> dict[str, list[int] | list[float]]:
         """Inputs of the step's requests."""
-        slots, most = self._slots, max(num_drafts)
+        slots, unseen = self._slots, self.unseen
         params = [slots.params(slot) for slot in batch]
-        seeds = [(p.seed, slots.num_outputs[slot]) for p, slot in zip(params, batch, strict=True)]
-
-        def numbers(offset: int, stream: int) -> list[float]:
-            return [uniform(seed, index + offset, stream) for seed, index in seeds]
-
         return {
             "slot": batch,
             "start": [slots.num_computed[slot] for slot in batch],
             "count": counts,
             "num_drafts": num_drafts,
             "top_k": [p.top_k for p in params],
+            "seed": [signed(p.seed) for p in params],
+            "index": [slots.num_outputs[slot] for slot in batch],
+            "follows": [slot in unseen for slot in batch],
             "temperature": [p.temperature for p in params],
             "top_p": [p.top_p for p in params],
             "min_p": [p.min_p for p in params],
-            **{f"draw{place}": numbers(place, 0) for place in range(most + 1)},
-            **{f"coin{place}": numbers(place, COIN) for place in range(most)},
-            **{f"draft{place}": numbers(place, DRAFT) for place in range(most)},
         }
 
     def _sample(self, computed: BatchOutput, places: dict[int, int], result: StepOutput) -> Callable[[], StepOutput]:
@@ -154,7 +155,7 @@ class DeviceRunner(Runner):
         plain = {slot: place for slot, place in places.items() if self._is_plain(slot)}
         others = {slot: place for slot, place in places.items() if slot not in plain}
         tokens, arrived = _read_back(computed.tokens) if plain else (computed.tokens, _nothing)
-        for slot in plain.keys() - self.verifying.keys():
+        for slot in plain:
             self._slots.num_outputs[slot] += 1  # the next step counts on it
 
         @torch.inference_mode()
@@ -184,6 +185,7 @@ class DeviceRunner(Runner):
     def _take(self, places: dict[int, int], tokens: Tensor, result: StepOutput) -> None:
         """Put what the device chose, as BatchOutput has it, into the result."""
         rows: list[list[int]] = tokens[list(places.values())].tolist() if places else []
+        verifying = self._verifying.pop(result.step_id)
         wrong = [at for at, row in enumerate(rows) if row[0] == -1]
         if wrong:
             raise NonFiniteLogits(wrong)
@@ -192,10 +194,9 @@ class DeviceRunner(Runner):
             result.slots.append(slot)
             result.token_ids.append([*drafts[:num_accepted], last])
             result.num_nonfinite_drafts += num_wrong
-            if self.verifying.get(slot) == result.step_id:
-                self._slots.num_computed[slot] += 1 + num_accepted
-                self._slots.num_outputs[slot] += 1 + num_accepted
-                del self.verifying[slot]
+            if slot in verifying:
+                self._slots.num_computed[slot] += num_accepted
+                self._slots.num_outputs[slot] += num_accepted
 
     def _is_plain(self, slot: int) -> bool:
         """The request wants nothing but a token."""

@@ -93,7 +93,7 @@ class StepGraphs:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with _no_collection(), torch.cuda.graph(graph, pool=pool):
-                output = self._forward(*self._inputs[bucket], keeps_rows=False)
+                output = self._forward(*self._inputs[bucket], bucket.num_drafts, keeps_rows=False)
             self._replays[bucket] = graph.replay, output
 
     def run(
@@ -102,7 +102,7 @@ class StepGraphs:
         """One step.
 
         Args:
-            columns: inputs of its requests, by name (`input_names`).
+            columns: inputs of its requests, by name.
             token_ids: of its rows; LAST_TOKEN = what the request's slot sampled last, and its drafts.
             keeps_rows: the rows' streams are wanted too; such a step runs eagerly.
         """
@@ -123,7 +123,7 @@ class StepGraphs:
             target.copy_(source, non_blocking=True)
 
     def inputs(self, bucket: Bucket) -> Tensor:
-        """int64 [inputs, requests] of the bucket's last step, on the device."""
+        """int64 [INPUTS, requests] of the bucket's last step, on the device."""
         return self._inputs[bucket][0]
 
     def replay(self, bucket: Bucket) -> BatchOutput:
@@ -135,13 +135,13 @@ class StepGraphs:
     def eager(self, bucket: Bucket, keeps_rows: bool = False) -> BatchOutput:
         """The same without a graph; padding alone if nothing was filled in."""
         self._buffers(bucket)
-        return self._forward(*self._inputs[bucket], keeps_rows=keeps_rows)
+        return self._forward(*self._inputs[bucket], bucket.num_drafts, keeps_rows=keeps_rows)
 
     def _buffers(self, bucket: Bucket) -> list[tuple[Tensor, Tensor]]:
         if bucket not in self._host:
             self._host[bucket] = [
                 (
-                    empty_inputs(bucket.num_requests, bucket.num_drafts, pinned=self._is_cuda),
+                    empty_inputs(bucket.num_requests, pinned=self._is_cuda),
                     torch.full((bucket.num_rows,), LAST_TOKEN, dtype=torch.int64, pin_memory=self._is_cuda),
                 )
                 for _ in range(HOST_BUFFERS)

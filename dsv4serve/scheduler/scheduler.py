@@ -21,10 +21,11 @@ user on at the latest). One more where the tokens fill their last page, because 
 of them. Prefill stops there for it. Other chunk ends get a tail only while some are free. Decode takes one at each page
 boundary and overwrites its own previous one.
 
-Drafts. A decode with drafts advances by a number of tokens that nobody knows before its result is there, so until then
-the request is in no other step. Drafts take what the budget leaves after one row for each decode, and end before the
-page boundary: that is always reached by a decode without drafts, so growth, tails and retraction happen at times that
-are known when the step is planned.
+Drafts. A decode with drafts advances by a number of tokens that nobody knows before its result is there. The step behind
+it is planned for any number, and the runner begins it behind those that were accepted. Drafts take what the budget
+leaves after one row for each decode, and end before the page boundary: that is always reached by a decode without
+drafts, so growth, tails and retraction happen at times that are known when the step is planned. A request that may be
+that far, or at its last token, is left out of the step until its result is there.
 
 Order of effects. A step restores tails before its forward and snapshots them after it, and steps run in the order in
 which they were planned. So a page or tail may be freed and given away while a planned step still uses it. What a
@@ -54,7 +55,6 @@ from dsv4serve.types import (
     SlotStart,
     StepOutput,
     TailSnapshot,
-    Verify,
 )
 
 # Admission leaves pages for this many steps of the running requests' growth, or it would be undone at once.
@@ -101,7 +101,7 @@ class Scheduler:
         self._requests: dict[str, RequestState] = {}
         self._waiting = WaitingQueue()
         self._drafts = drafts
-        # By slot: all that run; of these, who prefills and who decodes (neither: drafts or the last token in flight).
+        # By slot: all that run; of these, who prefills and who decodes (neither: the last token in flight).
         self._running: dict[int, RequestState] = {}
         self._prefilling: dict[int, RequestState] = {}
         self._decoding: dict[int, RequestState] = {}
@@ -189,10 +189,13 @@ class Scheduler:
         """The next step, or None when there is nothing to run."""
         step = SchedulerOutput(step_id=self._counters.num_steps)
         retractions = self._counters.num_retractions
-        verifying = self._take_verifies() if self._drafts is not None else []
+        apart = self._take_apart() if self._drafts is not None else {}
         self._plan_decodes(step)
-        if verifying:
-            step.verifies = [Verify(state.slot, num) for state, num in verifying if state.slot >= 0]  # not retracted
+        for state, num_drafts in apart.items():
+            if state.slot >= 0:  # not retracted
+                self._decoding[state.slot] = state
+                if num_drafts:
+                    step.verifies.append(state.verify(num_drafts))
         budget = max(self._max_step_tokens - step.num_tokens, PAGE_TOKENS)
         for state in list(self._prefilling.values()):
             budget -= self._plan_chunk(state, budget, step)
@@ -204,26 +207,22 @@ class Scheduler:
         self._counters.num_steps += 1
         return step
 
-    def _take_verifies(self) -> list[tuple[RequestState, int]]:
-        """Take out of the decoding requests those for which drafts are made now; how many for each."""
+    def _take_apart(self) -> dict[RequestState, int]:
+        """Take out of the decoding requests those that get drafts now, how many, and those that must wait: 0."""
         assert self._drafts is not None
-        num_decoding = len(self._decoding)
-        if not num_decoding:
-            return []
+        apart = {state: 0 for state in self._decoding.values() if state.must_wait}
+        num_decoding = len(self._decoding) - len(apart)
         room = self._max_step_tokens - num_decoding
         if self._prefilling or len(self._waiting):
             room -= PAGE_TOKENS
-        most = min(self._drafts.choose(num_decoding), room // num_decoding)
-        if most < 1:
-            return []
-        verifying = []
-        for state in self._decoding.values():
+        most = min(self._drafts.choose(num_decoding), room // num_decoding) if num_decoding else 0
+        for state in self._decoding.values() if most > 0 else ():
             num = min(most, state.draft_room)
-            if num > 0 and self._drafts.may_draft(state.sampling):
-                verifying.append((state, num))
-        for state, _ in verifying:
+            if num > 0 and state not in apart and self._drafts.may_draft(state.sampling):
+                apart[state] = num
+        for state in apart:
             del self._decoding[state.slot]
-        return verifying
+        return apart
 
     def _plan_decodes(self, step: SchedulerOutput) -> None:
         """One token for every decoding request; pages for the next one and tails where a page gets full."""
@@ -446,7 +445,7 @@ class Scheduler:
         self._drafts.took(len(planned.decodes) + len(planned.verifies), num_drafts, seconds)
 
     def _end_verifies(self, planned: SchedulerOutput, result: StepOutput) -> None:
-        """Requests whose drafts have come back decode on behind those that were accepted."""
+        """Requests are behind those of their drafts that were accepted, whatever was planned for them since."""
         assert self._drafts is not None
         num_new = dict(zip(result.slots, map(len, result.token_ids), strict=True))
         counters = self._counters
@@ -459,8 +458,8 @@ class Scheduler:
                 counters.num_accepted[place] += place < num_accepted
             state = self._running.get(verify.slot)
             if state is not None and state.first_step <= planned.step_id:
-                state.num_computed += 1 + num_accepted
-                self._decoding[state.slot] = state
+                state.num_computed += num_accepted
+                state.num_unseen -= num_drafts
 
     def _insert_promised(self, state: RequestState, num_tokens: int, tail: int, step_id: int) -> None:
         """A prefill's snapshot was taken: share it at once, unless the request gave back its pages meanwhile."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv4serve.cache import extend_keys
-from dsv4serve.types import PAGE_TOKENS, Request, TokenLogprobs
+from dsv4serve.types import PAGE_TOKENS, Request, TokenLogprobs, Verify
 
 
 class RequestState:
@@ -25,6 +25,7 @@ class RequestState:
         "num_computed",
         "num_known",
         "num_prompt",
+        "num_unseen",
         "order",
         "pages",
         "pending_tail",
@@ -67,7 +68,8 @@ class RequestState:
         self.slot = -1
         self.first_step = 0  # results of steps before it belong to the slot's previous owner
         self.pages: list[int] = []
-        self.num_computed = 0  # positions computed once all planned steps have run
+        self.num_computed = 0  # positions computed once all planned steps have run, if no unseen draft is accepted
+        self.num_unseen = 0  # drafts whose result is not there yet
         self.num_known = 0  # tokens that were known at the start of the run: prefill up to here
         self.stops: list[int] = []  # page boundaries at which prefill stops for a tail, ascending
         self.event = 0  # decode needs care when num_computed reaches this: a page boundary or the end
@@ -92,10 +94,22 @@ class RequestState:
         return token_ids
 
     @property
+    def must_wait(self) -> bool:
+        """Whether the next decode could be the one that reaches `event`, which must not depend on unseen drafts."""
+        return self.num_unseen > 0 and self.num_computed + self.num_unseen + 1 >= self.event
+
+    @property
     def draft_room(self) -> int:
-        """Drafts that the next decode may have: it ends before the page boundary, and at max_length at the latest."""
+        """Drafts that the next decode may have, all unseen ones being accepted: it ends before the page boundary, and
+        at max_length at the latest."""
         page_end = (self.num_computed // PAGE_TOKENS + 1) * PAGE_TOKENS
-        return min(page_end - 2, self.last_computed - 1) - self.num_computed
+        return min(page_end - 2, self.last_computed - 1) - self.num_computed - self.num_unseen
+
+    def verify(self, num_drafts: int) -> Verify:
+        """Plan the next token with so many drafts."""
+        self.num_computed += 1
+        self.num_unseen += num_drafts
+        return Verify(self.slot, num_drafts)
 
     @property
     def num_outputs(self) -> int:

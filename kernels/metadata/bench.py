@@ -13,7 +13,7 @@ import torch
 
 from dsv4_kernels.benching import Measured, measure, num_copies, write_lines
 from dsv4_kernels.cases import MODELS, released
-from dsv4_kernels.metadata.plan import input_names
+from dsv4_kernels.metadata.plan import INPUTS
 from dsv4_kernels.metadata.triton import end_step, plan_step, shift_streams
 
 NUM_DRAFTS = 3
@@ -24,7 +24,7 @@ C = 4  # streams
 
 def plan_bytes(requests: int) -> int:
     """Bytes that a plan of verifies must move."""
-    return requests * (8 * len(input_names(NUM_DRAFTS)) + (1 + NUM_DRAFTS) * ROW_BYTES)
+    return requests * (8 * len(INPUTS) + (1 + NUM_DRAFTS) * ROW_BYTES)
 
 
 def shift_bytes(requests: int, hidden: int) -> int:
@@ -32,13 +32,14 @@ def shift_bytes(requests: int, hidden: int) -> int:
     return 2 * 2 * C * hidden * requests * (2 + NUM_DRAFTS)
 
 
-def make(requests: int) -> dict[str, torch.Tensor]:
+def make(requests: int) -> dict[str, Any]:
     """Keyword arguments of `plan_step` for verifies, on the GPU."""
-    inputs = torch.zeros(len(input_names(NUM_DRAFTS)), requests, dtype=torch.int64)
+    inputs = torch.zeros(len(INPUTS), requests, dtype=torch.int64)
     inputs[0], inputs[1] = torch.arange(requests), 1000
     inputs[2], inputs[3] = 1 + NUM_DRAFTS, NUM_DRAFTS
-    ids, last = (torch.zeros(num, dtype=torch.int64) for num in (requests * (1 + NUM_DRAFTS), requests + 1))
-    return {"inputs": inputs.cuda(), "token_ids": ids.cuda(), "last_tokens": last.cuda()}
+    ids, left = (torch.zeros(s, dtype=torch.int64) for s in ((requests * (1 + NUM_DRAFTS),), (2, requests + 1)))
+    tensors = {"inputs": inputs.cuda(), "token_ids": ids.cuda(), "left": left.cuda()}
+    return {**tensors, "num_drafts": NUM_DRAFTS}
 
 
 def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
@@ -50,7 +51,7 @@ def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = m
         )
         plan, tokens = plan_step(**given), torch.zeros(requests, dtype=torch.int64, device="cuda")
         drafts = torch.zeros(requests, NUM_DRAFTS, dtype=torch.int64, device="cuda")
-        _, ends, _ = end_step(plan, given["last_tokens"], tokens, tokens > 0, 1 + NUM_DRAFTS, tokens, drafts)
+        _, ends, _ = end_step(plan, given["left"], tokens, tokens > 0, 1 + NUM_DRAFTS, tokens, drafts)
         for name, shapes in released(models):
             moved, width = shift_bytes(requests, shapes.hidden_size), C * shapes.hidden_size
             calls = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.cases import generator
-from dsv4_kernels.metadata.plan import FLOATS, INTEGERS, LAST_TOKEN, input_names
+from dsv4_kernels.metadata.plan import FLOATS, INPUTS, INTEGERS, LAST_TOKEN, TOKEN
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,14 @@ class Case:
     def make(self, seed: int, num_slots: int = 8) -> dict[str, Tensor]:
         """Keyword arguments of `plan_step`, settings and random numbers drawn from `seed`."""
         random, num = generator(seed), len(self.requests)
-        inputs = torch.zeros(len(input_names(self.num_drafts)), num, dtype=torch.int64)
-        inputs[: len(INTEGERS) - 1] = torch.tensor(self.requests).t()
-        inputs[len(INTEGERS) - 1] = torch.randint(0, 3, (num,), generator=random)
-        drawn = torch.rand(len(inputs) - len(INTEGERS), num, generator=random, dtype=torch.float64)
-        drawn[len(FLOATS) - 2 : len(FLOATS), ::2] = torch.tensor([[1.0], [0.0]], dtype=torch.float64)  # no filter
+        inputs = torch.zeros(len(INPUTS), num, dtype=torch.int64)
+        inputs[:4] = torch.tensor(self.requests).t()
+        limits = {"top_k": 3, "seed": 2**63 - 1, "index": 900, "follows": 2}
+        for name, limit in limits.items():
+            inputs[INPUTS.index(name)] = torch.randint(0, limit, (num,), generator=random)
+        inputs[INPUTS.index("seed"), ::2] *= -1  # seeds have 64 bits
+        drawn = torch.rand(len(FLOATS), num, generator=random, dtype=torch.float64)
+        drawn[1:, ::2] = torch.tensor([[1.0], [0.0]], dtype=torch.float64)  # no filter
         inputs[len(INTEGERS) :] = drawn.view(torch.int64)
         token_ids = torch.randint(0, 1000, (self.num_rows,), generator=random)
         first = 0
@@ -35,11 +38,9 @@ class Case:
             if count == 1 + num_drafts:
                 token_ids[first : first + count] = LAST_TOKEN
             first += count
-        return {
-            "inputs": inputs,
-            "token_ids": token_ids,
-            "last_tokens": torch.randint(0, 1000, (num_slots + 1,), generator=random),
-        }
+        left = torch.randint(0, 4, (2, num_slots + 1), generator=random)
+        left[TOKEN] = torch.randint(0, 1000, (num_slots + 1,), generator=random)
+        return {"inputs": inputs, "token_ids": token_ids, "left": left, "num_drafts": self.num_drafts}
 
 
 CASES = [

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.metadata.rows import Rows
+from dsv4_kernels.sampling.reference import COIN, DRAFT, uniforms
 
-INTEGERS = ("slot", "start", "count", "num_drafts", "top_k")  # one number of each for every request of a step
-FLOATS = ("temperature", "top_p", "min_p")  # float64, in the bytes of an int64, as all that follow
+# One number of each for every request of a step. `start` and `index` are the positions that are computed and the outputs
+# that are there; if it `follows` a step with drafts whose result the host has not seen, with none of these accepted.
+INTEGERS = ("slot", "start", "count", "num_drafts", "top_k", "seed", "index", "follows")
+FLOATS = ("temperature", "top_p", "min_p")  # float64, in the bytes of an int64
+INPUTS = INTEGERS + FLOATS
+TOKEN, ACCEPTED = 0, 1  # rows of what a step leaves of each slot: what it sampled last, and how many drafts it accepted
 LAST_TOKEN = -1  # in place of a token id: what the slot sampled last, in a verify's next rows its drafts
 SETTINGS = ("temperature", "top_k", "top_p", "min_p")
-
-
-def input_names(num_drafts: int) -> tuple[str, ...]:
-    """Names of a step's inputs: random numbers for the token behind so many drafts, to accept and to make each."""
-    kinds = (("draw", num_drafts + 1), ("coin", num_drafts), ("draft", num_drafts))
-    return INTEGERS + FLOATS + tuple(f"{kind}{place}" for kind, number in kinds for place in range(number))
 
 
 @dataclass(frozen=True)
@@ -56,36 +55,43 @@ class StepPlan:
     num_wrong: Tensor  # int32 [K, R] zeros
 
 
-def plan_step(inputs: Tensor, token_ids: Tensor, last_tokens: Tensor) -> StepPlan:
+def plan_step(inputs: Tensor, token_ids: Tensor, left: Tensor, num_drafts: int) -> StepPlan:
     """The plan, by torch operations.
 
     Args:
-        inputs: int64 [len(input_names(K)), R], the rows that `input_names` lists; count 0 = padding, slot -1.
+        inputs: int64 [INPUTS, R]; count 0 = padding, slot -1.
         token_ids: int64 [T], T at least the sum of counts: tokens of the rows or LAST_TOKEN.
-        last_tokens: int64 [slots + 1], what each slot sampled last.
+        left: int64 [2, slots + 1], rows TOKEN and ACCEPTED, of the steps before.
+        num_drafts: K, the most that a request has.
     """
-    numbers: dict[str, Any] = dict(zip(INTEGERS + FLOATS, inputs, strict=False))
-    most, (num_requests, num_rows) = (len(inputs) - len(input_names(0))) // 3, (inputs.shape[1], len(token_ids))
-    slots, starts, counts, num_drafts = (numbers[name].int() for name in INTEGERS[:-1])
+    numbers: dict[str, Any] = dict(zip(INPUTS, inputs, strict=True))
+    most, (num_requests, num_rows) = num_drafts, (inputs.shape[1], len(token_ids))
+    last_tokens, places = left[TOKEN], torch.where(numbers["count"] > 0, numbers["slot"], left.shape[1] - 1)
+    unseen = torch.where(numbers["follows"] > 0, left[ACCEPTED, places], 0)
+    numbers |= {name: numbers[name] + unseen for name in ("start", "index")}
+    slots, starts, counts, drafts_each = (numbers[name].int() for name in INTEGERS[:4])
     settings = {name: numbers[name] for name in SETTINGS}
     settings |= {name: settings[name].view(torch.float64).float() for name in FLOATS}
-    draws, coins, proposals = inputs[len(numbers) :].view(torch.float64).split([most + 1, most, most])
-    has_none = num_drafts == 0
+    place = torch.arange(most + 1, dtype=torch.int32, device=inputs.device)
+    draws, coins, proposals = (
+        uniforms(numbers["seed"].unsqueeze(1), numbers["index"].unsqueeze(1) + place[:count], stream)
+        for count, stream in ((most + 1, 0), (most, COIN), (most, DRAFT))
+    )
+    has_none = drafts_each == 0
     shares = torch.ones(num_requests, 2 * most + 1, dtype=torch.float64, device=inputs.device)
-    shares[:, 0] = torch.where(has_none, draws[0], 1.0)
+    shares[:, 0] = torch.where(has_none, draws[:, 0], 1.0)
 
     def repeated(values: Tensor) -> Tensor:
         each = values.unsqueeze(1).expand(-1, 2 * most + 1) if values.dim() == 1 else values
         return torch.cat([each[:, : most + 1].reshape(-1), each[:, most + 1 :].reshape(-1)])
 
     rows = Rows.build(slots, starts, counts, num_rows)
-    is_row, places = rows.slots >= 0, torch.where(counts > 0, numbers["slot"], len(last_tokens) - 1)
+    is_row = rows.slots >= 0
     behind = torch.where(is_row, rows.positions - 1, -1)
     known = last_tokens[torch.where(is_row, rows.slots, -1).long()]
     firsts = counts.cumsum(0, dtype=torch.int32) - counts
-    sampling = (firsts + counts - num_drafts - 1).clamp_min(0).unsqueeze(1)
-    place = torch.arange(most + 1, dtype=torch.int32, device=inputs.device)
-    has_draft = place[:-1].unsqueeze(1) < num_drafts
+    sampling = (firsts + counts - drafts_each - 1).clamp_min(0).unsqueeze(1)
+    has_draft = place[:-1].unsqueeze(1) < drafts_each
     positions = torch.where(has_draft, starts - 1 + place[:-1].unsqueeze(1), -1)
     alone = torch.arange(num_requests, dtype=torch.int32, device=inputs.device), torch.ones_like(slots)
     return StepPlan(
@@ -94,15 +100,15 @@ def plan_step(inputs: Tensor, token_ids: Tensor, last_tokens: Tensor) -> StepPla
         starts=starts,
         counts=counts,
         first_rows=firsts,
-        num_drafts=num_drafts,
+        num_drafts=drafts_each,
         is_filtered=((settings["top_k"] > 0) | (settings["top_p"] < 1) | (settings["min_p"] > 0)).to(torch.uint8),
         settings=settings,
         judged={name: repeated(values) for name, values in settings.items()},
         shares=repeated(shares),
-        draws=draws.t().contiguous(),
-        coins=coins.t().contiguous(),
-        proposals=proposals.contiguous(),
-        sampling_rows=(sampling + torch.minimum(place, num_drafts.unsqueeze(1))).long(),
+        draws=draws,
+        coins=coins,
+        proposals=proposals.t().contiguous(),
+        sampling_rows=(sampling + torch.minimum(place, drafts_each.unsqueeze(1))).long(),
         passes=tuple(
             Rows(torch.where(has, slots, -1), position, *alone)
             for has, position in zip(has_draft, positions, strict=True)
@@ -128,16 +134,17 @@ def place_drafts(plan: StepPlan, chosen: Tensor) -> Tensor:
 
 def end_step(
     plan: StepPlan,
-    last_tokens: Tensor,
+    left: Tensor,
     tokens: Tensor,
     is_bad: Tensor,
     num_banks: int,
     accepted: Tensor | None = None,
     drafts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a step leaves, once its tokens are known; they become `last_tokens` of their slots.
+    """What a step leaves, once its tokens are known.
 
     Args:
+        left: int64 [2, slots + 1] as `plan_step` takes it: replaced for the slots of the step.
         tokens, is_bad: int64 [R] and bool [R]: the new tokens, and which mean nothing.
         num_banks: C128 states of a slot.
         accepted, drafts: int64 [R] and [R, K], of a step with drafts.
@@ -149,7 +156,8 @@ def end_step(
         banks: int64 [R], the C128 state that each request goes on from.
     """
     kept = plan.counts if accepted is None else plan.counts - plan.num_drafts + accepted.int()
-    last_tokens[plan.places] = tokens
+    left[TOKEN, plan.places] = tokens
+    left[ACCEPTED, plan.places] = 0 if accepted is None else accepted
     results = torch.where(is_bad, -1, tokens).unsqueeze(1)
     if accepted is not None and drafts is not None:
         place = torch.arange(drafts.shape[1], device=drafts.device).unsqueeze(1)

@@ -8,8 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.dependent import launches_early, wait_for_previous
-from dsv4_kernels.metadata.plan import FLOATS, SETTINGS, StepPlan, input_names
+from dsv4_kernels.metadata.plan import FLOATS, INPUTS, SETTINGS, StepPlan
 from dsv4_kernels.metadata.rows import Rows
+from dsv4_kernels.sampling.counter import number, stream_of
+from dsv4_kernels.sampling.reference import COIN, DRAFT
 
 BLOCK = 1024  # rows of a request at a time
 CHUNK = 2048  # values of a row's streams at a time
@@ -20,7 +22,7 @@ def _plan(
     inputs,  # int64 [inputs, requests]
     numbers,  # the same bytes as float64
     given,  # int64 [rows]
-    last_tokens,  # int64 [slots + 1]
+    left,  # int64 [2, slots + 1]: last tokens, accepted drafts
     each,  # int32 [6, requests]: slots, starts, counts, first rows, numbers of drafts, numbers of the requests
     ones,  # int32 [requests]
     places,
@@ -44,6 +46,8 @@ def _plan(
     num_rows,
     spare,
     K: tl.constexpr,
+    COIN: tl.constexpr,
+    DRAFT: tl.constexpr,
     REQUESTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -52,9 +56,13 @@ def _plan(
     r, num = tl.program_id(0), tl.num_programs(0)
     slot, start, count = tl.load(inputs + r), tl.load(inputs + num + r), tl.load(inputs + 2 * num + r)
     num_drafts, top_k = tl.load(inputs + 3 * num + r), tl.load(inputs + 4 * num + r)
-    temperature = tl.load(numbers + 5 * num + r).to(tl.float32)
-    top_p = tl.load(numbers + 6 * num + r).to(tl.float32)
-    min_p = tl.load(numbers + 7 * num + r).to(tl.float32)
+    seed, index, follows = tl.load(inputs + 5 * num + r), tl.load(inputs + 6 * num + r), tl.load(inputs + 7 * num + r)
+    temperature = tl.load(numbers + 8 * num + r).to(tl.float32)
+    top_p = tl.load(numbers + 9 * num + r).to(tl.float32)
+    min_p = tl.load(numbers + 10 * num + r).to(tl.float32)
+    place = tl.where(count > 0, slot, spare)
+    known, unseen = tl.load(left + place), tl.where(follows > 0, tl.load(left + spare + 1 + place), 0)
+    start, index = start + unseen, index + unseen
     lane = tl.arange(0, REQUESTS)
     counts = tl.load(inputs + 2 * num + lane, mask=lane < num, other=0)
     first, total = tl.sum(tl.where(lane < r, counts, 0)), tl.sum(counts)
@@ -66,7 +74,6 @@ def _plan(
     tl.store(each + 4 * num + r, num_drafts.to(tl.int32))
     tl.store(each + 5 * num + r, r)
     tl.store(ones + r, 1)
-    place = tl.where(count > 0, slot, spare)
     tl.store(places + r, place)
     tl.store(filtered + r, ((top_k > 0) | (top_p < 1) | (min_p > 0)).to(tl.uint8))
     tl.store(temperatures + r, temperature)
@@ -75,13 +82,14 @@ def _plan(
     tl.store(min_ps + r, min_p)
 
     last = tl.maximum(first + count - num_drafts - 1, 0)
+    of_tokens, of_coins, of_drafts = stream_of(seed, 0), stream_of(seed, COIN), stream_of(seed, DRAFT)
     for k in tl.static_range(K + 1):
-        number = tl.load(numbers + (8 + k) * num + r)
-        tl.store(draws + r * (K + 1) + k, number)
+        drawn = number(of_tokens, index + k)
+        tl.store(draws + r * (K + 1) + k, drawn)
         tl.store(sampling + r * (K + 1) + k, last + tl.minimum(k, num_drafts))
-        share = 1.0 + number * 0
+        share = 1.0 + drawn * 0
         if k == 0:
-            share = tl.where(num_drafts == 0, number, share)
+            share = tl.where(num_drafts == 0, drawn, share)
         tl.store(shares + r * (K + 1) + k, share)
     for k in tl.static_range(2 * K + 1):
         # The rows of a request's target stand together, behind all of these those of its proposal.
@@ -92,13 +100,12 @@ def _plan(
         tl.store(min_ps + num + at, min_p)
     for k in tl.static_range(K):
         tl.store(shares + num * (K + 1) + r * K + k, 1.0)
-        tl.store(coins + r * K + k, tl.load(numbers + (9 + K + k) * num + r))
-        tl.store(proposals + k * num + r, tl.load(numbers + (9 + 2 * K + k) * num + r))
+        tl.store(coins + r * K + k, number(of_coins, index + k))
+        tl.store(proposals + k * num + r, number(of_drafts, index + k))
         tl.store(wrong + k * num + r, 0)
         tl.store(draft_slots + k * num + r, tl.where(k < num_drafts, slot, -1).to(tl.int32))
         tl.store(draft_positions + k * num + r, tl.where(k < num_drafts, start - 1 + k, -1).to(tl.int32))
 
-    known = tl.load(last_tokens + place)
     tl.store(last_ids + r, known)
     for begin in range(0, count, BLOCK):
         i = begin + tl.arange(0, BLOCK)
@@ -122,15 +129,14 @@ def _plan(
         tl.store(behind + row, none, mask=mine)
 
 
-def plan_step(inputs: Tensor, token_ids: Tensor, last_tokens: Tensor) -> StepPlan:
-    """See plan.plan_step. Raises ValueError for other dtypes and for `inputs` of no number of drafts."""
-    num_inputs, num = inputs.shape
-    most, rest = divmod(num_inputs - len(input_names(0)), 3)
-    dtypes = {tensor.dtype for tensor in (inputs, token_ids, last_tokens)}
-    if rest or most < 0 or dtypes != {torch.int64} or not inputs.is_contiguous():
+def plan_step(inputs: Tensor, token_ids: Tensor, left: Tensor, num_drafts: int) -> StepPlan:
+    """See plan.plan_step. Raises ValueError for other shapes and dtypes."""
+    num, most = inputs.shape[1], num_drafts
+    dtypes = {tensor.dtype for tensor in (inputs, token_ids, left)}
+    if len(inputs) != len(INPUTS) or dtypes != {torch.int64} or not (inputs.is_contiguous() and left.is_contiguous()):
         raise ValueError(
-            f"plan_step: inputs {list(inputs.shape)}, dtypes {dtypes}; expected int64 and {len(input_names(0))} "
-            "inputs, three more for each draft"
+            f"plan_step: inputs {list(inputs.shape)}, dtypes {dtypes}; expected contiguous int64 and {len(INPUTS)} "
+            "numbers of each request"
         )
     num_rows, judged = len(token_ids), num * (2 * most + 1)
 
@@ -149,12 +155,12 @@ def plan_step(inputs: Tensor, token_ids: Tensor, last_tokens: Tensor) -> StepPla
     )
     wrong, draft_slots, filtered = empty(most, num), empty(most, num), empty(num, dtype=torch.uint8)
     _plan[(num,)](
-        inputs, inputs.view(torch.float64), token_ids, last_tokens, each, ones, places, filtered, *settings.values(),
+        inputs, inputs.view(torch.float64), token_ids, left, each, ones, places, filtered, *settings.values(),
         shares, draws, coins, proposals, sampling, wrong, draft_slots, draft_positions, rows, behind, ids, last_ids,
-        num_rows, len(last_tokens) - 1, K=most, REQUESTS=triton.next_power_of_2(num), BLOCK=BLOCK,
+        num_rows, left.shape[1] - 1, K=most, COIN=COIN, DRAFT=DRAFT, REQUESTS=triton.next_power_of_2(num), BLOCK=BLOCK,
         launch_pdl=launches_early(inputs.device),
     )  # fmt: skip
-    slots, starts, counts, first_rows, num_drafts, numbers = each
+    slots, starts, counts, first_rows, drafts_each, numbers = each
     passes = zip(draft_slots, draft_positions.view(most, num), strict=True)
     return StepPlan(
         slots=slots,
@@ -162,7 +168,7 @@ def plan_step(inputs: Tensor, token_ids: Tensor, last_tokens: Tensor) -> StepPla
         starts=starts,
         counts=counts,
         first_rows=first_rows,
-        num_drafts=num_drafts,
+        num_drafts=drafts_each,
         is_filtered=filtered,
         settings={name: values[:num] for name, values in settings.items()},
         judged={name: values[num:] for name, values in settings.items()},
@@ -214,18 +220,19 @@ def _end(
     accepted,
     wrong,
     drafts,
-    last_tokens,
+    left,
     results,
     ends,
     banks,
     num_banks,
+    spare,
     K: tl.constexpr,
 ):
     wait_for_previous()
     r, num = tl.program_id(0), tl.num_programs(0)
-    count, first = tl.load(counts + r), tl.load(first_rows + r)
+    count, first, place = tl.load(counts + r), tl.load(first_rows + r), tl.load(places + r)
     token, is_bad = tl.load(tokens + r), tl.load(bad + r) != 0
-    kept = count.to(tl.int64)
+    kept, stays = count.to(tl.int64), token * 0
     width: tl.constexpr = 1 if K == 0 else 3 + K
     if K > 0:
         mine, stays = tl.load(num_drafts + r), tl.load(accepted + r)
@@ -237,14 +244,15 @@ def _end(
             tl.store(results + r * width + 3 + k, tl.load(drafts + r * K + k))
         tl.store(results + r * width + 2, num_wrong)
     tl.store(results + r * width, tl.where(is_bad, -1, token))
-    tl.store(last_tokens + tl.load(places + r), token)
+    tl.store(left + place, token)
+    tl.store(left + spare + 1 + place, stays)
     tl.store(ends + first, (first + kept - 1).to(tl.int32), mask=count > 0)
     tl.store(banks + r, tl.where((count <= num_banks) & (count > 0), kept - 1, 0))
 
 
 def end_step(
     plan: StepPlan,
-    last_tokens: Tensor,
+    left: Tensor,
     tokens: Tensor,
     is_bad: Tensor,
     num_banks: int,
@@ -258,7 +266,7 @@ def end_step(
     ends, banks = torch.empty_like(plan.rows.slots), torch.empty_like(plan.places)
     _end[(num,)](
         plan.counts, plan.num_drafts, plan.first_rows, plan.places, tokens, is_bad.view(torch.uint8), accepted,
-        plan.num_wrong, drafts, last_tokens, results, ends, banks, num_banks, K=most, num_warps=1,
+        plan.num_wrong, drafts, left, results, ends, banks, num_banks, left.shape[1] - 1, K=most, num_warps=1,
         launch_pdl=launches_early(device),
     )  # fmt: skip
     return results, ends, banks

@@ -12,8 +12,10 @@ from dsv4_kernels.sampling.reference import (
     draw,
     penalise,
     sample,
+    signed,
     token_logprobs,
     uniform,
+    uniforms,
 )
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "draw",
     "penalise",
     "sample",
+    "signed",
     "token_logprobs",
     "uniform",
+    "uniforms",
 ]

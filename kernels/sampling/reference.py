@@ -13,6 +13,7 @@ MASK = (1 << 64) - 1
 LOWEST = torch.finfo(torch.float32).min  # the logit of a banned token
 FIRST_WIDTH = 256  # candidates that are sorted before all of them are
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: successive counters land far apart
+MIXERS = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)  # of splitmix64: shift, then factor
 DRAFT, COIN = 1, 2  # streams of `uniform`: which token a draft is, whether it is accepted
 
 
@@ -26,8 +27,8 @@ class NonFiniteLogits(ValueError):
 
 def _mix(value: int) -> int:
     """Finaliser of the splitmix64 generator: a bijection of 64-bit integers that spreads every bit."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    for bits, factor in MIXERS:
+        value = ((value ^ (value >> bits)) * factor) & MASK
     return value ^ (value >> 31)
 
 
@@ -40,6 +41,32 @@ def uniform(seed: int, index: int, stream: int = 0) -> float:
     if stream:
         start = _mix(start ^ stream)
     return (_mix((start + (index + 1) * GOLDEN) & MASK) >> 11) * 2.0**-53
+
+
+def uniforms(seeds: Tensor, indices: Tensor, stream: int = 0) -> Tensor:
+    """`uniform` of int64 seeds and outputs, elementwise: float64 of their shape. A seed of 64 bits is the int64 of the
+    same bits (`signed`); int64 products wrap, as the hash wants them to."""
+
+    def mix(value: Tensor) -> Tensor:
+        for bits, factor in MIXERS:
+            value = (value ^ _shifted(value, bits)) * signed(factor)
+        return value ^ _shifted(value, 31)
+
+    start = mix(seeds)
+    if stream:
+        start = mix(start ^ stream)
+    return _shifted(mix(start + (indices + 1) * signed(GOLDEN)), 11).double() * 2.0**-53
+
+
+def _shifted(value: Tensor, bits: int) -> Tensor:
+    """To the right, zeros coming in: of int64 the sign would."""
+    return (value >> bits) & (MASK >> bits)
+
+
+def signed(value: int) -> int:
+    """The int64 with the lowest 64 bits of `value`."""
+    value &= MASK
+    return value - ((value >> 63) << 64)
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:

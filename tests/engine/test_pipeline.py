@@ -45,6 +45,23 @@ def test_requests_with_drafts_do_not_take_turns() -> None:
     assert [len(step.verifies) for step in planned[-10:]] == [4] * 10
 
 
+def test_a_step_is_planned_behind_drafts_that_nobody_has_seen() -> None:
+    """Also where a page ends, with fewer drafts there; but not where one of them may be the last token."""
+    bench = Bench(num_slots=1, num_draft_tokens=2)
+    bench.runner.accepts = 0
+    pipeline = Pipeline(bench.scheduler, AheadRunner(bench.runner))
+    bench.add("r", prompt(0, 230), max_tokens=40)
+    depths = []
+    while pipeline.has_work:
+        finished = pipeline.step()
+        depths.append(len(pipeline._submitted))
+        if finished is not None:
+            bench.scheduler.update(finished.planned, finished.result)
+    assert set(depths[:-5]) == {1}
+    assert depths[-5:].count(0) == 3
+    assert len(bench.runner.slots[0].consumed) == 230 + 39
+
+
 def test_what_a_step_cost_includes_what_the_host_did_since_the_last_one(monkeypatch) -> None:
     now, took = 0.0, []
 

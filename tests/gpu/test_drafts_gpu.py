@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.device_drafts import PATTERNS, check_drafts, check_judge, injected, rounding_regret
-from support.device_engine import check_generation, check_replay, rounding_noise
+from support.device_engine import check_generation, check_replay, rounded, rounding_noise
 from support.device_models import CONFIG, both, checkpoint
 from support.engine import Engine, greedy
 from support.models import random_ids
@@ -35,13 +35,15 @@ def networks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reading():
     """The demo model on CPU and GPU, English for it to read (a random model makes much of every rounding), and how far
-    apart the two may be: relative norms of logits, and logits of a token that is chosen in place of another."""
+    apart the two may be: relative norms of logits, and what `check_generation` takes."""
     text = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
     tokens = ChatTokenizer(default_model()).encode(text)
     reference, network = both(default_model(), CUDA)
     weights = load_weights(EngineConfig(model=default_model()), reference.config)
     noise, _ = rounding_noise(reference, weights, tokens[:256])
-    return reference, network, tokens, noise, 2 * rounding_regret(reference, weights, requests(tokens=tokens))
+    near_tie = 2 * rounding_regret(reference, weights, requests(tokens=tokens))
+    roundings = [rounded(reference, weights, seed) for seed in range(8)]
+    return reference, network, tokens, noise, (near_tie, roundings)
 
 
 def requests(max_tokens=20, tokens=None, **sampling):
@@ -66,14 +68,14 @@ def drafting(network, **settings):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_injected_drafts_change_no_greedy_token(reading, pattern):
     """Those that they stand in for are the CPU engine's, also behind accepted and rejected ones and a prefix hit."""
-    reference, network, tokens, noise, near_tie = reading
+    reference, network, tokens, noise, near = reading
     crowd = requests(tokens=tokens)
     plain = Engine(network, num_slots=SLOTS, num_pages=48, on_device=True).run(crowd, ARRIVALS)
-    check_generation(reference, crowd, plain, near_tie)
+    check_generation(reference, crowd, plain, *near)
     inject = injected(plain, PATTERNS[pattern], network.config.vocab_size)
     engine = drafting(network, inject=inject)
     outputs = engine.run(crowd, ARRIVALS)
-    check_generation(reference, crowd, outputs, near_tie)
+    check_generation(reference, crowd, outputs, *near)
     stats = engine.scheduler.stats()
     assert stats.num_prefix_hits > 0
     # Near ties may part the histories, behind which no injected draft is meant to be right.
@@ -83,13 +85,13 @@ def test_injected_drafts_change_no_greedy_token(reading, pattern):
 
 
 def test_the_demo_model_accepts_its_drafts(reading):
-    reference, network, tokens, _, near_tie = reading
+    reference, network, tokens, _, near = reading
     crowd = requests(40, tokens=tokens)
     own = Engine(reference, num_draft_tokens=2)
     own.run(crowd)
     engine = drafting(network)
     engine.runner.graphs.capture()
-    check_generation(reference, crowd, engine.run(crowd), near_tie)
+    check_generation(reference, crowd, engine.run(crowd), *near)
     rates = [stats.num_accepted[0] / stats.num_drafted[0] for stats in (one.scheduler.stats() for one in (own, engine))]
     assert rates[1] > rates[0] - 0.15, rates
 
@@ -164,9 +166,6 @@ def test_a_replayed_graph_has_the_bits_of_the_eager_step(networks, num_requests)
     for request in requests(60)[: num_requests - (num_requests == SLOTS)]:
         engine.add(request)
     run_until(lambda bucket: bucket.num_drafts == 2 and bucket.num_rows == 3 * bucket.num_requests)
-    while engine.runner.verifying:
-        engine.step()
-        record.buckets.clear()
     engine.add(greedy("late", random_ids(CONFIG, 40, 77), 4, return_logits=False))
     run_until(lambda bucket: bucket.num_drafts == 2 and bucket.num_rows > 3 * bucket.num_requests)
 
@@ -185,16 +184,16 @@ def test_a_verify_is_submitted_without_waiting_for_the_device(networks):
         engine.add(request)
     while not engine.scheduler.stats().num_verifies:
         engine.step()
-    while engine._pipeline._submitted:  # else two groups of requests take turns to the end
-        under_way, *_, take_result = engine._pipeline._submitted.popleft()
-        engine.scheduler.update(under_way, take_result())
-    planned = engine.scheduler.schedule()
-    assert planned.verifies
+    under_way, *_, take_last = engine._pipeline._submitted[-1]
+    assert under_way.verifies
+    planned = engine.scheduler.schedule()  # behind drafts that nobody has seen
+    assert {verify.slot for verify in planned.verifies} & {verify.slot for verify in under_way.verifies}
     torch.cuda.set_sync_debug_mode("error")
     try:
         take_result = engine.runner.submit(planned)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    engine.scheduler.update(under_way, take_last())
     result = take_result()
     ended = [chunk.slot for chunk in planned.chunks if chunk.samples]
     assert sorted(result.slots) == sorted([verify.slot for verify in planned.verifies] + planned.decodes + ended)

@@ -48,10 +48,10 @@ def test_a_plan_and_an_end_are_those_of_the_torch_form(case):
     tokens, is_bad = torch.randint(0, 1000, (num,), generator=random), torch.arange(num) % 3 == 1
     ends = []
     for module, step in ((plan, expected), (kernels, found)):
-        last_tokens = given["last_tokens"].clone()
-        results, rows, banks = module.end_step(step, last_tokens, tokens, is_bad, 1 + most, accepted, drafts)
+        left = given["left"].clone()
+        results, rows, banks = module.end_step(step, left, tokens, is_bad, 1 + most, accepted, drafts)
         firsts = step.first_rows[step.counts > 0].long()
-        ends.append((results, rows[firsts], banks, last_tokens[:-1]))
+        ends.append((results, rows[firsts], banks, left[:, :-1]))
     check_equal(ends[1], ends[0])
 
 
@@ -64,7 +64,7 @@ def test_each_row_takes_the_streams_before_it_and_slots_those_that_stay():
     accepted = torch.tensor([1, 1, 0, 0])
     tokens = torch.zeros(4, dtype=torch.int64)
     drafts = torch.zeros(4, 3, dtype=torch.int64)
-    _, ends, _ = kernels.end_step(step, torch.zeros(9, dtype=torch.int64), tokens, tokens > 0, 4, accepted, drafts)
+    _, ends, _ = kernels.end_step(step, torch.zeros(2, 9, dtype=torch.int64), tokens, tokens > 0, 4, accepted, drafts)
     other = stored.clone()
     expected = plan.shift_streams(step.rows, streams, other, ends)
     assert torch.equal(kernels.shift_streams(step.rows, streams, stored, ends), expected)
@@ -81,10 +81,25 @@ def test_values_that_are_not_finite_become_the_lowest_and_are_told():
     assert wrong.tolist() == [0, 1, 1, 1]
 
 
-def test_inputs_of_no_number_of_drafts_are_refused():
-    ids = torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="three more"):
-        kernels.plan_step(torch.zeros(10, 1, dtype=torch.int64), ids, ids)
+def test_other_inputs_are_refused():
+    left = torch.zeros(2, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="11 numbers of each"):
+        kernels.plan_step(torch.zeros(10, 1, dtype=torch.int64), left[0], left, 0)
+
+
+def test_a_request_goes_on_behind_the_drafts_that_the_host_has_not_seen():
+    """Position and random numbers are those of a host that has."""
+    case = next(case for case in CASES if case.name == "verifies")
+    given = case.make(1)
+    start, index, follows = (given["inputs"][plan.INPUTS.index(name)] for name in ("start", "index", "follows"))
+    accepted = given["left"][plan.ACCEPTED]
+    follows[:3], accepted[[3, 0, 7]] = 1, torch.tensor([2, 0, 1])
+    found = kernels.plan_step(**given)
+    start[:3] += accepted[[3, 0, 7]]
+    index[:3] += accepted[[3, 0, 7]]
+    follows[:] = 0
+    check_equal(found, kernels.plan_step(**given))
+    assert found.starts[:3].tolist() == [19, 1, 256]
 
 
 def test_no_row_of_padding_belongs_to_a_request():
@@ -94,5 +109,5 @@ def test_no_row_of_padding_belongs_to_a_request():
 
 
 def test_the_floors_of_one_request():
-    assert bench.plan_bytes(1) == 8 * (8 + 4 + 3 + 3) + 4 * 36
+    assert bench.plan_bytes(1) == 8 * 11 + 4 * 36
     assert bench.shift_bytes(1, 7168) == 2 * (4 + 1) * 4 * 7168 * 2

@@ -89,7 +89,7 @@ def test_a_verify_whose_request_is_gone_leaves_nothing_to_the_next_one_of_its_sl
     engine = Engine(networks[1], on_device=True, num_slots=1, num_draft_tokens=1)
     for request in requests:
         engine.add(request)
-    while engine.runner.verifying != {0: 1}:
+    while engine.runner.unseen != {0}:
         engine.step()
     engine.abort("gone")
     while engine.outputs["next"].finish_reason is None:
@@ -106,9 +106,9 @@ def test_each_random_number_has_its_output_and_stream_and_reaches_the_device(net
             slot=slot, request_id="r", sampling=sampling, num_prompt_tokens=5, num_output_tokens=num_outputs
         )
         runner._slots.start(start)
-    inputs = empty_inputs(4, num_drafts=2, pinned=False)
+    inputs = empty_inputs(4, pinned=False)
     fill_inputs(inputs, runner._columns([1, 3], [3, 2], [2, 1]))
-    found = plan_step(inputs, torch.zeros(12, dtype=torch.int64), runner.forward._tokens)
+    found = plan_step(inputs, torch.zeros(12, dtype=torch.int64), runner.forward.left, num_drafts=2)
     assert found.slots.tolist() == [1, 3, -1, -1]
     assert found.places.tolist() == [1, 3, 4, 4]
     assert found.counts.tolist() == [3, 2, 0, 0]

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from dsv4serve.model.device import Streams
 from dsv4serve.runner import device_step
-from dsv4serve.runner.device_batch import bucket_of, empty_inputs, fill_inputs, input_names
+from dsv4_kernels.metadata.plan import INPUTS
+from dsv4serve.runner.device_batch import bucket_of, empty_inputs, fill_inputs
 from dsv4serve.runner.graphs import Bucket, bucket_for, buckets
 from dsv4serve.runner.logprobs import BLOCK_ROWS
 
@@ -105,19 +106,19 @@ def test_only_steps_with_chunks_launch_the_late_writes_of_window_rows(networks, 
 
 
 def test_numbers_of_a_step_keep_their_bits():
-    inputs = empty_inputs(4, num_drafts=1, pinned=False)
-    names = input_names(1)
-    fill_inputs(inputs, {"slot": [3, 0], "count": [1, 2], "num_drafts": [0, 1], "temperature": [0.7, 0.0],
-                         "draw1": [1 - 2**-53, 0.5], "draft0": [0.25, 0.125]})  # fmt: skip
-    columns = dict(zip(names, inputs, strict=True))
+    inputs = empty_inputs(4, pinned=False)
+    fill_inputs(inputs, {"slot": [3, 0], "count": [1, 2], "num_drafts": [0, 1], "seed": [-(2**63), 7],
+                         "follows": [True, False], "temperature": [0.7, 0.0], "top_p": [1 - 2**-53, 0.5]})  # fmt: skip
+    columns = dict(zip(INPUTS, inputs, strict=True))
     assert columns["slot"].tolist() == [3, 0, -1, -1]
     assert columns["count"].tolist() == [1, 2, 0, 0]
     assert columns["num_drafts"].tolist() == [0, 1, 0, 0]
+    assert columns["seed"].tolist() == [-(2**63), 7, 0, 0]
+    assert columns["follows"].tolist() == [1, 0, 0, 0]
     assert columns["temperature"].view(torch.float64).tolist() == [0.7, 0, 0, 0]
-    assert columns["draw1"].view(torch.float64).tolist() == [1 - 2**-53, 0.5, 0, 0]
-    assert columns["draft0"].view(torch.float64).tolist() == [0.25, 0.125, 0, 0]
+    assert columns["top_p"].view(torch.float64).tolist() == [1 - 2**-53, 0.5, 0, 0]
     fill_inputs(inputs, {"slot": [1]})
-    assert inputs[names.index("slot")].tolist() == [1, -1, -1, -1]
+    assert inputs[INPUTS.index("slot")].tolist() == [1, -1, -1, -1]
     assert not inputs[1:].any()
 
 

@@ -116,14 +116,14 @@ def run_step(network, monkeypatch, num_draft_tokens: int, num_rows: int, num_dra
     """A step of one request in an engine with room for so many drafts."""
     pools = CachePools(CacheLayout.build(network.config, Numerics.OFFICIAL, num_draft_tokens), 1, PAGES, 1, "cpu")
     forward = DeviceForward(network, pools, PAGES)
-    inputs, ids = empty_inputs(1, num_drafts, pinned=False), torch.zeros(num_rows, dtype=torch.int64)
+    inputs, ids = empty_inputs(1, pinned=False), torch.zeros(num_rows, dtype=torch.int64)
     # What kernels would write that do nothing must be valid indices; the memory is not cleared by a launch.
     empty, empty_like = torch.empty, torch.empty_like
     monkeypatch.setattr(torch, "empty", lambda *size, **settings: cleared(empty(*size, **settings)))
     monkeypatch.setattr(torch, "empty_like", lambda *given, **settings: cleared(empty_like(*given, **settings)))
     launches = Launches(monkeypatch)
     with torch.inference_mode(), launches:
-        forward(inputs, ids, keeps_rows=False)
+        forward(inputs, ids, num_drafts, keeps_rows=False)
     return launches
 
 

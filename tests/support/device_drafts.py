@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from support.device_engine import STEP_BOUND, median_row, regret_of, rounded
+from support.device_engine import STEP_BOUND, median_row, regrets_of, rounded
 from support.engine import Engine, Inject
 
 from dsv4_kernels.metadata import StepPlan
-from dsv4_kernels.metadata.plan import input_names
 from dsv4_kernels.metadata.triton import plan_step
 from dsv4_kernels.sampling import distribution, sample
 from dsv4serve.model.device import DeviceTransformer
@@ -61,7 +60,7 @@ def rounding_regret(reference: Transformer, params: Mapping[str, torch.Tensor], 
     worst = 0.0
     for seed in range(3):
         outputs = Engine(rounded(reference, params, seed)).run(requests)
-        worst = max([worst, *(regret_of(reference, each, outputs[each.request_id]) for each in requests)])
+        worst = max([worst, *(float(regrets_of(reference, one, outputs[one.request_id]).max()) for one in requests)])
     return worst
 
 
@@ -112,17 +111,17 @@ def some_requests(num: int, num_drafts: int, random: torch.Generator, device: to
         "num_drafts": counts.tolist(),
         **dict(zip(("temperature", "top_k", "top_p", "min_p"), settings, strict=True)),
     }
-    for name in input_names(num_drafts)[len(columns) :]:
-        columns[name] = torch.rand(num, generator=random, dtype=torch.float64).tolist()
-    inputs = empty_inputs(num, num_drafts, pinned=False)
+    columns["seed"] = torch.randint(-(2**63), 2**63 - 1, (num,), generator=random).tolist()
+    inputs = empty_inputs(num, pinned=False)
     fill_inputs(inputs, columns)
     ids = torch.zeros(num * (1 + num_drafts), dtype=torch.int64)
-    return plan_step(inputs.to(device), ids.to(device), torch.zeros(num + 1, dtype=torch.int64, device=device))
+    left = torch.zeros(2, num + 1, dtype=torch.int64, device=device)
+    return plan_step(inputs.to(device), ids.to(device), left, num_drafts)
 
 
 def check_judge(device: torch.device, num_drafts: int) -> None:
     """Verifies are judged as on CPU, rows of requests without drafts sampled as `sample` does."""
-    num, vocab, random = 20, 150, torch.Generator().manual_seed(num_drafts)
+    num, vocab, random = 24, 150, torch.Generator().manual_seed(num_drafts)
     requests = some_requests(num, num_drafts, random, device)
     target = torch.randn(num, num_drafts + 1, vocab, generator=random) * 2
     proposal = target[:, :-1] + torch.randn(num, num_drafts, vocab, generator=random) * 0.7

@@ -10,6 +10,7 @@ from support.models import oracle_logits
 from torch import Tensor
 
 from dsv4_kernels.kv_store import Planes
+from dsv4_kernels.metadata.plan import ACCEPTED
 from dsv4serve.config import Numerics
 from dsv4serve.constrained.vocabulary import Vocabulary, no_vocabulary
 from dsv4serve.engine.pipeline import Pipeline
@@ -113,7 +114,8 @@ class Engine:
             for row, (slot, num) in enumerate(zip(requests.slots.tolist(), requests.num_drafts.tolist(), strict=True)):
                 if num > place:
                     assert bool(torch.isfinite(logits[row]).all())
-                    name, index = self.scheduler._running[slot].request_id, self.runner._slots.num_outputs[slot]
+                    state = self.scheduler._running[slot]
+                    name, index = state.request_id, int(requests.starts[row]) + 1 - state.num_prompt
                     self.draft_logits[name, index, place] = logits[row].cpu().clone()
                     chosen[row] = inject(name, index + place, int(chosen[row]))
             out.copy_(chosen)
@@ -145,11 +147,11 @@ class Engine:
         pools, layout, slots = self.runner.pools, self.runner.pools.layout, self.runner._slots
         window = layout.window_ring_rows - layout.num_draft_tokens
         mtp = len(pools.layers) - 1
-        under_way = getattr(self.runner, "verifying", ())  # of a device, whose steps end later
+        unseen = getattr(self.runner, "unseen", ())  # of a device, whose steps end later
         for slot, state in self.scheduler._running.items():
-            if slot in under_way:
-                continue  # nobody knows yet how far it has got
             num = slots.num_computed[slot]
+            if slot in unseen:  # what the host will know, the device knows
+                num += int(self.runner.forward.left[ACCEPTED, slot])
             for index, layer in enumerate(pools.layers):
                 # The MTP block stands one row behind.
                 next_row = num - 1 if index == mtp else num
