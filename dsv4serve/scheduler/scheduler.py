@@ -146,7 +146,8 @@ class Scheduler:
         now = self._clock()
         order = (request.priority + now / self._ageing_s, self._num_added)
         self._num_added += 1
-        state = RequestState(request, order, max_length, self._eos_token_id)
+        may_draft = self._drafts is not None and self._drafts.may_draft(request.sampling)
+        state = RequestState(request, order, max_length, self._eos_token_id, may_draft)
         state.added_at = now
         self._requests[request.request_id] = state
         self._waiting.push(state)
@@ -217,8 +218,8 @@ class Scheduler:
             room -= PAGE_TOKENS
         most = min(self._drafts.choose(num_decoding), room // num_decoding) if num_decoding else 0
         for state in self._decoding.values() if most > 0 else ():
-            num = min(most, state.draft_room)
-            if num > 0 and state not in apart and self._drafts.may_draft(state.sampling):
+            num = min(most, state.draft_room) if state.may_draft else 0
+            if num > 0 and state not in apart:
                 apart[state] = num
         for state in apart:
             del self._decoding[state.slot]

@@ -20,6 +20,7 @@ class RequestState:
         "keys",
         "last_computed",
         "max_length",
+        "may_draft",
         "min_length",
         "num_cached",
         "num_computed",
@@ -42,8 +43,15 @@ class RequestState:
         "was_retracted",
     )
 
-    def __init__(self, request: Request, order: tuple[float, int], max_length: int, eos_token_id: int) -> None:
-        sampling = request.sampling
+    def __init__(
+        self,
+        request: Request,
+        order: tuple[float, int],
+        max_length: int,
+        eos_token_id: int,
+        may_draft: bool,
+    ) -> None:
+        sampling, self.may_draft = request.sampling, may_draft
         self.request_id, self.sampling = request.request_id, sampling
         self.order = order  # smaller runs first and is retracted last
         self.tokens = list(request.prompt_ids)  # prompt and outputs: what is known
