@@ -1,8 +1,9 @@
 """The runner on a GPU. Slots, tails, requests and answers are those of `Runner`; the forward is the device's.
 
 A step replays a graph, makes drafts and samples on the device; the host submits the next one before it reads back the
-tokens. How many drafts were accepted is not known then: the device adds them to where the request goes on. Of a request that wants more of its logits than tokens (penalties, bias, bans, a grammar, log probabilities) the
-row comes to the host, where `Sampler` does what it does on CPU, before the next step is submitted. It gets no drafts.
+tokens. How many drafts were accepted is not known then: the device adds them to where the request goes on. Of a request
+that wants more of its logits than tokens (penalties, bias, bans, a grammar, log probabilities) the row comes to the
+host, where `Sampler` does what it does on CPU, before the next step is submitted. It gets no drafts.
 """
 
 from __future__ import annotations

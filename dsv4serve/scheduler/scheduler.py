@@ -21,11 +21,11 @@ user on at the latest). One more where the tokens fill their last page, because 
 of them. Prefill stops there for it. Other chunk ends get a tail only while some are free. Decode takes one at each page
 boundary and overwrites its own previous one.
 
-Drafts. A decode with drafts advances by a number of tokens that nobody knows before its result is there. The step behind
-it is planned for any number, and the runner begins it behind those that were accepted. Drafts take what the budget
-leaves after one row for each decode, and end before the page boundary: that is always reached by a decode without
-drafts, so growth, tails and retraction happen at times that are known when the step is planned. A request that may be
-that far, or at its last token, is left out of the step until its result is there.
+Drafts. A decode with drafts advances by a number of tokens that nobody knows before its result is there. The next step
+is planned for any number, and the runner begins it behind those that were accepted. Drafts take what the budget leaves
+after one row for each decode, and end before the page boundary: that is always reached by a decode without drafts, so
+growth, tails and retraction happen at times that are known when the step is planned. A request that may be that far, or
+at its last token, is left out of the step until its result is there.
 
 Order of effects. A step restores tails before its forward and snapshots them after it, and steps run in the order in
 which they were planned. So a page or tail may be freed and given away while a planned step still uses it. What a

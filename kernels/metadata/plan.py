@@ -11,8 +11,8 @@ from torch import Tensor
 from dsv4_kernels.metadata.rows import Rows
 from dsv4_kernels.sampling.reference import COIN, DRAFT, uniforms
 
-# One number of each for every request of a step. `start` and `index` are the positions that are computed and the outputs
-# that are there; if it `follows` a step with drafts whose result the host has not seen, with none of these accepted.
+# One number of each for every request of a step. `start` and `index` are the positions that are computed and the
+# outputs that are there; if it `follows` a step with drafts whose result nobody has seen, with none of these accepted.
 INTEGERS = ("slot", "start", "count", "num_drafts", "top_k", "seed", "index", "follows")
 FLOATS = ("temperature", "top_p", "min_p")  # float64, in the bytes of an int64
 INPUTS = INTEGERS + FLOATS

@@ -1,5 +1,7 @@
 """The trainer computes the model that serves: blockwise step, gradient forms, rounding, schedule."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from dsv4_kernels.quant import (
     quantize_fp8_blocks,
 )
 from dsv4_kernels.rope import apply_rope, rope_table
-from dsv4serve.config import EngineConfig, ModelConfig
+from dsv4serve.config import EngineConfig, ModelConfig, default_model
 from dsv4serve.model.whole import WholeSequence
 from dsv4serve.weights.loader import load_weights
 from tools.demo_model import __main__ as command
@@ -161,7 +163,10 @@ class RandomBatches:
 
 def test_a_run_leaves_checkpoints_that_hold_its_weights(tmp_path):
     out = tmp_path / "run"
-    train(out, RandomBatches(), range(2), initial_weights(model_config(), 1), device="cpu", compiled=False)
+    tokenizer = default_model()
+    train(out, RandomBatches(), range(2), initial_weights(model_config(), 1), tokenizer, device="cpu", compiled=False)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert json.loads((out / "official" / name).read_text()) == json.loads((tokenizer / name).read_text())
     trained = load_file(out / "weights.safetensors")
     config = model_config()
     assert not torch.equal(trained["embed.weight"], initial_weights(config, 1)["embed.weight"])
@@ -185,15 +190,11 @@ def test_one_command_makes_what_is_missing(tmp_path, monkeypatch):
     def modules():
         return [module for module, *_ in command.steps(out)]
 
-    stages = ["train"] * len(command.RECIPE)
-    assert modules() == ["fetch", "extract_facts", "builders.natural", "tokenizer", *stages]
+    assert modules() == ["fetch", "extract_facts", "builders.natural", "tokenizer", "train"]
     for name in ("facts.json", "natural.jsonl.xz"):
         (tmp_path / name).touch()
-    assert modules() == ["tokenizer", *stages]
+    assert modules() == ["tokenizer", "train"]
     (tmp_path / "tokenizer").mkdir()
-    (out / "1" / "master").mkdir(parents=True)
-    tokenizer = ["--tokenizer", str(tmp_path / "tokenizer")]
-    assert command.steps(out) == [
-        ["train", f"{out}/2", *tokenizer, *command.RECIPE[1], "--weights", f"{out}/1/master"],
-        ["train", f"{out}/3", *tokenizer, *command.RECIPE[2], "--weights", f"{out}/2/master"],
-    ]
+    assert command.steps(out) == [["train", str(out), "--tokenizer", str(tmp_path / "tokenizer")]]
+    (out / "master").mkdir(parents=True)
+    assert not command.steps(out)

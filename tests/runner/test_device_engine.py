@@ -9,9 +9,9 @@ from support.engine import Engine, greedy
 from support.models import random_ids
 from torch.testing import assert_close
 
+from dsv4_kernels.metadata.plan import INPUTS
 from dsv4serve.model.device import Streams
 from dsv4serve.runner import device_step
-from dsv4_kernels.metadata.plan import INPUTS
 from dsv4serve.runner.device_batch import bucket_of, empty_inputs, fill_inputs
 from dsv4serve.runner.graphs import Bucket, bucket_for, buckets
 from dsv4serve.runner.logprobs import BLOCK_ROWS

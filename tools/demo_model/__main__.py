@@ -3,9 +3,7 @@
     python -m tools.demo_model OUT
 
 Steps whose result is there already are left out. So a machine without a network can be given out/demo-data/ with
-facts.json, natural.jsonl.xz and tokenizer/, and a run that was interrupted goes on behind the last whole stage, once
-the folder of the other is removed. Training needs a GPU. Each stage of RECIPE begins where the one before it ended,
-with OUT/1/master, OUT/2/master, ..
+facts.json, natural.jsonl.xz and tokenizer/. Training needs a GPU; it leaves OUT/official, OUT/master, OUT/log.jsonl.
 """
 
 from __future__ import annotations
@@ -20,15 +18,6 @@ from tools.demo_model.fetch import DATA
 TOKENIZER = DATA / "tokenizer"
 
 
-# Arguments of train.py. The last fifth of a longer schedule, twice: each begins with a higher rate again, and more of
-# the hardest tasks (docs/demo-model.md).
-RECIPE = (
-    ["--steps", "3100"],
-    ["--steps", "4200", "--at", "0.8"],
-    ["--steps", "4600", "--at", "0.8", "--seed", "20261126"],
-)
-
-
 def steps(out: Path) -> list[list[str]]:
     """Modules with their arguments, in order."""
     found: list[list[str]] = []
@@ -39,18 +28,15 @@ def steps(out: Path) -> list[list[str]]:
         found.insert(0, ["fetch"])
     if not TOKENIZER.exists():
         found.append(["tokenizer", str(TOKENIZER)])
-    masters = [out / str(number) / "master" for number in range(1, len(RECIPE) + 1)]
-    for master, before, arguments in zip(masters, [None, *masters], RECIPE, strict=False):
-        if not master.exists():
-            weights = ["--weights", str(before)] if before else []
-            found.append(["train", str(master.parent), "--tokenizer", str(TOKENIZER), *arguments, *weights])
+    if not (out / "master").exists():
+        found.append(["train", str(out), "--tokenizer", str(TOKENIZER)])
     return found
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Make the demo model.", allow_abbrev=False)
-    parser.add_argument("out", type=Path, help="folder for logs and checkpoints, one for each stage")
+    parser.add_argument("out", type=Path, help="folder for log and checkpoints")
     for module, *arguments in steps(parser.parse_args().out):
         print(f"python -m tools.demo_model.{module} {' '.join(arguments)}", flush=True)
         run = subprocess.run([sys.executable, "-m", f"tools.demo_model.{module}", *arguments], check=False)

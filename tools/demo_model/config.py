@@ -66,6 +66,17 @@ CONFIG: dict[str, Any] = {
 }
 
 
+GENERATION: dict[str, Any] = {
+    "_from_model_config": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_p": 0.95,
+    "transformers_version": "4.57.1",
+}
+
+
 def model_config() -> ModelConfig:
     """The checked config of the quantised checkpoint."""
     from dsv4serve.weights.export import exported_config

@@ -1,6 +1,6 @@
 """Trains the demo model on one GPU or two and writes the official checkpoint and its BF16 master.
 
-    python -m tools.demo_model.train OUT --tokenizer DIR --steps 3100
+    python -m tools.demo_model.train OUT --tokenizer DIR
 
 With `torchrun --nproc-per-node 2` in place of `python` two GPUs share every step. The same command and seed see the
 same data in the same order on one or two; GPU sums are not bit-reproducible. Progress goes to OUT/log.jsonl, one line
@@ -77,7 +77,15 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     return {name: weight.float() if weight.is_floating_point() else weight for name, weight in weights.items()}
 
 
-def train(out: Path, batches: Batches, steps: range, weights: dict[str, Tensor], device: str, compiled: bool) -> None:
+def train(
+    out: Path,
+    batches: Batches,
+    steps: range,
+    weights: dict[str, Tensor],
+    tokenizer: Path,
+    device: str,
+    compiled: bool,
+) -> None:
     """Run the phases of `steps`, which end the schedule, from `weights` (runtime tensors), and export."""
     rank, ranks = rank_of()
     torch.set_default_device(device)
@@ -102,7 +110,7 @@ def train(out: Path, batches: Batches, steps: range, weights: dict[str, Tensor],
             save(trainer.weights, out / "weights.safetensors")
     torch.set_default_device(None)
     if rank == 0:
-        export(out / "weights.safetensors", out)
+        export(out / "weights.safetensors", out, tokenizer)
 
 
 def main() -> None:
@@ -110,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model.", allow_abbrev=False)
     parser.add_argument("out", type=Path, help="new folder for log and checkpoints")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
-    parser.add_argument("--steps", type=int, default=3100, help=f"updates of {STEP_TOKENS} tokens each")
+    parser.add_argument("--steps", type=int, default=2900, help=f"updates of {STEP_TOKENS} tokens each")
     parser.add_argument("--weights", type=Path, help="checkpoint to train on from (default: random weights)")
     parser.add_argument("--at", type=float, default=0.0, help="share of the schedule to begin at (default: 0)")
     parser.add_argument("--seed", type=int, default=20261123)
@@ -129,7 +137,7 @@ def main() -> None:
             torch.cuda.set_device(rank)
     batches = Batches(args.tokenizer, args.seed, args.workers, steps, rank, ranks)
     try:
-        train(args.out, batches, steps, weights, args.device, args.compile)
+        train(args.out, batches, steps, weights, args.tokenizer, args.device, args.compile)
     finally:
         batches.close()
         if ranks > 1:
