@@ -30,7 +30,8 @@ class Runner(Protocol):
 
     def submit(self, output: SchedulerOutput, /) -> Callable[[], StepOutput]:
         """Begin a step. What it returns waits for the result; results are asked for once each, in the order of the
-        steps. A request whose drafts are still out goes on behind those that are accepted. Any exception of both means that the runner's state is lost."""
+        steps. A request whose drafts are still out goes on behind those that are accepted. Any exception of both means
+        that the runner's state is lost."""
 
     def shutdown(self) -> None:
         """Give back what it holds; it is not used afterwards."""
