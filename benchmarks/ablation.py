@@ -113,7 +113,7 @@ class Ablation:
         self.engine = AblationEngine(network, max(args.batches), args.context, args.prefill, args.output)
         self.agrees, self._device = True, this_device()
         impossible = set() if self.engine.is_cuda else set(GRAPHS)
-        if not network.blocks[0].moe.w13.unpacked:
+        if network.blocks[0].moe.w13.form != "bf16":
             impossible.add(BF16)
         self.everything = tuple(switch for switch in args.switches if switch not in impossible)
         self.day0 = tuple(switch for switch in self.everything if switch != "decode-graphs")

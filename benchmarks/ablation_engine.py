@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
+from dsv4_kernels.mega_moe.weights import form_for
 from dsv4serve.config import ModelConfig, Numerics
 from dsv4serve.memory import CacheLayout, CapacityPlan
 from dsv4serve.model.device import DeviceTransformer
-from dsv4serve.runner.device_build import FIRST_FP4
 from dsv4serve.runner.device_runner import DeviceRunner
 from dsv4serve.runner.graphs import StepGraphs, bucket_for, max_step_rows
 from dsv4serve.types import PAGE_TOKENS, Chunk, PageAppend, SamplingParams, SchedulerOutput, SlotStart
@@ -36,8 +36,8 @@ def build_network(name: str) -> DeviceTransformer:
     """The network of a slice of gpu_models.py on the GPU, without a cache."""
     config = engine_config(name)
     model, device = ModelConfig.load(config.model), torch.device("cuda", torch.cuda.current_device())
-    unpacked = torch.cuda.get_device_capability(device)[0] < FIRST_FP4
-    return DeviceTransformer(model, load_device_weights(config, model, device, unpacked))
+    form = form_for("fp8", torch.cuda.get_device_capability(device)[0])
+    return DeviceTransformer(model, load_device_weights(config, model, device, form))
 
 
 class AblationEngine:

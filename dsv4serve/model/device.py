@@ -134,9 +134,9 @@ class DeviceMoE:
         x: bf16 [rows, hidden] normed input; x_fp8: the same in E4M3; token_ids: int64 [rows].
         """
         config, (num_tokens, top_k) = self.config, (len(x), self.config.num_experts_per_tok)
-        tile_tokens = choose_tile(num_tokens, top_k, self.w13.num_experts, self.w13.unpacked)
+        tile_tokens = choose_tile(num_tokens, top_k, self.w13.num_experts, self.w13.form)
         tiles = empty_tiles(num_tokens * top_k, self.w13.num_experts, tile_tokens, x.device)
-        rounded = torch.empty_like(x) if self.w13.unpacked else None
+        rounded = torch.empty_like(x) if self.w13.form == "bf16" else None
         weights, _ = route(
             x,
             self.gate_weight,

@@ -6,6 +6,7 @@ import torch
 import triton
 
 from dsv4_kernels.deterministic import set_deterministic
+from dsv4_kernels.mega_moe.weights import form_for
 from dsv4serve.config import EngineConfig, ExpertActivations, ModelConfig, Numerics
 from dsv4serve.constrained.vocabulary import read_vocabulary
 from dsv4serve.memory import CapacityPlan
@@ -21,7 +22,6 @@ from dsv4serve.weights.device import device_bytes, require_device_memory
 from dsv4serve.weights.device_loader import load_device_weights
 
 RESERVE_BYTES = 1 << 30  # the context, graphs, what the kernels' compiler keeps, holes between allocations
-FIRST_FP4 = 10  # compute capability whose tensor cores multiply FP4 as it is stored
 
 
 def build_device_runner(config: EngineConfig, model: ModelConfig, progress: bool = False) -> DeviceRunner:
@@ -36,9 +36,9 @@ def build_device_runner(config: EngineConfig, model: ModelConfig, progress: bool
     require_mtp_block(config, model)
     plan = device_plan(config, model, free_device_bytes())
     device = torch.device("cuda", torch.cuda.current_device())
-    unpacked = torch.cuda.get_device_capability(device)[0] < FIRST_FP4
+    form = form_for("fp8", torch.cuda.get_device_capability(device)[0])
     set_deterministic(config.deterministic)  # before anything chooses a form
-    weights = load_device_weights(config, model, device, unpacked, progress)
+    weights = load_device_weights(config, model, device, form, progress)
     runner = DeviceRunner(
         DeviceTransformer(model, weights),
         plan,

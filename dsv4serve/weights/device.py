@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Weight
-from dsv4_kernels.mega_moe.weights import Fp4Weight, empty_experts, write_expert
+from dsv4_kernels.mega_moe.weights import Form, Fp4Weight, empty_experts, write_expert
 from dsv4serve.config import ModelConfig
 from dsv4serve.types import CapacityError
 from dsv4serve.weights.inventory import TensorSpec, inventory
@@ -59,12 +59,13 @@ def device_specs(config: ModelConfig, has_drafts: bool) -> dict[str, TensorSpec]
 
 
 def device_bytes(config: ModelConfig, has_drafts: bool) -> int:
-    """Bytes of the device layout."""
+    """Bytes of the device layout, with a scale for each row of an expert, which the form for Hopper has."""
     total = 0
     for name, spec in device_specs(config, has_drafts).items():
         is_value = not is_quantization_scale(name, spec)
         widened = 2 if is_value and spec.dtype == "BF16" and len(spec.shape) == 1 else 1
         total += spec.num_bytes * widened // (2 if spec.dtype == "I64" else 1)
+        total += spec.shape[0] if spec.dtype == "I8" else 0
     return total
 
 
@@ -79,11 +80,11 @@ class DeviceWeights:
     """The runtime weights of a model on `device`, uninitialised until `put` or a dummy fills them.
 
     Args:
-        unpacked: experts in the form for tensor cores without FP4 (below sm_100), see `Fp4Weight`.
+        form: of the experts, see `mega_moe.weights`.
         has_drafts: with the MTP block.
     """
 
-    def __init__(self, config: ModelConfig, device: torch.device, unpacked: bool, has_drafts: bool) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, form: Form, has_drafts: bool) -> None:
         all_specs = device_specs(config, has_drafts)
         specs = {name: spec for name, spec in all_specs.items() if not is_quantization_scale(name, spec)}
         self.specs = specs  # official name -> stored spec of what holds values
@@ -96,7 +97,7 @@ class DeviceWeights:
         for name, place in self.places.items():
             if place.weight not in self.weights:
                 num_rows = rows[place.weight]
-                self.weights[place.weight] = _allocate(specs[name], num_rows, config.n_routed_experts, device, unpacked)
+                self.weights[place.weight] = _allocate(specs[name], num_rows, config.n_routed_experts, device, form)
 
     def put(self, name: str, values: Tensor, scale: Tensor | None = None) -> None:
         """Store the official tensor `name`: its values, or codes and their E8M0 scales."""
@@ -146,9 +147,9 @@ def _place(name: str, specs: dict[str, TensorSpec]) -> Place:
     return Place(match[1] + stack, sum(specs[part].shape[0] for part in above), -1)
 
 
-def _allocate(spec: TensorSpec, num_rows: int, num_experts: int, device: torch.device, unpacked: bool) -> DeviceWeight:
+def _allocate(spec: TensorSpec, num_rows: int, num_experts: int, device: torch.device, form: Form) -> DeviceWeight:
     if spec.dtype == "I8":
-        return empty_experts(num_experts, num_rows, 2 * spec.shape[1], unpacked=unpacked, device=device)
+        return empty_experts(num_experts, num_rows, 2 * spec.shape[1], form=form, device=device)
     if spec.dtype == "F8_E4M3":
         depth = spec.shape[1]
         codes = torch.empty(num_rows, depth, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from dsv4_kernels.mega_moe.weights import Form, fill_scales
 from dsv4serve.config import EngineConfig, LoadFormat, ModelConfig
 from dsv4serve.types import CheckpointError
 from dsv4serve.weights.device import DeviceWeight, DeviceWeights
@@ -14,7 +15,7 @@ from dsv4serve.weights.index import verify
 from dsv4serve.weights.loader import DUMMY_SEED, progress_bar
 from dsv4serve.weights.reader import CheckpointReader
 
-# Largest scale that `mega_moe` unpacks: it needs 94 of an E8M0 byte's 254 steps for itself.
+# Largest scale that `mega_moe` unpacks to bf16: it needs 94 of an E8M0 byte's 254 steps for itself.
 MAX_FP4_SCALE = 160
 FP8_SPREAD = 16.0  # standard deviation of the codes of dummy FP8 weights
 FP4_SPREAD = math.sqrt(sum(value * value for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)) / 8)  # of random FP4 codes
@@ -22,7 +23,7 @@ CHUNK_ROWS = 4096  # of a dummy FP8 weight that exist in float32 at a time
 
 
 def load_device_weights(
-    config: EngineConfig, model: ModelConfig, device: torch.device, unpacked: bool, progress: bool = False
+    config: EngineConfig, model: ModelConfig, device: torch.device, form: Form, progress: bool = False
 ) -> dict[str, DeviceWeight]:
     """Weights of the configured checkpoint in the layout of `device.py`; checked as `load_weights` checks them.
 
@@ -31,14 +32,14 @@ def load_device_weights(
     """
     has_drafts = config.num_draft_tokens > 0
     if config.load_format is LoadFormat.DUMMY:
-        return dummy_device_weights(model, DUMMY_SEED, device, unpacked, has_drafts)
+        return dummy_device_weights(model, DUMMY_SEED, device, form, has_drafts)
     index = verify(config.model, model)
-    loaded = DeviceWeights(model, device, unpacked, has_drafts)
+    loaded = DeviceWeights(model, device, form, has_drafts)
     with CheckpointReader(index, model) as reader, progress_bar("loading weights", progress) as bar:
         task = bar.add_task("", total=sum(reader.stored_bytes(name) for name in loaded.specs))
         for name, spec in loaded.specs.items():
             values, scale = reader.read_stored(name)
-            if spec.dtype == "I8" and scale is not None and int(scale.max()) > MAX_FP4_SCALE:
+            if form == "bf16" and spec.dtype == "I8" and scale is not None and int(scale.max()) > MAX_FP4_SCALE:
                 raise CheckpointError(
                     f"tensor {name!r} has the scale 2^{int(scale.max()) - 127}; the GPU kernels take FP4 scales up to "
                     f"2^{MAX_FP4_SCALE - 127}"
@@ -49,11 +50,11 @@ def load_device_weights(
 
 
 def dummy_device_weights(
-    model: ModelConfig, seed: int, device: torch.device, unpacked: bool, has_drafts: bool
+    model: ModelConfig, seed: int, device: torch.device, form: Form, has_drafts: bool
 ) -> dict[str, DeviceWeight]:
     """Random weights of the scales of `dummy_weights` (not its bits), made on the device."""
     generator = torch.Generator(device).manual_seed(seed)
-    made = DeviceWeights(model, device, unpacked, has_drafts)
+    made = DeviceWeights(model, device, form, has_drafts)
     for name in made.specs:
         if made.places[name].expert >= 0:
             continue
@@ -69,8 +70,9 @@ def dummy_device_weights(
                 rows.copy_(values.clamp(-448, 448).to(torch.float8_e4m3fn))
     for name, weight in made.experts():
         matrix = name.split(".")[-1]
-        weight.scales.fill_(_exponent("w1" if matrix == "w13" else matrix, weight.depth, FP4_SPREAD))
-        for values in weight.values:  # any bits are codes, in either form
+        exponent = _exponent("w1" if matrix == "w13" else matrix, weight.depth, FP4_SPREAD)
+        fill_scales(weight, exponent)
+        for values in weight.values:  # any bits are codes, in all forms
             values.view(torch.int32).random_(-(1 << 31), (1 << 31) - 1, generator=generator)
     return made.weights
 

@@ -6,14 +6,15 @@ Bytes: the FP4 weights of the experts that are hit, with their scales (17/32 byt
 ones, x read in BF16 and in FP8, K + 1 parts a token written, BF16.
 FLOPs: 6 D I for each expert of a token, and for the shared one. Below some hundred tokens on Pro the bytes decide.
 
-The floor of the FLOPs is the bf16 rate, which is what Hopper multiplies with; see product.py.
+The floor of the FLOPs is the bf16 rate, at which Hopper multiplied all activations before it had FP8 products for FP8
+ones; the FP8 rate is twice as high. See product.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from dsv4_kernels.mega_moe.cases import packed_weight, routed_tokens
 from dsv4_kernels.mega_moe.reference import Activations
 from dsv4_kernels.mega_moe.tiles import make_tiles
 from dsv4_kernels.mega_moe.triton import choose_tile, expert_parts, mega_moe, rounded_inputs
-from dsv4_kernels.mega_moe.weights import Fp4Weight, relayout
+from dsv4_kernels.mega_moe.weights import Form, form_for, relayout
 from dsv4_kernels.quant import dequantize_fp4_weight, dequantize_fp8_blocks, quantize_fp8_blocks
 
 TOKENS = (1, 8, 64, 256, 2048, 8192)
@@ -58,7 +59,7 @@ def flops(shapes: Shapes, num_tokens: int) -> int:
     return routed_flops(shapes, num_tokens) // top_k * (top_k + 1)
 
 
-def layer(random: torch.Generator, shapes: Shapes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def layer(random: torch.Generator, shapes: Shapes, form: Form) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """All experts as the kernels read them, and the first few and the shared one as the reference does."""
     hidden, width, num_experts = shapes.hidden_size, shapes.moe_intermediate_size, shapes.n_routed_experts
     weights: dict[str, Any] = {}
@@ -67,8 +68,7 @@ def layer(random: torch.Generator, shapes: Shapes) -> tuple[dict[str, Any], dict
         packed, scale = packed_weight(random, num_experts, *size)
         pairs = zip(packed[:ERROR_EXPERTS], scale[:ERROR_EXPERTS], strict=True)
         values[name] = torch.stack([dequantize_fp4_weight(*pair).bfloat16() for pair in pairs])  # exact
-        native = torch.cuda.get_device_capability() >= (10, 0)
-        weights[name] = relayout(packed, scale, unpacked=not native)
+        weights[name] = relayout(packed, scale, form=form)
         codes, scale = quantize_fp8_blocks(torch.randn(size, device="cuda", generator=random) * size[1] ** -0.5)
         values[f"shared_{name}"] = dequantize_fp8_blocks(codes, scale)
         weights[f"shared_{name}"] = Fp8Weight.from_checkpoint(codes, scale)
@@ -78,14 +78,14 @@ def layer(random: torch.Generator, shapes: Shapes) -> tuple[dict[str, Any], dict
 def prepared(tokens: dict[str, Tensor], weights: dict[str, Any], activations: Activations) -> dict[str, Any]:
     """Arguments of `expert_parts`."""
     (num_tokens, top_k), num_experts = tokens["expert_ids"].shape, weights["w13"].num_experts
-    inputs, scales = rounded_inputs(tokens["x"], activations, weights["w13"].unpacked)
+    inputs, scales = rounded_inputs(tokens["x"], activations, weights["w13"].form)
     return weights | {
         "inputs": inputs,
         "input_scales": scales,
         "rows": quantize_rows(tokens["x"]),
         "weights": tokens["weights"],
         "tiles": make_tiles(
-            tokens["expert_ids"], num_experts, choose_tile(num_tokens, top_k, num_experts, weights["w13"].unpacked)
+            tokens["expert_ids"], num_experts, choose_tile(num_tokens, top_k, num_experts, weights["w13"].form)
         ),
         "activations": activations,
     }
@@ -95,19 +95,19 @@ def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = m
     """One line for each model, number of tokens and choice of activations."""
     random = torch.Generator("cuda").manual_seed(0)
     for name, shapes in released(models):
-        weights, values = layer(random, shapes)
         limit = shapes.swiglu_limit
-        few = tokens_of(random, ERROR_TOKENS, shapes)
-        few["expert_ids"] = few["expert_ids"] % ERROR_EXPERTS
-        for num_tokens in TOKENS:
-            some = [tokens_of(random, num_tokens, shapes)]
-            hit = len(some[0]["expert_ids"].unique())
-            moved = floor_bytes(shapes, num_tokens, hit)
-            some += [tokens_of(random, num_tokens, shapes) for _ in range(1, num_copies(moved))]
-            for activations in chosen(name, num_tokens, weights["w13"]):
-                options = {"limit": limit, "activations": activations}
-                expected = reference.mega_moe(**few, **values, **options, quantize_shared=True)
-                error = relative_error(mega_moe(**few, **weights, **options), expected)
+        for activations in get_args(Activations) if name == "pro" else ("fp8",):
+            weights, values = layer(random, shapes, form_for(activations, torch.cuda.get_device_capability()[0]))
+            few = tokens_of(random, ERROR_TOKENS, shapes)
+            few["expert_ids"] = few["expert_ids"] % ERROR_EXPERTS
+            options = {"limit": limit, "activations": activations}
+            expected = reference.mega_moe(**few, **values, **options, quantize_shared=True)
+            error = relative_error(mega_moe(**few, **weights, **options), expected)
+            for num_tokens in TOKENS if activations == "fp8" else OTHERS:
+                some = [tokens_of(random, num_tokens, shapes)]
+                hit = len(some[0]["expert_ids"].unique())
+                moved = floor_bytes(shapes, num_tokens, hit)
+                some += [tokens_of(random, num_tokens, shapes) for _ in range(1, num_copies(moved))]
                 calls = [partial(expert_parts, **prepared(one, weights, activations), limit=limit) for one in some]
                 yield measure(calls, moved, flops(shapes, num_tokens)).as_line(
                     op="mega_moe",
@@ -117,21 +117,14 @@ def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = m
                     num_hit=hit,
                     relative_error=error,
                 )
-        del weights, values
-        torch.cuda.empty_cache()
+            del weights, values
+            torch.cuda.empty_cache()
 
 
 def tokens_of(random: torch.Generator, num_tokens: int, shapes: Shapes) -> dict[str, Tensor]:
     """x, experts and their weights."""
     tokens = routed_tokens(random, num_tokens, shapes)
     return {key: tokens[key] for key in ("x", "expert_ids", "weights")}
-
-
-def chosen(name: str, num_tokens: int, weight: Fp4Weight) -> tuple[Activations, ...]:
-    """The official rounding everywhere; the others at two sizes of Pro."""
-    if name != "pro" or num_tokens not in OTHERS:
-        return ("fp8",)
-    return ("fp8", "fp4", "bf16") if weight.unpacked else ("fp8", "fp4")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from dsv4_kernels.mega_moe.parallel.symmetric import Step, symmetric_experts
 from dsv4_kernels.mega_moe.parallel.wire import RowFormat
 from dsv4_kernels.mega_moe.reference import Activations
 from dsv4_kernels.mega_moe.triton import choose_tile, pair_outputs
-from dsv4_kernels.mega_moe.weights import Fp4Weight, relayout
+from dsv4_kernels.mega_moe.weights import Fp4Weight, form_for, relayout
 
 TOKENS = (1, 8, 64, 512, 4096)  # a rank
 OTHERS = 512  # tokens for which the other activations are timed too
@@ -56,14 +56,15 @@ def timed_us(call: Callable[[], object]) -> float:
     return median(times[WARM_UPS:])
 
 
-def make_weights(num_experts: int) -> dict[str, Fp4Weight]:
+def make_weights(activations: Activations) -> dict[str, Fp4Weight]:
     """Of a rank's experts."""
     random = torch.Generator("cuda").manual_seed(dist.get_rank())
-    native = torch.cuda.get_device_capability() >= (10, 0)
+    num_experts = len(range(dist.get_rank(), PRO.n_routed_experts, dist.get_world_size()))
+    form = form_for(activations, torch.cuda.get_device_capability()[0])
     width, hidden = PRO.moe_intermediate_size, PRO.hidden_size
     shapes = {"w13": (2 * width, hidden), "w2": (hidden, width)}
     packed = {name: packed_weight(random, num_experts, *shape) for name, shape in shapes.items()}
-    return {name: relayout(*stored, unpacked=not native) for name, stored in packed.items()}
+    return {name: relayout(*stored, form=form) for name, stored in packed.items()}
 
 
 class Layer:
@@ -93,9 +94,9 @@ class Layer:
         step = Step(self.symmetric, *inputs, len(tokens["x"]))
         step.dispatch()
         self.symmetric.memory.barrier()
-        rows = step.received(unpacked=self.weights["w13"].unpacked)
+        rows = step.received(self.weights["w13"].form)
         num_slots, (num_rows, top_k) = PRO.n_routed_experts, rows[2].shape
-        tile = choose_tile(num_rows, top_k, num_slots, self.weights["w13"].unpacked)
+        tile = choose_tile(num_rows, top_k, num_slots, self.weights["w13"].form)
         weights, activations = (self.weights["w13"], self.weights["w2"]), self.activations
         return lambda: pair_outputs(*rows, *weights, limit=PRO.swiglu_limit, activations=activations, tile_tokens=tile)
 
@@ -117,13 +118,11 @@ def as_graph(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def lines(weights: dict[str, Fp4Weight], folder: Path) -> Iterator[dict[str, Any]]:
+def lines(folder: Path) -> Iterator[dict[str, Any]]:
     """One line a measurement; graphs of exchanges last, because they need most of the library."""
     later = []
     for activations in ("fp8", "fp4", "bf16"):
-        if activations == "bf16" and not weights["w13"].unpacked:
-            continue
-        layer = Layer(weights, activations)
+        layer = Layer(make_weights(activations), activations)
         for num_tokens in TOKENS if activations == "fp8" else (OTHERS,):
             tokens = routed_tokens(torch.Generator("cuda").manual_seed(dist.get_rank()), num_tokens, PRO)
             products = layer.products(tokens)
@@ -184,8 +183,7 @@ def main() -> None:
     """See the module's docstring."""
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-    weights = make_weights(len(range(dist.get_rank(), PRO.n_routed_experts, dist.get_world_size())))
-    found = lines(weights, Path(sys.argv[2]))
+    found = lines(Path(sys.argv[2]))
     if dist.get_rank() == 0:
         write_lines(found)
     else:

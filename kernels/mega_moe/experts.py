@@ -33,6 +33,7 @@ def _swiglu_tile(acc, limit):
 def gate_up(
     weights,  # w13, see weights.py
     scales,
+    row_scales,
     inputs,  # [tokens, ..], see product.py
     input_scales,  # strides scale_row and scale_step
     pairs,
@@ -57,7 +58,8 @@ def gate_up(
     exponent_step,
     DEPTH: tl.constexpr,
     TOP_K: tl.constexpr,
-    FORMAT: tl.constexpr,
+    FORM: tl.constexpr,  # of the weights
+    FORMAT: tl.constexpr,  # of the inputs
     ROUND: tl.constexpr,  # "bf16", "fp8", "fp4": of the hidden values
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -93,10 +95,11 @@ def gate_up(
     keep = pair_in_tile < tl.load(tile_counts + tile)
     pair = tl.load(pairs + first + pair_in_tile, mask=keep, other=0)
     acc = multiply_fp4(
-        weights + expert * width * (DEPTH // (4 if FORMAT == "bf16" else 1)),
+        weights + expert * width * (DEPTH // (1 if FORM == "fp4" else 4)),
         scales + expert * width * (DEPTH // 16),
+        row_scales + expert * width * 2,
         row, 2 * width, inputs, input_scales, scale_row, scale_step, (pair // TOP_K).to(tl.int64), keep, DEPTH,
-        FORMAT, BLOCK_M, BLOCK_N,
+        FORM, FORMAT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     value = _swiglu_tile(acc, limit) * tl.load(routing + pair, mask=keep, other=0.0)[:, None]
     value = value.to(tl.bfloat16)
@@ -116,6 +119,7 @@ def gate_up(
 def down(
     weights,  # w2, see weights.py
     scales,
+    row_scales,
     hidden,  # [pairs, ..], in the order of `pairs`, see product.py
     hidden_scales,
     pairs,
@@ -135,6 +139,7 @@ def down(
     TOP_K: tl.constexpr,
     PARTS: tl.constexpr,
     PARTS_AT: tl.constexpr,  # offset of the parts in every rank's memory, -1 = there is one rank
+    FORM: tl.constexpr,
     FORMAT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -163,10 +168,11 @@ def down(
     pair_in_tile = tl.arange(0, BLOCK_N)
     keep = pair_in_tile < tl.load(tile_counts + tile)
     acc = multiply_fp4(
-        weights + expert * num_rows * (DEPTH // (8 if FORMAT == "bf16" else 2)),
+        weights + expert * num_rows * (DEPTH // (2 if FORM == "fp4" else 8)),
         scales + expert * num_rows * (DEPTH // 32),
+        row_scales + expert * num_rows,
         row, num_rows, hidden, hidden_scales, scale_row, 1, (first + pair_in_tile).to(tl.int64), keep, DEPTH,
-        FORMAT, BLOCK_M, BLOCK_N,
+        FORM, FORMAT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     pair = tl.load(pairs + first + pair_in_tile, mask=keep, other=0).to(tl.int64)
     token = pair // TOP_K

@@ -6,12 +6,12 @@ cores want (tcgen05 for FP4 at all), and 16 columns are enough.
 What a routed expert multiplies:
 - sm_100 and later multiply FP4 by FP4 or by E4M3 with a scale per 32 of each (`tl.dot_scaled`): the checkpoint's codes
   and those of the activations go in as they are. A scale per 128 is given four times.
-- Hopper has no FP4, and its FP8 product does not help. The weight's scale per 32 does not fit into E4M3, so the partial
-  product of each 32 inputs would be scaled and added outside of the tensor cores: one float32 operation a sum, which
-  takes as long as the FP8 product itself, on sums that the unit keeps to about 14 bits. FP4 times a power of two is
-  exact in bf16, and so are activations that were rounded to FP8 or FP4. So both become bf16: the weight in registers
-  (`_unpack`), x and the hidden values once, when they are rounded. This is exact, at half the FP8 rate.
-- bf16 activations take that path on all GPUs.
+- Hopper has no FP4. A code times a small power of two is an E4M3 number, and the scales of a row are so near one another
+  that such powers are all that differs within it (weights.py). So E4M3 inputs meet E4M3 weights that are made in
+  registers (`_unpack_fp8`); a scale per 128 of the inputs makes each 128 a sum of its own, as in every FP8 product
+  here, and the row's own scale comes last. The unit keeps sums of 128 to about 14 bits (gemm/triton.py).
+- bf16 activations take bf16 weights made in registers (`_unpack`) on all GPUs, and so do activations that were rounded
+  to FP4 where the tensor cores have none. This is exact, at half the FP8 rate.
 The shared expert's weights are E4M3 with a scale per 128 x 128, its inputs E4M3 per 128 (gemm/triton.py says why each
 128 is a sum of its own on Hopper).
 The order of the sums over K inside a tensor core is its own; everything before and after is as in the reference.
@@ -68,9 +68,43 @@ def _unpack(words, scale, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def _look_up(low, high, selectors):
+    """Bytes of the eight in int32 `low` and `high` that the four lowest nibbles of `selectors` name, 0 to 7 each."""
+    if INTERPRETED:
+        found = selectors & 0
+        for place in tl.static_range(4):
+            wanted = (selectors >> (4 * place)) & 7
+            word = tl.where(wanted < 4, low, high)
+            found |= ((word >> (8 * (wanted & 3))) & 255) << (8 * place)
+        return found
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selectors], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _unpack_fp8(words, steps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Weights over their row's scale, e4m3 [BLOCK_M, BLOCK_K], of int32 words [BLOCK_M, BLOCK_K / 8] and uint8 steps
+    [BLOCK_M, BLOCK_K / 32], see weights.py."""
+    shift = (steps.to(tl.int32) - 5) * 8  # of the exponents in a table of 0, 0.5, 1, 1.5; 2, 3, 4, 6
+    low, high = shift * 0x01010100 + 0x3C383000, shift * 0x01010101 + 0x4C484440
+    words = tl.reshape(words, (BLOCK_M, BLOCK_K // 32, 4))
+    low = tl.broadcast_to(low[:, :, None], (BLOCK_M, BLOCK_K // 32, 4))
+    high = tl.broadcast_to(high[:, :, None], (BLOCK_M, BLOCK_K // 32, 4))
+    first = _look_up(low, high, words & 0x7777) | (words & -2139062144)  # signs at bits 7, 15, 23, 31
+    second = _look_up(low, high, (words >> 16) & 0x7777) | ((words << 4) & -2139062144)
+    both = tl.join(first, second)  # [rows, groups, c, h]
+    even = tl.join(both.to(tl.uint8), (both >> 16).to(tl.uint8))  # e = 0, 2
+    odd = tl.join((both >> 8).to(tl.uint8), (both >> 24).to(tl.uint8))  # e = 1, 3
+    values = tl.permute(tl.join(even, odd), (0, 1, 3, 2, 4, 5))  # [rows, groups, h, c, e / 2, e % 2]
+    return tl.reshape(values, (BLOCK_M, BLOCK_K)).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
 def multiply_fp4(
     weights,  # of this expert, as weights.py has them
     scales,
+    row_scales,
     row,  # [BLOCK_M] rows of the weight
     num_rows,
     inputs,  # [.., depth]: bf16, e4m3, or two FP4 a byte [.., depth / 2]
@@ -80,6 +114,7 @@ def multiply_fp4(
     input_row,  # int64 [BLOCK_N]
     keep,  # bool [BLOCK_N]
     DEPTH: tl.constexpr,
+    FORM: tl.constexpr,  # of the weights
     FORMAT: tl.constexpr,  # of inputs: "bf16", "e4m3", "e2m1"
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -88,24 +123,30 @@ def multiply_fp4(
     BLOCK_K: tl.constexpr = 128
     ZERO: tl.constexpr = 0 if FORMAT == "e2m1" else 0.0
     PACK: tl.constexpr = 2 if FORMAT == "e2m1" else 1
-    WORD: tl.constexpr = 8 if FORMAT == "bf16" else 2
+    WORD: tl.constexpr = 2 if FORM == "fp4" else 8
     word = tl.arange(0, BLOCK_K // WORD)
     column = tl.arange(0, BLOCK_K // PACK)
     group = tl.arange(0, BLOCK_K // 32)
     weights += row[:, None] * (128 // WORD) + word[None, :]
     scales += row[:, None] * 4 + group[None, :]
     inputs += input_row[None, :] * (DEPTH // PACK) + column[:, None]
-    if FORMAT == "e4m3":
+    if FORM == "fp8":
+        input_scales += input_row * scale_row
+    elif FORMAT == "e4m3":
         input_scales += input_row[:, None] * scale_row + (group // 4)[None, :] * scale_step
-    if FORMAT == "e2m1":
+    elif FORMAT == "e2m1":
         input_scales += input_row[:, None] * scale_row + group[None, :] * scale_step
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for _ in range(0, DEPTH, BLOCK_K):
         weight = tl.load(weights)
         scale = tl.load(scales)
         values = tl.load(inputs, mask=keep[None, :], other=ZERO)
-        if FORMAT == "bf16":
+        if FORM == "bf16":
             acc = tl.dot(_unpack(weight, scale, BLOCK_M, BLOCK_K), values, acc)
+        elif FORM == "fp8":
+            value_scale = tl.load(input_scales, mask=keep, other=0)  # on its way while this block multiplies
+            acc += tl.dot(_unpack_fp8(weight, scale, BLOCK_M, BLOCK_K), values) * power_of_two(value_scale)[None, :]
+            input_scales += scale_step
         else:
             value_scale = tl.load(input_scales, mask=keep[:, None], other=0)
             acc = tl.dot_scaled(weight, scale, "e2m1", values, value_scale, FORMAT, acc)
@@ -113,8 +154,10 @@ def multiply_fp4(
         weights += num_rows * (128 // WORD)
         scales += num_rows * 4
         inputs += BLOCK_K // PACK
-    if FORMAT == "bf16":
+    if FORM == "bf16":
         acc *= 4294967296.0  # 2^32, see _unpack
+    elif FORM == "fp8":
+        acc *= power_of_two(tl.load(row_scales + row))[:, None]
     return acc
 
 

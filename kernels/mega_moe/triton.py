@@ -26,10 +26,11 @@ from dsv4_kernels.mega_moe.experts import down, gate_up
 from dsv4_kernels.mega_moe.reference import Activations
 from dsv4_kernels.mega_moe.shared import shared_expert
 from dsv4_kernels.mega_moe.tiles import Tiles, make_tiles
-from dsv4_kernels.mega_moe.weights import Fp4Weight
+from dsv4_kernels.mega_moe.weights import Form, Fp4Weight
 from dsv4_kernels.quant import triton as quant
 
 TILES = (16, 32, 64, 128)  # pairs of a tile
+ACTIVATIONS: dict[Form, tuple[Activations, ...]] = {"fp4": ("fp8", "fp4"), "fp8": ("fp8",), "bf16": get_args(Activations)}
 SHARED_TOKENS = 16  # of a tile of the shared expert, where it stands beside tiles of TILES[0] pairs
 
 
@@ -42,9 +43,9 @@ class Homes:
     rank_tokens: int  # of each rank
 
 
-def choose_tile(num_tokens: int, top_k: int, num_experts: int, unpacked: bool) -> int:
+def choose_tile(num_tokens: int, top_k: int, num_experts: int, form: Form) -> int:
     """Half as many pairs again as an expert has on average, so that most experts fit into one tile."""
-    tiles = TILES[:-1] if unpacked else TILES  # the weight's registers leave no room for the sums of the largest
+    tiles = TILES if form == "fp4" else TILES[:-1]  # a weight in registers leaves no room for the sums of the largest
     return next((tile for tile in tiles if 2 * tile * num_experts >= 3 * num_tokens * top_k), tiles[-1])
 
 
@@ -68,17 +69,18 @@ def mega_moe(
         w13, w2: from `relayout`, both in the same form; [E, 2I, D] and [E, D, I], D and I multiples of 128.
         shared_w13, shared_w2: [2I, D], gate rows first, and [D, I].
         limit: swiglu clamp.
-        activations: "bf16", "fp8" or "fp4" of the routed experts; "bf16" needs the unpacked form of their weights.
-        tile_tokens: 16, 32, 64 or (not for unpacked weights) 128 pairs a tile; by default chosen from the shapes. A
-            routed expert's sums have the same order with all of them.
+        activations: "bf16", "fp8" or "fp4" of the routed experts. Their weights must have a form for it: "bf16" takes
+            all, "fp8" "fp8", "fp4" "fp8" and "fp4".
+        tile_tokens: 16, 32, 64 or (for the form "fp4") 128 pairs a tile; by default chosen from the shapes. A routed
+            expert's sums have the same order with all of them.
 
     Rows without any expert are padding and are not written. Raises ValueError for anything else.
     """
     _check(x, expert_ids, weights, w13, w2, activations, tile_tokens)
     num_experts, (num_tokens, top_k) = w13.num_experts, expert_ids.shape
-    tile_tokens = tile_tokens or choose_tile(num_tokens, top_k, num_experts, w13.unpacked)
+    tile_tokens = tile_tokens or choose_tile(num_tokens, top_k, num_experts, w13.form)
     parts = expert_parts(
-        *rounded_inputs(x, activations, w13.unpacked), quantize_rows(x), weights,
+        *rounded_inputs(x, activations, w13.form), quantize_rows(x), weights,
         make_tiles(expert_ids, num_experts, tile_tokens), w13, w2, shared_w13, shared_w2,
         limit=limit, activations=activations,
     )  # fmt: skip
@@ -102,8 +104,9 @@ def expert_parts(
     """What each expert of a token says, then the shared expert: bfloat16 [T, K + 1, D], to be added.
 
     Args:
-        inputs, input_scales: x as the first routed product reads it. Unpacked weights take bfloat16 values that are
-            rounded already, and anything as scales; the others codes, also as uint8, and scales of any strides.
+        inputs, input_scales: x as the first routed product reads it. Weights of the form "bf16" take bfloat16 values
+            that are rounded already, and anything as scales; the others codes, also as uint8, and scales of any
+            strides.
         rows: x as the shared expert reads it.
         weights: float32 [T, K]. tiles: of the expert ids [T, K]. The rest as in `mega_moe`; nothing is checked.
 
@@ -138,7 +141,7 @@ def pair_outputs(
     For ranks that hold some of the experts. Arguments as in `expert_parts` and `mega_moe`; nothing is checked.
     """
     num_tokens, top_k = expert_ids.shape
-    tile_tokens = tile_tokens or choose_tile(num_tokens, top_k, w13.num_experts, w13.unpacked)
+    tile_tokens = tile_tokens or choose_tile(num_tokens, top_k, w13.num_experts, w13.form)
     tiles = make_tiles(expert_ids, w13.num_experts, tile_tokens)
     outputs = torch.empty(num_tokens * top_k, w13.depth, dtype=torch.bfloat16, device=inputs.device)
     parts = outputs.view(num_tokens, top_k, w13.depth)
@@ -183,10 +186,11 @@ def _products(
     (num_tokens, top_k), hidden, width = weights.shape, w13.depth, w2.depth
     if num_tokens == 0:
         return
-    form = "bf16" if w13.unpacked else {"fp8": "e4m3", "fp4": "e2m1"}[activations]
-    if form == "e4m3":
+    format_ = "bf16" if w13.form == "bf16" else {"fp8": "e4m3", "fp4": "e2m1"}[activations]
+    if format_ == "e4m3":
         inputs = inputs.view(torch.float8_e4m3fn)
-    row_size, scale_row = {"bf16": (width, 0), "e4m3": (width, width // 128), "e2m1": (width // 2, width // 32)}[form]
+    sizes = {"bf16": (width, 0), "e4m3": (width, width // 128), "e2m1": (width // 2, width // 32)}
+    row_size, scale_row = sizes[format_]
     middle = torch.empty(num_tokens * top_k, row_size, dtype=inputs.dtype, device=inputs.device)
     middle_scales = torch.empty(num_tokens * top_k, scale_row, dtype=torch.uint8, device=inputs.device)
     # Without the shared expert a small tile's kernel is the same, over none of its tokens: left out of it, ptxas finds
@@ -208,14 +212,15 @@ def _products(
     num_tiles = triton.cdiv(shared_tokens, SHARED_TOKENS) + len(tiles.experts)
     blocks = {
         "TOP_K": top_k,
-        "FORMAT": form,
+        "FORM": w13.form,
+        "FORMAT": format_,
         "BLOCK_N": tile_tokens,
         "SHARED_N": SHARED_TOKENS if tile_tokens == TILES[0] else 0,
         "SHARED_STAGES": 3,
         "num_stages": 4 if tile_tokens < 64 else 3,
     }
     gate_up[(width // 128, num_tiles)](
-        w13.values, w13.scales, inputs, input_scales, *table, weights, middle, middle_scales, *shared_up,
+        w13.values, w13.scales, w13.row_scales, inputs, input_scales, *table, weights, middle, middle_scales, *shared_up,
         *shared_middle, width, limit, shared_tokens, *input_scales.stride(), *exponent_steps,
         DEPTH=hidden, ROUND=activations, BLOCK_M=256, num_warps=8,
         maxnreg=128 if tile_tokens == TILES[0] else None,  # two programs on a multiprocessor
@@ -227,19 +232,19 @@ def _products(
     else:
         target, rank_tokens, places = parts, 0, {"PARTS": parts.shape[1], "PARTS_AT": -1}
     down[(hidden // 128, num_tiles)](
-        w2.values, w2.scales, middle, middle_scales, *table, *shared_down, target, hidden, shared_tokens, scale_row,
+        w2.values, w2.scales, w2.row_scales, middle, middle_scales, *table, *shared_down, target, hidden, shared_tokens, scale_row,
         rank_tokens, DEPTH=width, BLOCK_M=128, num_warps=8 if tile_tokens == TILES[-1] else 4, **places, **blocks,
         launch_pdl=launches_early(inputs.device),
     )  # fmt: skip
 
 
-def rounded_inputs(x: Tensor, activations: Activations, unpacked: bool) -> tuple[Tensor, Tensor]:
+def rounded_inputs(x: Tensor, activations: Activations, form: Form) -> tuple[Tensor, Tensor]:
     """x bfloat16 [T, D] as the first routed product reads it, and its scales, as `expert_parts` takes them."""
     if activations == "bf16":
         return x, x
     if activations == "fp8":
-        return (quant.fake_quantize_fp8(x, 128), x) if unpacked else quant.quantize_fp8(x, 128)
-    return (quant.fake_quantize_fp4(x), x) if unpacked else quant.quantize_fp4(x)
+        return (quant.fake_quantize_fp8(x, 128), x) if form == "bf16" else quant.quantize_fp8(x, 128)
+    return (quant.fake_quantize_fp4(x), x) if form == "bf16" else quant.quantize_fp4(x)
 
 
 def _check(
@@ -253,12 +258,12 @@ def _check(
 ) -> None:
     if activations not in get_args(Activations):
         raise ValueError(f"mega_moe: activations is {activations!r}; allowed: {', '.join(get_args(Activations))}")
-    if tile_tokens not in (None, *TILES) or (w13.unpacked and tile_tokens == TILES[-1]):
-        raise ValueError(f"mega_moe: tile_tokens is {tile_tokens}; allowed: {TILES}, the last not for unpacked weights")
-    if w13.unpacked != w2.unpacked or (activations == "bf16" and not w13.unpacked):
+    if tile_tokens not in (None, *TILES) or (w13.form != "fp4" and tile_tokens == TILES[-1]):
+        raise ValueError(f"mega_moe: tile_tokens is {tile_tokens}; allowed: {TILES}, the last for the form 'fp4' only")
+    if w13.form != w2.form or activations not in ACTIVATIONS[w13.form]:
         raise ValueError(
-            f"mega_moe: w13.unpacked is {w13.unpacked}, w2.unpacked {w2.unpacked}, activations {activations!r}; "
-            "both weights have one form, and bf16 activations need the unpacked one"
+            f"mega_moe: w13.form is {w13.form!r}, w2.form {w2.form!r}, activations {activations!r}; both weights have "
+            f"one form, for activations {', '.join(ACTIVATIONS[w13.form])}"
         )
     hidden, width = x.shape[1], w2.depth
     if w13.num_rows != 2 * width or w13.depth != hidden or w2.num_rows != hidden or hidden % 128 or width % 128:

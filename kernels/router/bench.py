@@ -50,7 +50,7 @@ def make(shapes: Shapes, num_tokens: int) -> dict[str, Any]:
 def extras(shapes: Shapes, num_tokens: int) -> dict[str, Any]:
     """What the engine has the router do besides."""
     num_experts, top_k = shapes.n_routed_experts, shapes.num_experts_per_tok
-    tile = choose_tile(num_tokens, top_k, num_experts, unpacked=True)
+    tile = choose_tile(num_tokens, top_k, num_experts, "fp8")
     return {
         "rounded": torch.empty(num_tokens, shapes.hidden_size, device="cuda", dtype=torch.bfloat16),
         "tiles": empty_tiles(num_tokens * top_k, num_experts, tile, torch.device("cuda")),

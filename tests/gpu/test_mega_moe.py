@@ -11,7 +11,7 @@ from dsv4_kernels.mega_moe.cases import packed_weight, routed_tokens
 from dsv4_kernels.mega_moe.reference import mega_moe as expected_of
 from dsv4_kernels.mega_moe.tiles import make_tiles
 from dsv4_kernels.mega_moe.triton import TILES, mega_moe
-from dsv4_kernels.mega_moe.weights import relayout
+from dsv4_kernels.mega_moe.weights import form_for, relayout
 from dsv4_kernels.quant import dequantize_fp4_weight, dequantize_fp8_blocks, quantize_fp8_blocks
 
 NUM_EXPERTS = 12
@@ -44,11 +44,8 @@ def layer(request):
 
 def runs(layer, activations):
     """The kernel's weights in each form that this GPU runs."""
-    for unpacked in (True, False):
-        if unpacked or (activations != "bf16" and torch.cuda.get_device_capability() >= (10, 0)):
-            yield layer[3] | {
-                name: relayout(codes.clone(), scale, unpacked=unpacked) for name, (codes, scale) in layer[2].items()
-            }
+    for form in {"bf16", form_for(activations, torch.cuda.get_device_capability()[0])}:
+        yield layer[3] | {name: relayout(codes.clone(), scale, form=form) for name, (codes, scale) in layer[2].items()}
 
 
 def tokens(layer, num_tokens, seed=2):
@@ -61,7 +58,7 @@ def test_equals_the_reference(layer, activations):
     options = {"limit": layer[0].swiglu_limit, "activations": activations}
     for weights in runs(layer, activations):
         for num_tokens, tile in ((0, None), (1, None), (7, None), (40, 16), *LARGER[activations]):
-            if tile == TILES[-1] and weights["w13"].unpacked:
+            if tile == TILES[-1] and weights["w13"].form != "fp4":
                 continue
             given = tokens(layer, num_tokens)
             found = mega_moe(**given, **weights, **options, tile_tokens=tile)

@@ -19,7 +19,7 @@ from dsv4_kernels.mega_moe.combine import combine
 from dsv4_kernels.mega_moe.parallel import ExpertMap, ExpertParallel
 from dsv4_kernels.mega_moe.parallel.symmetric import symmetric_experts
 from dsv4_kernels.mega_moe.parallel.wire import RowFormat
-from dsv4_kernels.mega_moe.weights import relayout
+from dsv4_kernels.mega_moe.weights import form_for, relayout
 
 NUM_EXPERTS, TILE, CAPACITY = 12, 32, 64
 SHAPES = {name: dataclasses.replace(sizes, n_routed_experts=NUM_EXPERTS) for name, sizes in
@@ -49,14 +49,13 @@ def placement(num_ranks):
     return [sorted({0, *range(rank, NUM_EXPERTS, num_ranks)}) for rank in range(num_ranks)]
 
 
-def weights_of(layer, mine, unpacked):
-    return [relayout(codes[mine].contiguous(), scale[mine], unpacked=unpacked) for codes, scale in layer[1]]
+def weights_of(layer, mine, form):
+    return [relayout(codes[mine].contiguous(), scale[mine], form=form) for codes, scale in layer[1]]
 
 
 def forms(activations):
     """The weights' forms that this GPU runs."""
-    native = activations != "bf16" and torch.cuda.get_device_capability() >= (10, 0)
-    return (True, False) if native else (True,)
+    return sorted({"bf16", form_for(activations, torch.cuda.get_device_capability()[0])})
 
 
 def tokens_of(layer, num_ranks, seed, hot=False):
@@ -71,12 +70,12 @@ def tokens_of(layer, num_ranks, seed, hot=False):
     return many
 
 
-def expected_of(layer, many, options, unpacked, rank):
+def expected_of(layer, many, options, form, rank):
     """This rank's part of what one GPU with all experts says to the tokens of all."""
     everything = {key: torch.cat([one[key] for one in many]) for key in many[0]}
-    w13, w2 = weights_of(layer, list(range(NUM_EXPERTS)), unpacked)
+    w13, w2 = weights_of(layer, list(range(NUM_EXPERTS)), form)
     x, ids = everything["x"], everything["expert_ids"]
-    inputs = moe.rounded_inputs(x, options["activations"], unpacked)
+    inputs = moe.rounded_inputs(x, options["activations"], form)
     outputs = moe.pair_outputs(*inputs, ids, everything["weights"], w13, w2, **options, tile_tokens=TILE)
     outputs = combine(outputs.view(*ids.shape, x.shape[1]), everything["shared"], ids)
     return outputs.split([len(one["x"]) for one in many])[rank]
@@ -87,12 +86,12 @@ def test_all_to_all_equals_one_gpu(group, layer, activations):
     rank, options = group.rank(), {"limit": layer[0].swiglu_limit, "activations": activations}
     experts = placement(group.size())
     parallel = ExpertParallel(group, ExpertMap.build(experts, NUM_EXPERTS, "cuda"))
-    for unpacked in forms(activations):
-        w13, w2 = weights_of(layer, experts[rank], unpacked)
+    for weight_form in forms(activations):
+        w13, w2 = weights_of(layer, experts[rank], weight_form)
         for seed in range(3):
             many = tokens_of(layer, group.size(), seed, hot=seed == 2)
             found = parallel.add_routed(**many[rank], w13=w13, w2=w2, **options, tile_tokens=TILE)
-            assert torch.equal(found, expected_of(layer, many, options, unpacked, rank)), seed
+            assert torch.equal(found, expected_of(layer, many, options, weight_form, rank)), seed
     assert parallel.traffic.combine_bytes > 0
 
 
@@ -105,12 +104,12 @@ def test_writes_into_peers_equal_one_gpu(group, layer, activations):
     exchange = ExpertParallel(group, ExpertMap.build(experts, NUM_EXPERTS, "cuda"))
     options = {"limit": sizes.swiglu_limit, "activations": activations}
     call = {"limit": sizes.swiglu_limit, "capacity": CAPACITY, "tile_tokens": TILE}
-    for unpacked in forms(activations):
-        w13, w2 = weights_of(layer, experts[rank], unpacked)
+    for weight_form in forms(activations):
+        w13, w2 = weights_of(layer, experts[rank], weight_form)
         for seed in range(4):  # each call finds what the last one left
             many = tokens_of(layer, group.size(), seed, hot=seed == 2)
             found = parallel.add_routed(**many[rank], w13=w13, w2=w2, **call)
-            assert torch.equal(found, expected_of(layer, many, options, unpacked, rank)), seed
+            assert torch.equal(found, expected_of(layer, many, options, weight_form, rank)), seed
             exchange.add_routed(**many[rank], w13=w13, w2=w2, **options)
     assert parallel.traffic.combine_bytes == exchange.traffic.combine_bytes > 0
 

@@ -141,7 +141,7 @@ def test_the_experts():
     shapes = dataclasses.replace(DEMO, n_routed_experts=4, moe_intermediate_size=1024)
     sizes = [1, 21, 22, 60]
     case = ExpertCase("experts", sizes[-1], shapes).make(6, torch.bfloat16)
-    weights = {name: relayout(*quantize_fp4_weight(case[name]), unpacked=True) for name in ("w13", "w2")}
+    weights = {name: relayout(*quantize_fp4_weight(case[name]), form="fp8") for name in ("w13", "w2")}
     for name in ("shared_w13", "shared_w2"):
         weights[name] = Fp8Weight.from_checkpoint(*quantize_fp8_blocks(case[name]))
 

@@ -52,13 +52,13 @@ def run(ranks, tokens, shared, weights, limit, capacity):
     return [step.combine(one) for step, one in zip(steps, shared, strict=True)]
 
 
-def stored(case, name, some, unpacked):
-    return relayout(*quantize_fp4_weight(case[name][some]), unpacked=unpacked)
+def stored(case, name, some, form):
+    return relayout(*quantize_fp4_weight(case[name][some]), form=form)
 
 
 def on_one_rank(x, expert_ids, weights, w13, w2, shared, *, limit, activations):
     """What ranks together must say: the same kernels with all experts, without an exchange."""
-    inputs = moe.rounded_inputs(x, activations, w13.unpacked)
+    inputs = moe.rounded_inputs(x, activations, w13.form)
     outputs = moe.pair_outputs(
         *inputs, expert_ids, weights, w13, w2, limit=limit, activations=activations, tile_tokens=TILE
     )
@@ -66,25 +66,26 @@ def on_one_rank(x, expert_ids, weights, w13, w2, shared, *, limit, activations):
 
 
 @pytest.mark.parametrize(
-    ("placement", "activations", "unpacked"),
+    ("placement", "activations", "form"),
     [
-        ("dealt", "bf16", True),
-        ("dealt", "fp8", False),
-        ("copies", "fp8", True),
-        ("copies", "fp4", True),
-        ("uneven", "fp4", False),
+        ("dealt", "bf16", "bf16"),
+        ("dealt", "fp8", "fp4"),
+        ("copies", "fp8", "fp8"),
+        ("copies", "fp4", "bf16"),
+        ("uneven", "fp8", "bf16"),
+        ("uneven", "fp4", "fp4"),
     ],
 )
-def test_equal_to_one_rank_bit_for_bit(placement, activations, unpacked):
+def test_equal_to_one_rank_bit_for_bit(placement, activations, form):
     counts, capacity = (2, 0, 5), 6
     case = Case("random", sum(counts), DEMO).make(9, torch.bfloat16)
     case["expert_ids"][1, 1] = -1
     x, ids, routing, limit = case["x"], case["expert_ids"], case["weights"], case["limit"]
     shared = x.flip(0) * 0.25
-    everything = [stored(case, name, list(range(NUM_EXPERTS)), unpacked) for name in ("w13", "w2")]
+    everything = [stored(case, name, list(range(NUM_EXPERTS)), form) for name in ("w13", "w2")]
     expected = on_one_rank(x, ids, routing, *everything, shared, limit=limit, activations=activations)
     experts = PLACEMENTS[placement]
-    weights = [[stored(case, name, mine, unpacked) for name in ("w13", "w2")] for mine in experts]
+    weights = [[stored(case, name, mine, form) for name in ("w13", "w2")] for mine in experts]
     ranks = make_ranks(experts, RowFormat(HIDDEN, TOP_K, activations), capacity)
     tokens = list(zip(*(value.split(counts) for value in (x, ids, routing)), strict=True))
     for turn in range(2):  # the second call finds what the first left
@@ -102,7 +103,7 @@ def test_traffic_is_what_exchange_counts_by_hand():
     ranks = make_ranks(experts, form, 4)
     counts = (4, 0, 1)
     tokens = list(zip(*(case[name].split(counts) for name in ("x", "expert_ids", "weights")), strict=True))
-    weights = [[stored(case, name, mine, True) for name in ("w13", "w2")] for mine in experts]
+    weights = [[stored(case, name, mine, "fp8") for name in ("w13", "w2")] for mine in experts]
     run(ranks, tokens, case["x"].split(counts), weights, 1.0, 4)
     targets = [ranks[0].experts.targets(one[1], rank)[0] for rank, one in enumerate(tokens)]
     for rank, owner in enumerate(ranks):
@@ -114,12 +115,12 @@ def test_traffic_is_what_exchange_counts_by_hand():
     assert sum(owner.traffic.combine_bytes for owner in ranks) > 0
 
 
-@pytest.mark.parametrize(("activations", "unpacked"), [("fp8", True), ("fp4", False)])
-def test_all_to_all_with_the_gpu_weights(tmp_path, activations, unpacked):
+@pytest.mark.parametrize(("activations", "form"), [("fp8", "bf16"), ("fp8", "fp8"), ("fp4", "fp4")])
+def test_all_to_all_with_the_gpu_weights(tmp_path, activations, form):
     """The same kernels behind all_to_all_single, with one rank."""
     case = Case("random", 5, DEMO).make(12, torch.bfloat16)
     given = {"x": case["x"], "expert_ids": case["expert_ids"], "weights": case["weights"], "shared": case["x"] * 0.5}
-    given |= {name: stored(case, name, list(range(NUM_EXPERTS)), unpacked) for name in ("w13", "w2")}
+    given |= {name: stored(case, name, list(range(NUM_EXPERTS)), form) for name in ("w13", "w2")}
     options = {"limit": case["limit"], "activations": activations}
     with process_group(Rank(0, 1, 0), tmp_path / "store") as group:
         parallel = ExpertParallel(group, ExpertMap.build([range(NUM_EXPERTS)], NUM_EXPERTS))

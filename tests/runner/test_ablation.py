@@ -45,7 +45,7 @@ def networks(tmp_path_factory):
     config = EngineConfig(model=folder)
     weights = load_weights(config, CONFIG)
     references = [Transformer(CONFIG, weights, Numerics.OFFICIAL, kind) for kind in ExpertActivations]
-    device_weights = load_device_weights(config, CONFIG, torch.device("cpu"), unpacked=True)
+    device_weights = load_device_weights(config, CONFIG, torch.device("cpu"), form="bf16")
     return dict(zip(ExpertActivations, references, strict=True)), DeviceTransformer(CONFIG, device_weights)
 
 

@@ -21,7 +21,7 @@ from dsv4_kernels.sampling.triton import sample
 @pytest.fixture(scope="module", params=["small", "pro", "pro on GB300"])
 def network(request, tmp_path_factory):
     if request.param != "small":
-        return pro_network(unpacked=request.param == "pro")
+        return pro_network("fp8" if request.param == "pro" else "fp4")
     return both(checkpoint(tmp_path_factory.mktemp("device") / "model"), torch.device("cpu"))[1]
 
 
@@ -31,7 +31,7 @@ def test_no_step_needs_a_kernel_that_start_up_has_not_made(
     network, monkeypatch, num_slots, num_draft_tokens, is_deterministic
 ):
     draw = random.Random(num_slots)
-    keys = record_keys(monkeypatch, is_hopper=network.blocks[0].moe.w13.unpacked)
+    keys = record_keys(monkeypatch, is_hopper=network.blocks[0].moe.w13.form != "fp4")
     with deterministic(is_deterministic):
         engine = Engine(
             network, num_slots=num_slots, num_pages=32, max_step_tokens=512, num_draft_tokens=num_draft_tokens,

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from support.models import BASE
 
+from dsv4_kernels.mega_moe.weights import form_for
 from dsv4serve.config import EngineConfig, ModelConfig, Numerics
 from dsv4serve.model.device import DeviceTransformer
 from dsv4serve.model.transformer import Transformer
-from dsv4serve.runner.device_build import FIRST_FP4
 from dsv4serve.weights import dummy_weights, load_weights, write_checkpoint
 from dsv4serve.weights.device_loader import load_device_weights
 from dsv4serve.weights.export import exported_config
@@ -53,5 +53,5 @@ def both(directory: Path, device: torch.device) -> tuple[Transformer, DeviceTran
     model = ModelConfig.load(directory)
     reference = Transformer(model, load_weights(config, model), Numerics.OFFICIAL)
     # Where there is no GPU, the form of Hopper.
-    unpacked = device.type == "cpu" or torch.cuda.get_device_capability(device)[0] < FIRST_FP4
-    return reference, DeviceTransformer(model, load_device_weights(config, model, device, unpacked))
+    form = "fp8" if device.type == "cpu" else form_for("fp8", torch.cuda.get_device_capability(device)[0])
+    return reference, DeviceTransformer(model, load_device_weights(config, model, device, form))

@@ -5,7 +5,7 @@ from importlib import resources
 
 import torch
 
-from dsv4_kernels.mega_moe.weights import Fp4Weight
+from dsv4_kernels.mega_moe.weights import Form, Fp4Weight
 from dsv4serve.config import ModelConfig
 from dsv4serve.model.device import DeviceTransformer
 from dsv4serve.weights.device import DeviceWeights
@@ -21,16 +21,17 @@ def pro_config() -> ModelConfig:
     return ModelConfig.from_dict(raw | layers | {"n_routed_experts": 8, "vocab_size": 512})
 
 
-def pro_network(unpacked: bool = True) -> DeviceTransformer:
+def pro_network(form: Form = "fp8") -> DeviceTransformer:
     """With all experts, of which each is the same memory, and an MTP block; its weights are not initialised.
 
-    `unpacked`: in the form of Hopper.
+    `form`: of the experts, by default Hopper's.
     """
-    weights = DeviceWeights(pro_config(), torch.device("cpu"), unpacked, has_drafts=True).weights
+    weights = DeviceWeights(pro_config(), torch.device("cpu"), form, has_drafts=True).weights
     network = DeviceTransformer(pro_config(), weights)
     for block in [*network.blocks, network.mtp.block]:
         for name in ("w13", "w2"):
             weight = getattr(block.moe, name)
-            same = (tensor[:1].expand(NUM_EXPERTS, *tensor.shape[1:]) for tensor in (weight.values, weight.scales))
-            setattr(block.moe, name, Fp4Weight(*same, weight.unpacked))
+            own = weight.values, weight.scales, weight.row_scales
+            same = (tensor[:1].expand(NUM_EXPERTS, *tensor.shape[1:]) for tensor in own)
+            setattr(block.moe, name, Fp4Weight(*same, weight.form))
     return network

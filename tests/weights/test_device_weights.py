@@ -30,26 +30,27 @@ def folder(tmp_path_factory):
 def num_bytes(weight):
     if isinstance(weight, torch.Tensor):
         return weight.nbytes
-    return sum(getattr(weight, field.name).nbytes for field in dataclasses.fields(weight) if field.name != "unpacked")
+    return sum(getattr(weight, field.name).nbytes for field in dataclasses.fields(weight) if field.name != "form")
 
 
-@pytest.mark.parametrize(("unpacked", "has_drafts"), [(True, False), (True, True), (False, True)])
-def test_every_official_tensor_is_where_its_place_says(folder, unpacked, has_drafts):
+@pytest.mark.parametrize(("form", "has_drafts"), [("fp8", False), ("fp8", True), ("fp4", True), ("bf16", True)])
+def test_every_official_tensor_is_where_its_place_says(folder, form, has_drafts):
     """Dequantised, it is what the CPU loader makes of the same file; nothing is left over."""
     config = EngineConfig(model=folder, num_draft_tokens=int(has_drafts))
     expected = load_weights(config, CONFIG)
-    layout = DeviceWeights(CONFIG, CPU, unpacked, has_drafts)
-    layout.weights = load_device_weights(config, CONFIG, CPU, unpacked)
+    layout = DeviceWeights(CONFIG, CPU, form, has_drafts)
+    layout.weights = load_device_weights(config, CONFIG, CPU, form)
     stored = load_file(folder / "model.safetensors")
     for name, place in layout.places.items():
         if place.expert >= 0:
             scale = stored[name.removesuffix("weight") + "scale"]
             packed = stored[name].unsqueeze(0).clone()
-            own = relayout(packed, scale.view(torch.uint8).unsqueeze(0), unpacked=unpacked)
+            own = relayout(packed, scale.view(torch.uint8).unsqueeze(0), form=form)
             rows = slice(place.first_row, place.first_row + own.num_rows)
             weight = layout.weights[place.weight]
             assert torch.equal(weight.values[place.expert, :, rows], own.values[0])
             assert torch.equal(weight.scales[place.expert, :, rows], own.scales[0])
+            assert torch.equal(weight.row_scales[place.expert, rows], own.row_scales[0]) or form != "fp8"
             continue
         view, exponents = layout.view(name)
         values = view if exponents is None else dequantize_fp8_blocks(view, exponents)
@@ -59,7 +60,7 @@ def test_every_official_tensor_is_where_its_place_says(folder, unpacked, has_dra
 
 
 def test_products_over_one_input_are_one_matrix():
-    weights = dummy_device_weights(CONFIG, 0, CPU, True, has_drafts=True)
+    weights = dummy_device_weights(CONFIG, 0, CPU, "fp8", has_drafts=True)
     assert weights["layers.1.attn.latent"].codes.shape == (128 + 128, 128)
     assert weights["layers.1.attn.query"].codes.shape == (4 * 128 + 16 * 128, 128)
     assert weights["layers.0.attn.query"].codes.shape == (4 * 128, 128)
@@ -73,7 +74,7 @@ def test_products_over_one_input_are_one_matrix():
 
 @pytest.mark.parametrize("has_drafts", [False, True])
 def test_the_plan_counts_every_byte(has_drafts):
-    weights = dummy_device_weights(CONFIG, 0, CPU, True, has_drafts)
+    weights = dummy_device_weights(CONFIG, 0, CPU, "fp8", has_drafts)
     total = sum(map(num_bytes, weights.values()))
     assert device_bytes(CONFIG, has_drafts) == total
     require_device_memory(CONFIG, has_drafts, total)
@@ -83,8 +84,8 @@ def test_the_plan_counts_every_byte(has_drafts):
 
 def test_dummy_weights_have_the_scale_of_their_matrix():
     """Up to the rounding of a power of two; experts use all codes."""
-    weights = dummy_device_weights(CONFIG, 1, CPU, False, has_drafts=True)
-    layout = DeviceWeights(CONFIG, CPU, False, has_drafts=True)
+    weights = dummy_device_weights(CONFIG, 1, CPU, "fp4", has_drafts=True)
+    layout = DeviceWeights(CONFIG, CPU, "fp4", has_drafts=True)
     layout.weights = weights
     for name, place in layout.places.items():
         weight = weights[place.weight]
@@ -96,13 +97,13 @@ def test_dummy_weights_have_the_scale_of_their_matrix():
             assert 2**-0.6 < found / wanted < 2**0.6, name
         else:
             assert bool(torch.isfinite(weight.float()).all())
-    again = dummy_device_weights(CONFIG, 1, CPU, False, has_drafts=True)
+    again = dummy_device_weights(CONFIG, 1, CPU, "fp4", has_drafts=True)
     assert torch.equal(again["layers.0.ffn.experts.w2"].values, weights["layers.0.ffn.experts.w2"].values)
 
 
 def test_the_checkpoint_format_decides_where_weights_come_from():
     config = EngineConfig(model="nowhere", load_format=LoadFormat.DUMMY)
-    assert "layers.2.attn.latent" in load_device_weights(config, CONFIG, CPU, True)
+    assert "layers.2.attn.latent" in load_device_weights(config, CONFIG, CPU, "fp8")
 
 
 @pytest.mark.parametrize(
@@ -120,13 +121,13 @@ def test_damaged_values_are_refused(folder, tmp_path, name, byte, message):
     tensors[name].view(torch.uint8)[0, 0] = byte
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=message):
-        load_device_weights(EngineConfig(model=tmp_path / "broken"), CONFIG, CPU, True)
+        load_device_weights(EngineConfig(model=tmp_path / "broken"), CONFIG, CPU, "bf16")
 
 
 def test_experts_take_matrices_of_whole_groups_only():
     with pytest.raises(ValueError, match="K is 96; expected a multiple of 128"):
-        empty_experts(2, 128, 96, unpacked=True, device=CPU)
-    weight = empty_experts(2, 8, 128, unpacked=False, device=CPU)
+        empty_experts(2, 128, 96, form="fp8", device=CPU)
+    weight = empty_experts(2, 8, 128, form="fp4", device=CPU)
     packed = torch.arange(4 * 64, dtype=torch.uint8).view(4, 64)
     write_expert(weight, 1, 4, packed, torch.full((4, 4), 130, dtype=torch.uint8))
     assert torch.equal(weight.values[1, 0, 4:], packed)

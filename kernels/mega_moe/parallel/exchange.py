@@ -145,8 +145,8 @@ class ExpertParallel:
         pairs = (slots.flatten() >= 0).nonzero().flatten()
         options = {"limit": limit, "activations": form.activations}
         if isinstance(w13, Fp4Weight):
-            inputs = (form.dequantize(values, scales), scales) if w13.unpacked else (values, scales)
-            tile = tile_tokens or _triton().choose_tile(len(pairs), 1, w13.num_experts, w13.unpacked)
+            inputs = (form.dequantize(values, scales), scales) if w13.form == "bf16" else (values, scales)
+            tile = tile_tokens or _triton().choose_tile(len(pairs), 1, w13.num_experts, w13.form)
             return _triton().pair_outputs(*inputs, slots, weights, w13, w2, **options, tile_tokens=tile)[pairs]
         order, x = sort_pairs(slots), form.dequantize(values, scales)
         found = reference.expert_outputs(x, order, slots, weights, w13, w2, **options)

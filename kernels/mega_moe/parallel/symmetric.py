@@ -33,7 +33,7 @@ from dsv4_kernels.mega_moe.parallel import put
 from dsv4_kernels.mega_moe.parallel.exchange import Traffic
 from dsv4_kernels.mega_moe.parallel.expert_map import ExpertMap
 from dsv4_kernels.mega_moe.parallel.wire import RowFormat
-from dsv4_kernels.mega_moe.weights import Fp4Weight
+from dsv4_kernels.mega_moe.weights import Form, Fp4Weight
 
 PLANE_ALIGNMENT = 256
 
@@ -177,13 +177,13 @@ class Step:
         """Write what this rank's experts say of the rows to the ranks of their tokens."""
         owner, planes, experts = self._owner, self._owner.planes, self._owner.experts
         num_slots = sum(map(len, experts.experts))  # of all ranks, over which the rows' pairs spread
-        tile = tile_tokens or moe.choose_tile(self._num_rows, planes.form.top_k, num_slots, w13.unpacked)
+        tile = tile_tokens or moe.choose_tile(self._num_rows, planes.form.top_k, num_slots, w13.form)
         moe.send_outputs(
-            moe.Homes(owner.memory.addresses, planes.outputs, self._capacity), *self.received(w13.unpacked), w13, w2,
+            moe.Homes(owner.memory.addresses, planes.outputs, self._capacity), *self.received(w13.form), w13, w2,
             limit=limit, activations=planes.form.activations, tile_tokens=tile,
         )  # fmt: skip
 
-    def received(self, unpacked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def received(self, weight_form: Form) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The rows that came: as the first product reads them and their scales, then expert slots and weights [rows, K]
         (see `triton.pair_outputs`)."""
         planes, form = self._owner.planes, self._owner.planes.form
@@ -193,7 +193,7 @@ class Step:
         weights = self._plane(planes.weights, 4 * form.top_k).view(torch.float32)
         if form.activations == "bf16":
             return values.view(torch.bfloat16), scales, slots, weights
-        if not unpacked:
+        if weight_form != "bf16":
             return values, scales, slots, weights
         wide = torch.empty(self._num_rows, form.hidden_size, dtype=torch.bfloat16, device=values.device)
         put.widen[(self._num_rows, triton.cdiv(form.hidden_size, put.BLOCK))](

@@ -15,7 +15,7 @@ from dsv4_kernels.mega_moe.parallel.expert_map import ExpertMap
 from dsv4_kernels.mega_moe.parallel.symmetric import Planes, Step, SymmetricExperts
 from dsv4_kernels.mega_moe.parallel.wire import RowFormat
 from dsv4_kernels.mega_moe.reference import Activations
-from dsv4_kernels.mega_moe.weights import Fp4Weight
+from dsv4_kernels.mega_moe.weights import Form, Fp4Weight, empty_experts, form_for
 
 BATCHES = (1, 8, 64, 256, 1024, 2048, 8192)  # tokens
 
@@ -27,8 +27,8 @@ def runs() -> dict[str, tuple[Shapes, int, Activations]]:
         for activations in get_args(Activations):
             largest = {}
             for num_tokens in BATCHES:
-                unpacked = activations == "bf16"  # on Hopper the others too, whose largest two batches have one tile
-                tile = moe.choose_tile(num_tokens, shapes.num_experts_per_tok, shapes.n_routed_experts, unpacked)
+                form = form_for(activations, 10)  # on Hopper the largest two batches have one tile
+                tile = moe.choose_tile(num_tokens, shapes.num_experts_per_tok, shapes.n_routed_experts, form)
                 largest[tile] = num_tokens
             found |= {
                 f"{name}, {batch} tokens, {activations}": (shapes, batch, activations) for batch in largest.values()
@@ -43,27 +43,25 @@ UNCONVERTED = {"gate_up", "down"}  # operands go into the tensor cores without a
 FEW = 256  # tokens; so many are sent between ranks too
 
 
-def weight(num_experts: int, num_rows: int, depth: int, unpacked: bool) -> Fp4Weight:
+def weight(num_experts: int, num_rows: int, depth: int, form: Form) -> Fp4Weight:
     """One expert seen as many."""
-    values = torch.empty(depth // 128, num_rows, 16, dtype=torch.int32)
-    if not unpacked:
-        values = values.view(torch.uint8)
-    scales = torch.empty(depth // 128, num_rows, 4, dtype=torch.uint8)
-    return Fp4Weight(values.expand(num_experts, -1, -1, -1), scales.expand(num_experts, -1, -1, -1), unpacked)
+    one = empty_experts(1, num_rows, depth, form=form, device=torch.device("cpu"))
+    many = (each.expand(num_experts, *[-1] * (each.dim() - 1)) for each in (one.values, one.scales, one.row_scales))
+    return Fp4Weight(*many, form)
 
 
 def launch(run: str) -> None:
     """Launch everything of one of RUNS on CPU tensors."""
     shapes, num_tokens, activations = RUNS[run]
-    unpacked = activations == "bf16" or triton.runtime.driver.active.get_current_target().arch < 100
+    form = form_for(activations, triton.runtime.driver.active.get_current_target().arch // 10)
     hidden, width, top_k = shapes.hidden_size, shapes.moe_intermediate_size, shapes.num_experts_per_tok
     x = torch.empty(num_tokens, hidden, dtype=torch.bfloat16)
     moe.mega_moe(
         x,
         torch.zeros(num_tokens, top_k, dtype=torch.int64),
         torch.ones(num_tokens, top_k),
-        weight(shapes.n_routed_experts, 2 * width, hidden, unpacked),
-        weight(shapes.n_routed_experts, hidden, width, unpacked),
+        weight(shapes.n_routed_experts, 2 * width, hidden, form),
+        weight(shapes.n_routed_experts, hidden, width, form),
         shared_weight(2 * width, hidden),
         shared_weight(hidden, width),
         limit=shapes.swiglu_limit,
@@ -71,7 +69,7 @@ def launch(run: str) -> None:
     )
     if num_tokens == FEW:
         weights = [
-            weight(shapes.n_routed_experts // 2, *size, unpacked) for size in ((2 * width, hidden), (hidden, width))
+            weight(shapes.n_routed_experts // 2, *size, form) for size in ((2 * width, hidden), (hidden, width))
         ]
         launch_parallel(x, shapes, activations, weights)
 
@@ -102,13 +100,13 @@ def launch_parallel(x: torch.Tensor, shapes: Shapes, activations: Activations, w
     ids = torch.zeros(len(x), top_k, dtype=torch.int64)
     step = Step(owner, x, ids, torch.ones(len(x), top_k), len(x))
     step.dispatch()
-    step.received(unpacked=True)
+    step.received("bf16")
     # The tile of the run, so that the same instructions are expected.
-    step.products(*weights, shapes.swiglu_limit, moe.choose_tile(len(x), top_k, num_experts, unpacked=True))
+    step.products(*weights, shapes.swiglu_limit, moe.choose_tile(len(x), top_k, num_experts, "bf16"))
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
-    """Hopper multiplies bf16; GB300 what the activations are, FP4 by FP4 and E4M3 by FP4 with their scales.
+    """Hopper multiplies bf16, or FP8 for such activations; GB300 what the activations are, FP4 by FP4 and E4M3 by FP4 with their scales.
 
     The shared expert, FP8 by FP8, is in the same kernels where tiles are small.
     """
@@ -119,6 +117,8 @@ def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
         return set()
     shapes, num_tokens, activations = RUNS[run]
     native = {"bf16": "UTCHMMA", "fp8": "UTCQMMA", "fp4": "UTCOMMA"}
-    routed = "HGMMA" if capability == 90 else native[activations]
-    tile = moe.choose_tile(num_tokens, shapes.num_experts_per_tok, shapes.n_routed_experts, unpacked=True)
+    routed = native[activations]
+    if capability == 90:
+        routed = "QGMMA" if activations == "fp8" else "HGMMA"
+    tile = moe.choose_tile(num_tokens, shapes.num_experts_per_tok, shapes.n_routed_experts, "bf16")
     return {routed, shared} if tile == moe.TILES[0] else {routed}
