@@ -7,7 +7,7 @@ Each switch replaces functions where the network or the step looks them up, and 
 | `mhc` | `mhc_boundary`, `mhc_head` | the references of mhc, norm and quant: a launch for each torch operation |
 | `compressor` | the compressors of `prepare_rows` | the reference's chain: gather, pool, norm, RoPE, round, store |
 | `launches` | what shares a launch (ADR 7) | the same Triton kernels, each in a launch of its own, see `_launches` |
-| `bf16-experts` | FP8 activations of the routed experts | BF16 activations, W4A16 (only where the experts' weights have the form for them) |
+| `bf16-experts` | FP8 activations of the routed experts | BF16 activations, W4A16 (weights of the form `bf16` only) |
 | `early-launches` | kernels launched before the one ahead ends (ADR 9) | the same, one after the other; compiled anew |
 """
 

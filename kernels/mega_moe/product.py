@@ -6,9 +6,9 @@ cores want (tcgen05 for FP4 at all), and 16 columns are enough.
 What a routed expert multiplies:
 - sm_100 and later multiply FP4 by FP4 or by E4M3 with a scale per 32 of each (`tl.dot_scaled`): the checkpoint's codes
   and those of the activations go in as they are. A scale per 128 is given four times.
-- Hopper has no FP4. A code times a small power of two is an E4M3 number, and the scales of a row are so near one another
-  that such powers are all that differs within it (weights.py). So E4M3 inputs meet E4M3 weights that are made in
-  registers (`_unpack_fp8`); a scale per 128 of the inputs makes each 128 a sum of its own, as in every FP8 product
+- Hopper has no FP4. A code times a small power of two is an E4M3 number, and the scales of a row are so near one
+  another that such powers are all that differs within it (weights.py). So E4M3 inputs meet E4M3 weights that are made
+  in registers (`_unpack_fp8`); a scale per 128 of the inputs makes each 128 a sum of its own, as in every FP8 product
   here, and the row's own scale comes last. The unit keeps sums of 128 to about 14 bits (gemm/triton.py).
 - bf16 activations take bf16 weights made in registers (`_unpack`) on all GPUs, and so do activations that were rounded
   to FP4 where the tensor cores have none. This is exact, at half the FP8 rate.

@@ -30,7 +30,11 @@ from dsv4_kernels.mega_moe.weights import Form, Fp4Weight
 from dsv4_kernels.quant import triton as quant
 
 TILES = (16, 32, 64, 128)  # pairs of a tile
-ACTIVATIONS: dict[Form, tuple[Activations, ...]] = {"fp4": ("fp8", "fp4"), "fp8": ("fp8",), "bf16": get_args(Activations)}
+ACTIVATIONS: dict[Form, tuple[Activations, ...]] = {
+    "fp4": ("fp8", "fp4"),
+    "fp8": ("fp8",),
+    "bf16": get_args(Activations),
+}
 SHARED_TOKENS = 16  # of a tile of the shared expert, where it stands beside tiles of TILES[0] pairs
 
 
@@ -220,8 +224,8 @@ def _products(
         "num_stages": 4 if tile_tokens < 64 else 3,
     }
     gate_up[(width // 128, num_tiles)](
-        w13.values, w13.scales, w13.row_scales, inputs, input_scales, *table, weights, middle, middle_scales, *shared_up,
-        *shared_middle, width, limit, shared_tokens, *input_scales.stride(), *exponent_steps,
+        w13.values, w13.scales, w13.row_scales, inputs, input_scales, *table, weights, middle, middle_scales,
+        *shared_up, *shared_middle, width, limit, shared_tokens, *input_scales.stride(), *exponent_steps,
         DEPTH=hidden, ROUND=activations, BLOCK_M=256, num_warps=8,
         maxnreg=128 if tile_tokens == TILES[0] else None,  # two programs on a multiprocessor
         **blocks,
@@ -232,8 +236,8 @@ def _products(
     else:
         target, rank_tokens, places = parts, 0, {"PARTS": parts.shape[1], "PARTS_AT": -1}
     down[(hidden // 128, num_tiles)](
-        w2.values, w2.scales, w2.row_scales, middle, middle_scales, *table, *shared_down, target, hidden, shared_tokens, scale_row,
-        rank_tokens, DEPTH=width, BLOCK_M=128, num_warps=8 if tile_tokens == TILES[-1] else 4, **places, **blocks,
+        w2.values, w2.scales, w2.row_scales, middle, middle_scales, *table, *shared_down, target, hidden,
+        shared_tokens, scale_row, rank_tokens, DEPTH=width, BLOCK_M=128, num_warps=8 if tile_tokens == TILES[-1] else 4, **places, **blocks,
         launch_pdl=launches_early(inputs.device),
     )  # fmt: skip
 

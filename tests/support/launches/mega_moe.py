@@ -68,9 +68,7 @@ def launch(run: str) -> None:
         activations=activations,
     )
     if num_tokens == FEW:
-        weights = [
-            weight(shapes.n_routed_experts // 2, *size, form) for size in ((2 * width, hidden), (hidden, width))
-        ]
+        weights = [weight(shapes.n_routed_experts // 2, *size, form) for size in ((2 * width, hidden), (hidden, width))]
         launch_parallel(x, shapes, activations, weights)
 
 
@@ -106,7 +104,7 @@ def launch_parallel(x: torch.Tensor, shapes: Shapes, activations: Activations, w
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
-    """Hopper multiplies bf16, or FP8 for such activations; GB300 what the activations are, FP4 by FP4 and E4M3 by FP4 with their scales.
+    """Hopper multiplies bf16, or FP8 for such activations; GB300 what these are, with their scales, by FP4.
 
     The shared expert, FP8 by FP8, is in the same kernels where tiles are small.
     """
