@@ -130,8 +130,8 @@ def close_c4(
                     new_largest = tl.maximum(largest, gate)
                     shrink, weight = tl.exp(largest - new_largest), tl.exp(gate - new_largest)
                     weight = tl.where(source >= 0, weight, 0.0)
-                    total = total * shrink + weight
-                    pooled = pooled * shrink + weight * kv
+                    total = tl.fma(total, shrink, weight)  # by name: the same bits in every kernel
+                    pooled = tl.fma(weight, kv, pooled * shrink)
                     largest = new_largest
             pooled = tl.where(inside, pooled / total, 0.0)
             rotation = rotations + (first + 4 * entry + 3 - start).to(tl.int64) * ROPE

@@ -16,7 +16,7 @@ from torch import Tensor
 from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.indexer.device import prepare_index_vectors
-from dsv4_kernels.kv_store.device import prepare_heads
+from dsv4_kernels.kv_store.device import prepare_row_heads
 from dsv4_kernels.kv_store.triton import PROGRAM_HEADS, check_dims, prepare_q
 from dsv4_kernels.metadata.rows import Rows
 
@@ -59,7 +59,7 @@ def _prepare(
         per_row = tl.cdiv(num_heads, HEADS)
         row = ((program - num_index) // per_row).to(tl.int64)
         first_head = (program - num_index) % per_row * HEADS
-        prepare_heads(
+        prepare_row_heads(
             queries, rotations, positions, queries, row, first_head, num_heads,
             queries_row, queries_row, eps, DIM, ROPE, HEADS,
         )  # fmt: skip
