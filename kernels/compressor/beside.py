@@ -3,7 +3,8 @@
 Norm and E4M3 of the query latent (kernels/norm), the window row (kernels/kv_store), and the layer's compressors need a
 row of these products each and nothing of one another, so programs of different roles share a grid (ADR 7, rule 3).
 Many rows take a launch for each operation, because the light ones then lose more programs to the registers of the
-compressors than launches cost: of a C4 layer two programs fit on a multiprocessor, where the norm alone has eight.
+compressors than launches cost: of a C4 layer four programs fit on a multiprocessor, where the norm alone has eight. Few
+rows have all of it in the launches of the products before and behind (kernels/gemm/queries.py).
 """
 
 from __future__ import annotations

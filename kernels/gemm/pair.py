@@ -5,6 +5,9 @@ read. Few tokens split each product into about as many programs as there are mul
 waits for its own memory at its start and its end; together they fill these times (ADR 7, rule 3). The programs of the
 bfloat16 product come first, because they read most.
 
+Of few tokens the program that completes the last of the latent's columns also makes the norm of the query latent: that
+product is the smaller one, so most of it happens while the other still reads.
+
 Up to 32 tokens three programs fit on a multiprocessor of Hopper, as of either product. Up to 64 it is one, as of the
 FP8 product alone; two of the other would fit, but it has no two for each multiprocessor.
 """
