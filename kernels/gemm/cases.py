@@ -83,14 +83,15 @@ class LayerRows:
     Args:
         weight: [num_heads * 512 (+ index_heads * I, of a C4 layer), 1536].
         step: whose rows, rings and entries are random; each of the functions advances them.
+        sizes: of the rings and states, as `step.make` takes them.
     """
 
     def __init__(
         self, ratio: int, step: compressor.Case, weight: Fp8Weight, num_heads: int, index_heads: int, seed: int,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "cpu", **sizes: int,
     ) -> None:  # fmt: skip
         formats = (compressor.MAIN, compressor.INDEX) if ratio == C4 else (compressor.MAIN,)
-        self.made = [step.make(ratio, each, seed, device=str(device))[0] for each in formats]
+        self.made = [step.make(ratio, each, seed, device=str(device), **sizes)[0] for each in formats]
         arguments = compressor.row_arguments(ratio, *self.made, seed=seed)
         self.query, self.query_norm = arguments.pop("query"), arguments.pop("query_norm")
         self.arguments, self.weight, self.num_heads = arguments, weight, num_heads

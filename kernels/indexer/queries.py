@@ -1,10 +1,10 @@
 """The queries of a C4 layer in Triton, behind the product that makes them: heads that attend and heads that choose.
 
-Up to 127 rows take one launch. Its first programs prepare index queries, which take a product with the Hadamard matrix and so
-the longest; the others prepare the heads of attention (docs/adr/0007-the-last-program-finishes.md, rule 3). Many rows
-take two, because the heads then have the registers of the product and too few programs to keep the memory busy: on an
-H100 one launch took 384 us for 2,048 rows of Pro, of which the heads alone take 194. Up to eight rows their product
-does all of it (kernels/gemm/queries.py).
+Up to eight rows their product does all of this (kernels/gemm/queries.py). Up to 127 take one launch. Its first programs
+prepare index queries, which take a product with the Hadamard matrix and so the longest; the others prepare the heads of
+attention (docs/adr/0007-the-last-program-finishes.md, rule 3). Many rows take two, because the heads then have the
+registers of the product and too few programs to keep the memory busy: on an H100 one launch took 384 us for 2,048 rows
+of Pro, of which the heads alone take 194.
 """
 
 from __future__ import annotations

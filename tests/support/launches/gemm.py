@@ -16,7 +16,8 @@ from dsv4_kernels.metadata import C4, C128
 SIZES = {"pro, 1 token": (PRO, 1), "pro, 64 tokens": (PRO, 64), "flash, 512 tokens": (FLASH, 512)}
 SIZES |= {f"pro, {num} tokens, deterministic": (PRO, num) for num in (64, 200)}
 RUNS = [f"{kind}, {size}" for size in SIZES for kind in ("fp8", "bf16")]
-RUNS += ["both, pro, 1 token", "both, pro, 64 tokens", "queries, c4", "queries, c128"]
+DRAFTS = {"c4": {}, "c4 with drafts": {"ring_rows": 16}, "c128": {}, "c128 with drafts": {"banks": 4}}
+RUNS += ["both, pro, 1 token", "both, pro, 64 tokens", *(f"queries, {size}" for size in DRAFTS)]
 KERNELS = {"_quantize", "_product", "_pair", "_queries_c4", "_queries_c128", "_widen", "_multiply_out"}
 
 
@@ -35,10 +36,10 @@ def launch(run: str) -> None:
 def _launch(run: str) -> None:
     kind, size = run.split(", ", 1)
     if kind == "queries":
-        index_heads, ratio = (INDEX_HEADS, C4) if size == "c4" else (0, C128)
+        index_heads, ratio = (0, C128) if "c128" in size else (INDEX_HEADS, C4)
         num_heads, num_rows = PRO.num_attention_heads, PRO.num_attention_heads * PRO.head_dim + INDEX_DIM * index_heads
         weight = fp8_weight(num_rows, PRO.q_lora_rank)
-        rows = LayerRows(ratio, STEPS[0], weight, num_heads, index_heads or 1, 0)
+        rows = LayerRows(ratio, STEPS[0], weight, num_heads, index_heads or 1, 0, **DRAFTS[size])
         rows.together(empty_rows(STEPS[0].num_rows, PRO.q_lora_rank, "cpu"))
         return
     shapes, num_tokens = SIZES[size]
