@@ -229,8 +229,8 @@ def _launches(replace: Replace, network: DeviceTransformer) -> None:
 
     linear_fp8, linear_bf16 = product(device.linear_fp8), product(device.linear_bf16)
 
-    def linear_pair(x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Tensor, *_: Any) -> tuple[Any, Any, None]:
-        return linear_fp8(x_fp8, weight), linear_bf16(x, matrix), None
+    def linear_pair(x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Any, *_: Any) -> tuple[Any, Any, None]:
+        return linear_fp8(x_fp8, weight), None if matrix is None else linear_bf16(x, matrix), None
 
     replace(device, linear_fp8=linear_fp8, linear_pair=linear_pair, grouped_out_proj=out_proj)
     replace(device_step, prepare_queries=queries, rms_norm_fp8=_norm_fp8)

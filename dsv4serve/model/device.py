@@ -71,7 +71,7 @@ class DeviceStep(Protocol):
             raw: as in `prepare`.
         """
 
-    def attend_few(self, layer: DeviceAttention, latent: Tensor, raw: Tensor, normed: Fp8Rows) -> Tensor:
+    def attend_few(self, layer: DeviceAttention, latent: Tensor, raw: Tensor | None, normed: Fp8Rows) -> Tensor:
         """`prepare`, the product with `layer.w_query` and `attend` of few rows.
 
         Args:
@@ -109,12 +109,8 @@ class DeviceAttention:
 
     def __call__(self, x: Tensor, x_fp8: Fp8Rows, step: DeviceStep) -> Tensor:
         """x bf16 [rows, hidden] normed input and the same in E4M3 -> bf16 [rows, hidden]."""
-        raw = normed = None
-        if self.w_raw is None:
-            latent = linear_fp8(x_fp8, self.w_latent)
-        else:
-            eps = self.config.rms_norm_eps
-            latent, raw, normed = linear_pair(x_fp8, self.w_latent, x, self.w_raw, self.q_norm, eps)
+        eps = self.config.rms_norm_eps
+        latent, raw, normed = linear_pair(x_fp8, self.w_latent, x, self.w_raw, self.q_norm, eps)
         if normed is None:
             queries = linear_fp8(step.prepare(self, latent, raw), self.w_query)
             output = step.attend(self, queries, raw)

@@ -93,20 +93,24 @@ class PagedDeviceStep:
             layer, *prepare_queries(queries, num_heads, head_dim, eps, weights, scale, rotations, self.rows)
         )
 
-    def attend_few(self, layer: DeviceAttention, latent: Tensor, raw: Tensor, normed: Fp8Rows) -> Tensor:
+    def attend_few(self, layer: DeviceAttention, latent: Tensor, raw: Tensor | None, normed: Fp8Rows) -> Tensor:
         """See `DeviceStep.attend_few`."""
         config, cache = layer.config, self._pools.layers[layer.index]
-        is_c4 = layer.ratio == C4
+        compressors, weights = None, None
+        if layer.ratio == C4:
+            compressors, weights = self._c4(layer, cache, _present(raw)), self._index_weights(layer, _present(raw))
+        elif layer.ratio:
+            compressors = self._c128(layer, cache, _present(raw))
         queries = make_queries(
             normed,
             layer.w_query,
             config.num_attention_heads,
             *self._window(layer, latent[:, config.q_lora_rank :]),
-            (self._c4 if is_c4 else self._c128)(layer, cache, raw),
-            self._rotate(layer, layer.ratio),
+            compressors,
+            self._rotate(layer, layer.ratio or 1),
             self._page_table,
             PAGE_TOKENS,
-            self._index_weights(layer, raw) if is_c4 else None,
+            weights,
             layer.index_weight_scale,
         )
         return self._attend(layer, *queries)

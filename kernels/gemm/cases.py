@@ -15,8 +15,8 @@ from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.queries import make_queries
 from dsv4_kernels.gemm.triton import linear_fp8
 from dsv4_kernels.indexer.queries import prepare_queries
-from dsv4_kernels.kv_store.triton import prepare_q
-from dsv4_kernels.metadata import C4
+from dsv4_kernels.kv_store.triton import prepare_q, store_kv
+from dsv4_kernels.metadata import C4, C128
 from dsv4_kernels.norm.triton import rms_norm_fp8
 
 
@@ -77,10 +77,14 @@ def products(shapes: Shapes) -> list[Product]:
     ]
 
 
+OF_WINDOW = ("kv", "kv_norm", "eps", "turns", "rows", "step_planes", "ring_planes", "ring_rows", "window")
+
+
 class LayerRows:
     """What a layer does with its latents up to its queries, for a step: by `make_queries`, or a few launches apart.
 
     Args:
+        ratio: 0 has no compressors.
         weight: [num_heads * 512 (+ index_heads * I, of a C4 layer), 1536].
         step: whose rows, rings and entries are random; each of the functions advances them.
         sizes: of the rings and states, as `step.make` takes them.
@@ -91,8 +95,10 @@ class LayerRows:
         device: torch.device | str = "cpu", **sizes: int,
     ) -> None:  # fmt: skip
         formats = (compressor.MAIN, compressor.INDEX) if ratio == C4 else (compressor.MAIN,)
-        self.made = [step.make(ratio, each, seed, device=str(device), **sizes)[0] for each in formats]
-        arguments = compressor.row_arguments(ratio, *self.made, seed=seed)
+        self.made = [step.make(ratio or C128, each, seed, device=str(device), **sizes)[0] for each in formats]
+        arguments = compressor.row_arguments(ratio or C128, *self.made, seed=seed)
+        if not ratio:
+            arguments["compressors"] = None
         self.query, self.query_norm = arguments.pop("query"), arguments.pop("query_norm")
         self.arguments, self.weight, self.num_heads = arguments, weight, num_heads
         self.index_weights, self.scale = None, (128 * index_heads) ** -0.5
@@ -112,7 +118,12 @@ class LayerRows:
     def apart(self) -> tuple[Tensor, ...]:
         """Norm, window rows and compressors; the product; and its queries: a launch each."""
         eps, turns, rows = (self.arguments[name] for name in ("eps", "turns", "rows"))
-        queries = linear_fp8(prepare_rows(self.query, self.query_norm, **self.arguments), self.weight)
+        if self.arguments["compressors"] is None:
+            store_kv(*(self.arguments[name] for name in OF_WINDOW))
+            normed = self.norm()
+        else:
+            normed = prepare_rows(self.query, self.query_norm, **self.arguments)
+        queries = linear_fp8(normed, self.weight)
         dim = self.arguments["kv"].shape[1]
         if self.index_weights is None:
             return (prepare_q(queries.unflatten(1, (self.num_heads, dim)), eps, turns, rows),)

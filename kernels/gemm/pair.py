@@ -100,23 +100,25 @@ def _pair(
 
 
 def linear_pair(
-    x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Tensor, norm: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Fp8Rows | None]:
-    """`linear_fp8(x_fp8, weight)` bfloat16 [T, N] and `linear_bf16(x, matrix)` float32 [T, M], to the bit.
+    x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Tensor | None, norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None, Fp8Rows | None]:
+    """`linear_fp8(x_fp8, weight)` bfloat16 [T, N] and `linear_bf16(x, matrix)` float32 [T, M] (or None), to the bit.
 
-    One launch for up to MOST_TOKENS tokens, else (and in deterministic mode) one for each. Up to FEW the launch also
-    makes `rms_norm_fp8` of the first columns of the former, as many as `norm` float32 has; else that is None.
+    One launch for up to MOST_TOKENS tokens, else (and in deterministic mode) one for each. Up to FEW the launch, with
+    one product or two, also makes `rms_norm_fp8` of the first columns of the former, as many as `norm` float32 has; else that is None.
     Raises ValueError for shapes that do not fit.
     """
-    num_tokens, (num_rows, depth) = len(x), matrix.shape
-    if not 0 < num_tokens <= MOST_TOKENS or is_deterministic():
-        return gemm.linear_fp8(x_fp8, weight), gemm.linear_bf16(x, matrix), None
+    num_tokens, (fp8_rows, depth) = len(x), weight.codes.shape
+    if not 0 < num_tokens <= (FEW if matrix is None else MOST_TOKENS) or is_deterministic():
+        return gemm.linear_fp8(x_fp8, weight), None if matrix is None else gemm.linear_bf16(x, matrix), None
     gemm.check_fp8(x_fp8, weight)
+    if matrix is None:
+        matrix = x[:0]  # has no programs
     gemm.check_bf16(x, matrix)
-    fp8_rows = len(weight.codes)
+    num_rows = len(matrix)
     if x_fp8.codes.shape != x.shape:
         raise ValueError(f"linear_pair: x_fp8 is {list(x_fp8.codes.shape)}, x {list(x.shape)}; expected one shape")
-    tokens, splits, num_warps, num_stages, _ = gemm.tiles_for(num_tokens, num_rows, depth, "bf16")
+    tokens, splits, num_warps, num_stages, _ = gemm.tiles_for(num_tokens, max(1, num_rows), depth, "bf16")
     fp8_splits = gemm.tiles_for(num_tokens, fp8_rows, depth, "fp8").splits
     out = torch.empty(num_tokens, num_rows, device=x.device, dtype=torch.float32)
     fp8_out = torch.empty(num_tokens, fp8_rows, device=x.device, dtype=torch.bfloat16)
@@ -159,4 +161,4 @@ def linear_pair(
         num_stages=num_stages,
         launch_pdl=launches_early(x.device),
     )
-    return fp8_out, out, normed
+    return fp8_out, out if num_rows else None, normed

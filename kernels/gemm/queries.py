@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.arrival import counters, is_last
-from dsv4_kernels.compressor.beside import arguments_of, merged
+from dsv4_kernels.compressor.beside import Arguments, arguments_of, merged
 from dsv4_kernels.compressor.device import advance_c128, close_c4
 from dsv4_kernels.compressor.triton import C4Compressor, C128Compressor
 from dsv4_kernels.dependent import launches_early, wait_for_previous
@@ -178,6 +178,33 @@ def _queries_c128(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["num_tokens", "block_step"])
+def _queries(
+    # as of `_query_tile`
+    codes, exponents, weight, weight_exponents, queries, arrived, index_weights, new_index_q, new_index_weights,
+    positions, turns, num_tokens, num_columns, depth, code_row, token_step, block_step, index_weights_row, eps, scale,
+    # as of `_store`: window rows
+    kv_kv, kv_weight, kv_rotations, kv_slots, kv_positions, kv_counts, kv_step_codes, kv_step_rope, kv_step_scale,
+    kv_ring_codes, kv_ring_rope, kv_ring_scale, kv_kv_row, kv_ring_rows, kv_room, kv_eps,
+    HEADS: tl.constexpr, DIM: tl.constexpr, INDEX_HEADS: tl.constexpr, INDEX_DIM: tl.constexpr, ROPE: tl.constexpr,
+    KV_DIM: tl.constexpr, KV_GROUP: tl.constexpr, KV_GROUPS: tl.constexpr,
+):  # fmt: skip
+    wait_for_previous()
+    program = tl.program_id(0)
+    if program >= num_tokens:
+        _query_tile(
+            program - num_tokens, codes, exponents, weight, weight_exponents, queries, arrived, index_weights,
+            new_index_q, new_index_weights, positions, turns, num_tokens, num_columns, depth, code_row, token_step,
+            block_step, index_weights_row, eps, scale, HEADS, DIM, INDEX_HEADS, INDEX_DIM, ROPE,
+        )  # fmt: skip
+    else:
+        store_row(
+            program.to(tl.int64), kv_kv, kv_weight, kv_rotations, kv_slots, kv_positions, kv_counts,
+            kv_step_codes, kv_step_rope, kv_step_scale, kv_ring_codes, kv_ring_rope, kv_ring_scale, kv_kv_row,
+            kv_ring_rows, kv_room, kv_eps, KV_DIM, KV_GROUP, KV_GROUPS,
+        )  # fmt: skip
+
+
 def make_queries(
     normed: Fp8Rows,
     weight: Fp8Weight,
@@ -191,7 +218,7 @@ def make_queries(
     ring_planes: Planes,
     ring_rows: int,
     window: int,
-    compressors: Sequence[C4Compressor] | C128Compressor,
+    compressors: Sequence[C4Compressor] | C128Compressor | None,
     rotations: Tensor,
     page_table: Tensor,
     page_tokens: int,
@@ -203,7 +230,7 @@ def make_queries(
     Args:
         normed: query latents [T, K] after their norm, T at most FEW.
         weight: [num_heads * D + index_heads * I, K], D being the columns of `kv`.
-        kv .. window, compressors .. page_tokens: of `prepare_rows`.
+        kv .. window, compressors .. page_tokens: of `prepare_rows`; None of a layer without compressors.
         index_weights, scale: weights of `prepare_queries` and its scale; None for a layer that does not choose.
 
     Returns:
@@ -235,15 +262,19 @@ def make_queries(
         index_q, new_weights, rows.positions, torch.view_as_real(turns), num_tokens, num_columns, depth,
         normed.codes.stride(0), *normed.exponents.stride(), given.stride(0), eps, scale,
     ]  # fmt: skip
+    of_entries: Arguments = [], {}
+    kernel, roles = _queries, 1
+    if compressors is not None:
+        of_entries = arguments_of(compressors, eps, rotations, rows, page_table, page_tokens)
+        kernel, roles = (_queries_c128, 2) if isinstance(compressors, C128Compressor) else (_queries_c4, 3)
     arguments, sizes = merged(
         ("", (of_product, {})),
-        ("C_", arguments_of(compressors, eps, rotations, rows, page_table, page_tokens)),
+        ("C_", of_entries),
         ("KV_", store_arguments(kv, kv_norm, eps, turns, rows, step_planes, ring_planes, ring_rows, window)),
     )
     constants = {name: value for name, value in sizes.items() if name.isupper()}
     if "C_BLOCK_R" in constants:
         constants["C_BLOCK_R"] = C128_ROWS
-    kernel, roles = (_queries_c128, 2) if isinstance(compressors, C128Compressor) else (_queries_c4, 3)
     kernel[(roles * num_tokens + triton.cdiv(num_columns, gemm.TILE_ROWS),)](
         *arguments,
         **constants,

@@ -19,7 +19,7 @@ STEPS = (
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
-@pytest.mark.parametrize("ratio", [C4, C128])
+@pytest.mark.parametrize("ratio", [0, C4, C128])
 def test_one_launch_is_a_launch_each_but_for_roundings(ratio, step):
     real, heads = sum(step.counts), PRO.num_attention_heads
     name = "wq_b+index" if ratio == C4 else "wq_b"

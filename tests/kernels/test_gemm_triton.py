@@ -1,5 +1,7 @@
 """Products with weights in Triton against the references, by the interpreter on the CPU."""
 
+import itertools
+
 import pytest
 import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
@@ -117,10 +119,10 @@ def test_two_products_in_one_launch_have_the_bits_of_two_launches(num_tokens):
     x, matrix = rows_of(num_tokens, 1536), rows_of(300, 1536, seed=3)
     norm = torch.rand(256, generator=generator(4)) + 0.5
     rows = quantize_rows(x)
-    for multiply in (linear_pair, library.linear_pair):
-        found_fp8, found, normed = multiply(rows, weight, x, matrix, norm, 1e-6)
+    for multiply, given in itertools.product((linear_pair, library.linear_pair), (matrix, None)):
+        found_fp8, found, normed = multiply(rows, weight, x, given, norm, 1e-6)
         assert torch.equal(found_fp8, linear_fp8(rows, weight))
-        assert torch.equal(found, linear_bf16(x, matrix))
+        assert found is None if given is None else torch.equal(found, linear_bf16(x, given))
         assert (normed is not None) == (0 < num_tokens <= 8)
         if normed is not None:
             expected = rms_norm_fp8(found_fp8[:, :256], norm, 1e-6)

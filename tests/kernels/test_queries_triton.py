@@ -46,7 +46,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
-@pytest.mark.parametrize("ratio", [C4, C128])
+@pytest.mark.parametrize("ratio", [0, C4, C128])
 def test_one_launch_has_the_bits_of_a_launch_each(ratio, step):
     """But for C128's states, to which a chunk's rows are added four at a time here and sixteen there."""
     real = sum(step.counts)

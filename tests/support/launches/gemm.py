@@ -16,9 +16,9 @@ from dsv4_kernels.metadata import C4, C128
 SIZES = {"pro, 1 token": (PRO, 1), "pro, 64 tokens": (PRO, 64), "flash, 512 tokens": (FLASH, 512)}
 SIZES |= {f"pro, {num} tokens, deterministic": (PRO, num) for num in (64, 200)}
 RUNS = [f"{kind}, {size}" for size in SIZES for kind in ("fp8", "bf16")]
-DRAFTS = {"c4": {}, "c4 with drafts": {"ring_rows": 16}, "c128": {}, "c128 with drafts": {"banks": 4}}
-RUNS += ["both, pro, 1 token", "both, pro, 64 tokens", *(f"queries, {size}" for size in DRAFTS)]
-KERNELS = {"_quantize", "_product", "_pair", "_queries_c4", "_queries_c128", "_widen", "_multiply_out"}
+DRAFTS = {"c4": {}, "c4 with drafts": {"ring_rows": 16}, "c128": {}, "c128 with drafts": {"banks": 4}, "window": {}}
+RUNS += ["both, pro, 1 token", "both, pro, 64 tokens", "latent, pro, 1 token", *(f"queries, {size}" for size in DRAFTS)]
+KERNELS = {"_quantize", "_product", "_pair", "_queries", "_queries_c4", "_queries_c128", "_widen", "_multiply_out"}
 
 
 def fp8_weight(num_rows: int, depth: int) -> Fp8Weight:
@@ -36,7 +36,7 @@ def launch(run: str) -> None:
 def _launch(run: str) -> None:
     kind, size = run.split(", ", 1)
     if kind == "queries":
-        index_heads, ratio = (0, C128) if "c128" in size else (INDEX_HEADS, C4)
+        index_heads, ratio = (INDEX_HEADS, C4) if "c4" in size else (0, C128 if "c128" in size else 0)
         num_heads, num_rows = PRO.num_attention_heads, PRO.num_attention_heads * PRO.head_dim + INDEX_DIM * index_heads
         weight = fp8_weight(num_rows, PRO.q_lora_rank)
         rows = LayerRows(ratio, STEPS[0], weight, num_heads, index_heads or 1, 0, **DRAFTS[size])
@@ -46,8 +46,9 @@ def _launch(run: str) -> None:
     x = torch.empty(num_tokens, shapes.hidden_size, dtype=torch.bfloat16)
     weight = fp8_weight(shapes.q_lora_rank + shapes.head_dim, shapes.hidden_size)
     matrix = torch.empty(2624, shapes.hidden_size, dtype=torch.bfloat16)
-    if kind == "both":
-        linear_pair(quantize_rows(x), weight, x, matrix, torch.empty(shapes.q_lora_rank), 1e-6)
+    if kind in ("both", "latent"):
+        given = matrix if kind == "both" else None
+        linear_pair(quantize_rows(x), weight, x, given, torch.empty(shapes.q_lora_rank), 1e-6)
     elif kind == "fp8":
         gemm.linear_fp8(quantize_rows(x), weight)
         library.float_scales(quantize_rows(x))
@@ -64,4 +65,4 @@ def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
     if kernel not in ("_product", "_pair"):
         return set()
     kind = run.split(", ")[0]
-    return {"fp8": {fp8}, "bf16": {bf16}, "both": {fp8, bf16}}[kind]
+    return {"fp8": {fp8}, "bf16": {bf16}, "both": {fp8, bf16}, "latent": {fp8, bf16}}[kind]
