@@ -105,7 +105,8 @@ def linear_pair(
     """`linear_fp8(x_fp8, weight)` bfloat16 [T, N] and `linear_bf16(x, matrix)` float32 [T, M] (or None), to the bit.
 
     One launch for up to MOST_TOKENS tokens, else (and in deterministic mode) one for each. Up to FEW the launch, with
-    one product or two, also makes `rms_norm_fp8` of the first columns of the former, as many as `norm` float32 has; else that is None.
+    one product or two, also makes `rms_norm_fp8` of the first columns of the former, as many as `norm` float32 has;
+    else that is None.
     Raises ValueError for shapes that do not fit.
     """
     num_tokens, (fp8_rows, depth) = len(x), weight.codes.shape
