@@ -91,7 +91,7 @@ def run_layer(network, monkeypatch, ratio: int, counts: list[int]) -> Launches:
         (4, 1, 12),
         (4, 8, 14),  # both hyper-connections in two launches
         (4, 64, 15),  # no partial attention, but queries and what stands beside them in launches of their own
-        (128, 1, 10),
+        (128, 1, 10),  # 11 where a request may have more than 8K tokens: parts of attention are added then
         (128, 8, 12),
         (128, 64, 14),
     ],
