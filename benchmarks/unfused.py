@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dsv4_kernels import dependent
 from dsv4_kernels.compressor.triton import C4Compressor, C128Compressor, compress_c4, compress_c128
-from dsv4_kernels.gemm import library
+from dsv4_kernels.gemm import library, pair
 from dsv4_kernels.gemm import triton as gemm
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
@@ -64,6 +64,7 @@ def unfused(off: Collection[str], network: DeviceTransformer) -> Iterator[None]:
             replace(device, mhc_boundary=_boundary, mhc_head=_head)
         if "launches" in off or "compressor" in off:
             replace(device_step, prepare_rows=_prepare_rows("launches" in off, "compressor" in off))
+            replace(pair, FEW=0)  # nor few rows' queries with their compressors in one launch
         if "early-launches" in off:
             replace(dependent, ENABLED=False)
         _moe(replace, "launches" in off, "bf16-experts" in off)
@@ -228,8 +229,8 @@ def _launches(replace: Replace, network: DeviceTransformer) -> None:
 
     linear_fp8, linear_bf16 = product(device.linear_fp8), product(device.linear_bf16)
 
-    def linear_pair(x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Tensor) -> tuple[Any, Any]:
-        return linear_fp8(x_fp8, weight), linear_bf16(x, matrix)
+    def linear_pair(x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Any, *_: Any) -> tuple[Any, Any, None]:
+        return linear_fp8(x_fp8, weight), None if matrix is None else linear_bf16(x, matrix), None
 
     replace(device, linear_fp8=linear_fp8, linear_pair=linear_pair, grouped_out_proj=out_proj)
     replace(device_step, prepare_queries=queries, rms_norm_fp8=_norm_fp8)

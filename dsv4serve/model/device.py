@@ -71,6 +71,14 @@ class DeviceStep(Protocol):
             raw: as in `prepare`.
         """
 
+    def attend_few(self, layer: DeviceAttention, latent: Tensor, raw: Tensor | None, normed: Fp8Rows) -> Tensor:
+        """`prepare`, the product with `layer.w_query` and `attend` of few rows.
+
+        Args:
+            latent, raw: as in `prepare`.
+            normed: what `prepare` gives.
+        """
+
     def keep(self, layer: DeviceAttention, kv: Tensor) -> None:
         """Store the rows' keys, bf16 [rows, head_dim] before norm and RoPE, and nothing else."""
 
@@ -101,13 +109,13 @@ class DeviceAttention:
 
     def __call__(self, x: Tensor, x_fp8: Fp8Rows, step: DeviceStep) -> Tensor:
         """x bf16 [rows, hidden] normed input and the same in E4M3 -> bf16 [rows, hidden]."""
-        raw = None
-        if self.w_raw is None:
-            latent = linear_fp8(x_fp8, self.w_latent)
+        eps = self.config.rms_norm_eps
+        latent, raw, normed = linear_pair(x_fp8, self.w_latent, x, self.w_raw, self.q_norm, eps)
+        if normed is None:
+            queries = linear_fp8(step.prepare(self, latent, raw), self.w_query)
+            output = step.attend(self, queries, raw)
         else:
-            latent, raw = linear_pair(x_fp8, self.w_latent, x, self.w_raw)
-        queries = linear_fp8(step.prepare(self, latent, raw), self.w_query)
-        output = step.attend(self, queries, raw)
+            output = step.attend_few(self, latent, raw, normed)
         return grouped_out_proj(output, self.wo_a, self.wo_b)
 
     def keep(self, x_fp8: Fp8Rows, step: DeviceStep) -> None:

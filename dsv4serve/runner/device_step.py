@@ -14,6 +14,7 @@ from torch import Tensor
 from dsv4_kernels.compressor.beside import prepare_rows
 from dsv4_kernels.compressor.triton import C4Compressor, C128Compressor
 from dsv4_kernels.gemm.fp8 import Fp8Rows
+from dsv4_kernels.gemm.queries import make_queries
 from dsv4_kernels.indexer.queries import prepare_queries
 from dsv4_kernels.indexer.triton import select
 from dsv4_kernels.kv_store import Planes, RowFormat
@@ -82,27 +83,55 @@ class PagedDeviceStep:
 
     def attend(self, layer: DeviceAttention, queries: Tensor, raw: Tensor | None) -> Tensor:
         """See `DeviceStep.attend`."""
-        config, rows, cache = layer.config, self.rows, self._pools.layers[layer.index]
-        rotations, chosen = self._rotate(layer, 1), None
+        config, rotations = layer.config, self._rotate(layer, 1)
+        num_heads, head_dim, eps = config.num_attention_heads, config.head_dim, config.rms_norm_eps
+        if layer.ratio != C4:
+            heads = queries.unflatten(1, (num_heads, head_dim))
+            return self._attend(layer, prepare_q(heads, eps, rotations, self.rows))
+        weights, scale = self._index_weights(layer, _present(raw)), layer.index_weight_scale
+        return self._attend(
+            layer, *prepare_queries(queries, num_heads, head_dim, eps, weights, scale, rotations, self.rows)
+        )
+
+    def attend_few(self, layer: DeviceAttention, latent: Tensor, raw: Tensor | None, normed: Fp8Rows) -> Tensor:
+        """See `DeviceStep.attend_few`."""
+        config, cache = layer.config, self._pools.layers[layer.index]
+        compressors, weights = None, None
         if layer.ratio == C4:
-            q, chosen = self._select(layer, cache, queries, _present(raw))
-        else:
-            heads = queries.unflatten(1, (config.num_attention_heads, config.head_dim))
-            q = prepare_q(heads, config.rms_norm_eps, rotations, rows)
+            compressors, weights = self._c4(layer, cache, _present(raw)), self._index_weights(layer, _present(raw))
+        elif layer.ratio:
+            compressors = self._c128(layer, cache, _present(raw))
+        queries = make_queries(
+            normed,
+            layer.w_query,
+            config.num_attention_heads,
+            *self._window(layer, latent[:, config.q_lora_rank :]),
+            compressors,
+            self._rotate(layer, layer.ratio or 1),
+            self._page_table,
+            PAGE_TOKENS,
+            weights,
+            layer.index_weight_scale,
+        )
+        return self._attend(layer, *queries)
+
+    def _attend(self, layer: DeviceAttention, q: Tensor, *index: Tensor) -> Tensor:
+        """Select, attend, and store what had to wait. q: bf16 [rows, heads, head_dim]; index: queries and weights."""
+        cache = self._pools.layers[layer.index]
         output = sparse_attention(
             q,
-            rows,
+            self.rows,
             self._step_planes,
             cache.window,
             self._pools.layout.window_ring_rows,
-            config.sliding_window,
+            layer.config.sliding_window,
             layer.sink,
-            rotations,
+            self._rotate(layer, 1),
             entry_planes=cache.entries,
             page_table=self._page_table if layer.ratio else None,
             ratio=layer.ratio,
             page_tokens=PAGE_TOKENS,
-            chosen=chosen,
+            chosen=self._select(layer, cache, *index) if index else None,
         )
         self._commit(layer)
         return output
@@ -129,22 +158,15 @@ class PagedDeviceStep:
             ring, layout = self._pools.layers[layer.index].window, self._pools.layout
             commit(self.rows, self._step_planes, ring, layout.window_ring_rows, layer.config.sliding_window)
 
-    def _select(self, layer: DeviceAttention, cache: LayerCache, queries: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Prepare queries and choose: heads of attention and int32 [rows, index_topk]."""
-        config = layer.config
-        q, index_q, weights = prepare_queries(
-            queries,
-            config.num_attention_heads,
-            config.head_dim,
-            config.rms_norm_eps,
-            raw[:, 4 * (config.head_dim + config.index_head_dim) :],
-            layer.index_weight_scale,
-            self._rotate(layer, 1),
-            self.rows,
-        )
+    def _select(self, layer: DeviceAttention, cache: LayerCache, index_q: Tensor, weights: Tensor) -> Tensor:
+        """Entries that each row attends to: int32 [rows, index_topk]."""
         index, row_format = _present(cache.index), _present(cache.layout.index)
-        top_k = config.index_topk
-        return q, select(index_q, weights, self.rows, index, row_format, self._page_table, PAGE_TOKENS, top_k)
+        top_k = layer.config.index_topk
+        return select(index_q, weights, self.rows, index, row_format, self._page_table, PAGE_TOKENS, top_k)
+
+    def _index_weights(self, layer: DeviceAttention, raw: Tensor) -> Tensor:
+        """Weights of the index heads, f32 [rows, index_heads], behind the columns of both compressors."""
+        return raw[:, 4 * (layer.config.head_dim + layer.config.index_head_dim) :]
 
     def _c4(self, layer: DeviceAttention, cache: LayerCache, raw: Tensor) -> tuple[C4Compressor, C4Compressor]:
         """The compressors of the entries and of the index keys."""

@@ -3,12 +3,13 @@
 Norm and E4M3 of the query latent (kernels/norm), the window row (kernels/kv_store), and the layer's compressors need a
 row of these products each and nothing of one another, so programs of different roles share a grid (ADR 7, rule 3).
 Many rows take a launch for each operation, because the light ones then lose more programs to the registers of the
-compressors than launches cost: of a C4 layer two programs fit on a multiprocessor, where the norm alone has eight.
+compressors than launches cost: of a C4 layer four programs fit on a multiprocessor, where the norm alone has eight. Few
+rows have all of it in the launches of the products before and behind (kernels/gemm/queries.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import triton
@@ -34,6 +35,8 @@ from dsv4_kernels.kv_store.triton import store_arguments, store_kv
 from dsv4_kernels.metadata.rows import Rows
 from dsv4_kernels.norm.device import norm_row
 from dsv4_kernels.norm.triton import norm_arguments, rms_norm_fp8
+
+Arguments = tuple[list[Tensor | int | float], Mapping[str, int | str]]  # of a kernel, and its constants
 
 MANY = 128  # rows from which on each operation has a launch of its own
 
@@ -148,15 +151,11 @@ def prepare_rows(
         compress(compressors, *of_entries)
         return rms_norm_fp8(query, query_norm, eps)
     normed = empty_rows(*query.shape, query.device, scales=True)
-    arguments: list[Tensor | int | float] = []
-    sizes: dict[str, int | str] = {}
-    for prefix, (given, constants) in (
-        ("", _of_compressors(compressors, *of_entries)),
+    arguments, sizes = merged(
+        ("", arguments_of(compressors, *of_entries)),
         ("QUERY_", norm_arguments(query, query_norm, eps, normed)),
         ("KV_", store_arguments(*of_store)),
-    ):
-        arguments += given
-        sizes |= {prefix + name: value for name, value in constants.items()}
+    )
     if isinstance(compressors, C128Compressor):
         _beside_c128[(len(query), 3)](*arguments, **sizes)
     else:
@@ -181,9 +180,18 @@ def compress(
         compress_c4(compressors, eps, rotations, rows, page_table, page_tokens)
 
 
-def _of_compressors(
-    compressors: Sequence[C4Compressor] | C128Compressor, *of_entries: Any
-) -> tuple[list[Tensor | int | float], dict[str, int | str]]:
+def arguments_of(compressors: Sequence[C4Compressor] | C128Compressor, *of_entries: Any) -> Arguments:
+    """Of `_c4` or `_c128`."""
     if isinstance(compressors, C128Compressor):
         return c128_arguments(compressors, *of_entries)
     return c4_arguments(compressors, *of_entries)
+
+
+def merged(*parts: tuple[str, Arguments]) -> Arguments:
+    """Arguments of several kernels one after the other; what is before a part is before the names of its constants."""
+    arguments: list[Tensor | int | float] = []
+    sizes: dict[str, int | str] = {}
+    for prefix, (given, constants) in parts:
+        arguments += given
+        sizes |= {prefix + name: value for name, value in constants.items()}
+    return arguments, sizes

@@ -161,8 +161,14 @@ def compress(ratio: int, *made: dict[str, Any]) -> None:
     compress_c4(compressors, **shared)
 
 
-def prepare(ratio: int, *made: dict[str, Any], seed: int = 0) -> tuple[Fp8Rows, dict[str, Any]]:
-    """`prepare_rows` on what `Case.make` made beside random latents of Pro; and its arguments by name."""
+def prepare(ratio: int, *made: dict[str, Any]) -> tuple[Fp8Rows, dict[str, Any]]:
+    """`prepare_rows` on what `Case.make` made; and its arguments by name."""
+    arguments = row_arguments(ratio, *made)
+    return prepare_rows(**arguments), arguments
+
+
+def row_arguments(ratio: int, *made: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """Arguments of `prepare_rows` by name: what `Case.make` made, beside random latents of Pro."""
     random, rows = generator(seed), made[0]["rows"]
     device, num_rows = rows.slots.device, len(rows.slots)
     latent = torch.randn(num_rows, PRO.q_lora_rank + MAIN.dim, generator=random).bfloat16().to(device)
@@ -186,8 +192,7 @@ def prepare(ratio: int, *made: dict[str, Any], seed: int = 0) -> tuple[Fp8Rows, 
         "window": WINDOW,
         "compressors": compressors if ratio == C4 else compressors[0],
     }
-    arguments |= shared
-    return prepare_rows(**arguments), arguments
+    return arguments | shared
 
 
 def _compressors(kind: type, made: Sequence[dict[str, Any]]) -> tuple[list[Any], dict[str, Any]]:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.compressor.reference import LOWEST
-from dsv4_kernels.quant.device import e2m1_bytes, hadamard, inverse_power_of_two, scale_exponent, scaled_groups
+from dsv4_kernels.quant.device import e2m1_codes, hadamard_one, inverse_power_of_two, scale_exponent, scaled_groups
 from dsv4_kernels.rope.device import interleave, rotate_pairs, split_pairs
 
 LEAST: tl.constexpr = tl.constexpr(LOWEST)
@@ -57,11 +57,12 @@ def _store_entry(
         row_scales: tl.constexpr = (nope // 64 + 7) // 8 * 8
         tl.store(scales + page_row * row_scales + group, exponent.to(tl.uint8), mask=group < nope // 64)
     else:
-        first = tl.arange(0, 16)[:, None] == 0  # the least rows of a matrix product; the others are zero
-        values = interleave(even, odd)[None, :]
-        turned = hadamard(tl.where(first, values, 0.0).to(tl.bfloat16), BLOCK).to(tl.float32)
-        scaled, exponent = scaled_groups(tl.sum(turned, axis=0)[None, :], 32, FP4=True)
-        tl.store(data + page_row * (D // 2) + pair, e2m1_bytes(tl.reshape(scaled, [BLOCK])))
+        turned = hadamard_one(interleave(even, odd).to(tl.bfloat16).to(tl.float32), BLOCK)
+        scaled, exponent = scaled_groups(turned.to(tl.bfloat16).to(tl.float32)[None, :], 32, FP4=True)
+        # As words: single bytes got a stack from Triton 3.6 and 3.9.
+        codes = tl.reshape(e2m1_codes(scaled), (BLOCK // 8, 8)) << (4 * tl.arange(0, 8))[None, :]
+        words = (data + page_row * (D // 2)).to(tl.pointer_type(tl.int32))
+        tl.store(words + tl.arange(0, BLOCK // 8), tl.sum(codes, axis=1))
         group = tl.arange(0, BLOCK // 32)
         tl.store(scales + page_row * (D // 32) + group, tl.reshape(exponent, [BLOCK // 32]).to(tl.uint8))
 
@@ -108,35 +109,44 @@ def close_c4(
         begin = tl.where(is_head, start // 4, position // 4)
         closes = (position % 4 == 3) & (begin >= start // 4 + 2)
         end = tl.where(is_head, tl.minimum(begin + 2, (start + count) // 4), begin + closes.to(tl.int32))
-        pick = tl.arange(0, 8)[:, None]  # of the rows that an entry pools: early halves, then current halves
-        dim = tl.arange(0, BLOCK)[None, :]
+        dim = tl.arange(0, BLOCK)
+        inside = dim < D
+        raw += (first - start).to(tl.int64) * raw_stride  # of position 0 of the request
+        ring += slot * (RING * 4 * D)
         for entry in range(begin, end):
-            source = 4 * entry - 4 + pick
-            column = pick // 4 * D + dim
-            new, old = (source >= start) & (dim < D), (source < start) & (source >= 0) & (dim < D)
-            fresh = raw + (first + source - start).to(tl.int64) * raw_stride + column
-            stored = ring + (slot * RING + source % RING) * (4 * D) + column
-            kv = tl.load(fresh, mask=new, other=0.0) + tl.load(stored, mask=old, other=0.0)
-            gate = tl.load(fresh + 2 * D, mask=new, other=0.0)
-            gate += tl.load(ape + source % 4 * (2 * D) + column, mask=new, other=0.0)
-            gate += tl.load(stored + 2 * D, mask=old, other=0.0)
-            gate = tl.where(source >= 0, gate, float("-inf"))
-            weights = tl.exp(gate - tl.max(gate, axis=0)[None, :])
-            pooled = tl.sum(weights * kv, axis=0) / tl.sum(weights, axis=0)
-            pooled = tl.where(tl.arange(0, BLOCK) < D, pooled, 0.0)
+            largest = tl.full([BLOCK], LEAST, tl.float32)
+            total, pooled = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+            for half in range(2):  # of the rows that an entry pools: early halves, then current halves
+                for step in tl.static_range(4):  # whose loads are under way together
+                    source = 4 * (entry - 1 + half) + step
+                    new, old = (source >= start) & inside, (source < start) & (source >= 0) & inside
+                    column = half * D + dim
+                    fresh = raw + source.to(tl.int64) * raw_stride + column
+                    stored = ring + source % RING * (4 * D) + column
+                    kv = tl.load(fresh, mask=new, other=0.0) + tl.load(stored, mask=old, other=0.0)
+                    gate = tl.load(fresh + 2 * D, mask=new, other=0.0) + tl.load(stored + 2 * D, mask=old, other=0.0)
+                    gate += tl.load(ape + step * (2 * D) + column, mask=new, other=0.0)
+                    gate = tl.where(source >= 0, gate, LEAST)
+                    new_largest = tl.maximum(largest, gate)
+                    shrink, weight = tl.exp(largest - new_largest), tl.exp(gate - new_largest)
+                    weight = tl.where(source >= 0, weight, 0.0)
+                    total = tl.fma(total, shrink, weight)  # by name: the same bits in every kernel
+                    pooled = tl.fma(weight, kv, pooled * shrink)
+                    largest = new_largest
+            pooled = tl.where(inside, pooled / total, 0.0)
             rotation = rotations + (first + 4 * entry + 3 - start).to(tl.int64) * ROPE
             page_row = _page_row(page_table, slot, table_width, entry, PER_PAGE)
             _store_entry(pooled, norm, rotation, data, rope_data, scales, page_row, eps, D, ROPE, FORMAT, BLOCK)
         if is_head:
             tl.debug_barrier()  # all threads have read the ring
-            part = tl.arange(0, 4)[:, None]
-            column = part * D + dim
             for step in range(tl.maximum(count - RING, 0), count):
                 source = start + step
-                value = tl.load(raw + (first + step).to(tl.int64) * raw_stride + column, mask=dim < D)
-                bias = ape + source % 4 * (2 * D) + column - 2 * D
-                value += tl.load(bias, mask=(dim < D) & (part >= 2), other=0.0)
-                tl.store(ring + (slot * RING + source % RING) * (4 * D) + column, value, mask=dim < D)
+                for part in tl.static_range(4):
+                    column = part * D + dim
+                    value = tl.load(raw + source.to(tl.int64) * raw_stride + column, mask=inside)
+                    if part >= 2:
+                        value += tl.load(ape + source % 4 * (2 * D) + (column - 2 * D), mask=inside)
+                    tl.store(ring + source % RING * (4 * D) + column, value, mask=inside)
 
 
 @triton.jit

@@ -6,26 +6,35 @@ FLOPs: 2 T N K. The floor takes the FP8 or the bfloat16 rate of the library's pr
 Beside them: the library in bfloat16 (`torch.mm`), and in FP8 as `library.py` calls it or, where that does not, with one
 scale a row, which is a yardstick of speed only. What `quantize_rows` costs is a line of its own, because several
 products share it.
+
+Of few rows also what shares a launch with products: the norm behind the latent one, window rows, compressors and the
+preparation of queries beside and behind the queries' own. "apart" are the launches that more rows have; their bytes are
+those of the products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from dsv4_kernels.benching import Measured, measure, num_copies, relative_error, write_lines
-from dsv4_kernels.cases import MODELS, released
-from dsv4_kernels.gemm import library
-from dsv4_kernels.gemm.cases import Product, products
+from dsv4_kernels.cases import MODELS, Shapes, released
+from dsv4_kernels.compressor import cases as compressor
+from dsv4_kernels.gemm import library, pair
+from dsv4_kernels.gemm.cases import INDEX_HEADS, LayerRows, Product, products
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.gemm.reference import linear
 from dsv4_kernels.gemm.triton import Tiles, linear_bf16, linear_fp8
+from dsv4_kernels.metadata import C4, C128
 from dsv4_kernels.quant import dequantize_fp8_blocks
 
+FEW_TOKENS = (1, 2, 4, 8)
 TOKENS = (1, 16, 64, 256, 2048, 8192)
 HEAD_TOKENS = 256  # the head runs for rows that sample, never for a whole prompt
 ERROR_TOKENS = 256  # rows of which the error is computed
@@ -94,9 +103,41 @@ def quantise_line(name: str, hidden: int, num_tokens: int, measure: Callable[...
     return measured.as_line(op="quantize_rows", implementation="triton", shapes=name, num_tokens=num_tokens)
 
 
+def shared_lines(shapes: Shapes, measure: Callable[..., Measured]) -> Iterator[dict[str, Any]]:
+    """Few rows of Pro: both input products with the norm, and the queries with all that is beside them."""
+    by_name = {product.name: product for product in products(shapes)}
+    latent, raw = by_name["wq_a+wkv"], by_name["raw"]
+    norm = torch.ones(shapes.q_lora_rank, device="cuda")
+
+    def line(op: str, label: str, num_tokens: int, calls: list[Callable[[], object]], *of: Product) -> dict[str, Any]:
+        moved, work = (sum(count(each, num_tokens) for each in of) for count in (floor_bytes, flops))
+        return measure(calls, moved, work, peak="fp8").as_line(
+            op=op, implementation=label, shapes="pro", num_tokens=num_tokens
+        )
+
+    for num_tokens in FEW_TOKENS:
+        inputs = []
+        for seed in range(4):
+            (x, weight), (_, matrix) = (each.make(num_tokens, seed, "cuda") for each in (latent, raw))
+            inputs.append((quantize_rows(x), weight, x, matrix, norm, 1e-6))
+        for label, few in (("with its norm", FEW_TOKENS[-1]), ("triton", 0)):
+            with mock.patch.object(pair, "FEW", few):  # graphs are captured inside
+                calls = [partial(pair.linear_pair, *each) for each in inputs]
+                yield line("gemm wq_a+wkv, raw", label, num_tokens, calls, latent, raw)
+        step = compressor.Case("decode", tuple(range(1151, 1151 + num_tokens)), (1,) * num_tokens)
+        for ratio, name in ((C4, "wq_b+index"), (C128, "wq_b")):
+            _, weight = by_name[name].make(1, 0, "cuda")
+            rows = [LayerRows(ratio, step, weight, shapes.num_attention_heads, INDEX_HEADS, n, "cuda") for n in (0, 1)]
+            calls = [partial(each.together, each.norm()) for each in rows]
+            yield line(f"queries of C{ratio}", "one launch", num_tokens, calls, by_name[name])
+            yield line(f"queries of C{ratio}", "apart", num_tokens, [each.apart for each in rows], by_name[name])
+
+
 def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
     """One line for each implementation, product, model and number of tokens."""
     for name, shapes in released(models):
+        if name == "pro":
+            yield from shared_lines(shapes, measure)
         for num_tokens in TOKENS:
             yield quantise_line(name, shapes.hidden_size, num_tokens, measure)
             for product in products(shapes):

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.cases import RUNS, Run, Shapes, generator, matrix, nonzero
-from dsv4_kernels.gemm.fp8 import Fp8Weight
+from dsv4_kernels.compressor import cases as compressor
+from dsv4_kernels.compressor.beside import prepare_rows
+from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
+from dsv4_kernels.gemm.queries import make_queries
+from dsv4_kernels.gemm.triton import linear_fp8
+from dsv4_kernels.indexer.queries import prepare_queries
+from dsv4_kernels.kv_store.triton import prepare_q, store_kv
+from dsv4_kernels.metadata import C4, C128
+from dsv4_kernels.norm.triton import rms_norm_fp8
 
 
 class Case(Run):
@@ -67,3 +75,56 @@ def products(shapes: Shapes) -> list[Product]:
         Product("shared_w2", hidden, shapes.moe_intermediate_size, True),
         Product("head", shapes.vocab_size, hidden, False),
     ]
+
+
+OF_WINDOW = ("kv", "kv_norm", "eps", "turns", "rows", "step_planes", "ring_planes", "ring_rows", "window")
+
+
+class LayerRows:
+    """What a layer does with its latents up to its queries, for a step: by `make_queries`, or a few launches apart.
+
+    Args:
+        ratio: 0 has no compressors.
+        weight: [num_heads * 512 (+ index_heads * I, of a C4 layer), 1536].
+        step: whose rows, rings and entries are random; each of the functions advances them.
+        sizes: of the rings and states, as `step.make` takes them.
+    """
+
+    def __init__(
+        self, ratio: int, step: compressor.Case, weight: Fp8Weight, num_heads: int, index_heads: int, seed: int,
+        device: torch.device | str = "cpu", **sizes: int,
+    ) -> None:  # fmt: skip
+        formats = (compressor.MAIN, compressor.INDEX) if ratio == C4 else (compressor.MAIN,)
+        self.made = [step.make(ratio or C128, each, seed, device=str(device), **sizes)[0] for each in formats]
+        arguments = compressor.row_arguments(ratio or C128, *self.made, seed=seed)
+        if not ratio:
+            arguments["compressors"] = None
+        self.query, self.query_norm = arguments.pop("query"), arguments.pop("query_norm")
+        self.arguments, self.weight, self.num_heads = arguments, weight, num_heads
+        self.index_weights, self.scale = None, (128 * index_heads) ** -0.5
+        if ratio == C4:
+            random = torch.Generator(device).manual_seed(seed)
+            self.index_weights = torch.randn(step.num_rows, index_heads, generator=random, device=device)
+
+    def norm(self) -> Fp8Rows:
+        """What `linear_pair` makes of few rows."""
+        return rms_norm_fp8(self.query, self.query_norm, self.arguments["eps"])
+
+    def together(self, normed: Fp8Rows) -> tuple[Tensor, ...]:
+        """One launch."""
+        given = {"index_weights": self.index_weights, "scale": self.scale}
+        return make_queries(normed, self.weight, self.num_heads, **self.arguments, **given)
+
+    def apart(self) -> tuple[Tensor, ...]:
+        """Norm, window rows and compressors; the product; and its queries: a launch each."""
+        eps, turns, rows = (self.arguments[name] for name in ("eps", "turns", "rows"))
+        if self.arguments["compressors"] is None:
+            store_kv(*(self.arguments[name] for name in OF_WINDOW))
+            normed = self.norm()
+        else:
+            normed = prepare_rows(self.query, self.query_norm, **self.arguments)
+        queries = linear_fp8(normed, self.weight)
+        dim = self.arguments["kv"].shape[1]
+        if self.index_weights is None:
+            return (prepare_q(queries.unflatten(1, (self.num_heads, dim)), eps, turns, rows),)
+        return prepare_queries(queries, self.num_heads, dim, eps, self.index_weights, self.scale, turns, rows)

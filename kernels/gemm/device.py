@@ -149,7 +149,7 @@ def multiply_tile(
     DEPTH: tl.constexpr,  # of K in one step
     ADD_TOKENS: tl.constexpr,
 ):
-    """Multiply, and store the results where they are whole."""
+    """Multiply, and store the results where they are whole. Returns whether this program did."""
     row_tiles, token_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(num_tokens, TOKENS)
     # Programs that run together form a square of tiles, so that both operands come from L2.
     first = program // (8 * token_tiles) * 8
@@ -185,13 +185,15 @@ def multiply_tile(
     if ADDS:
         at = (split * num_tokens + token).to(tl.int64)[None, :] * num_rows + row[:, None]
         tl.store(parts + at, total, mask=(token < num_tokens)[None, :] & (row < num_rows)[:, None])
-        if is_last(arrived + group * token_tiles + token_tile, SPLITS * (128 // ROWS)):
+        whole = is_last(arrived + group * token_tiles + token_tile, SPLITS * (128 // ROWS))
+        if whole:
             first = token_tile * TOKENS
             _add(
                 parts, group, first, tl.minimum(first + TOKENS, num_tokens), out, out_exponents, out_scales,
                 num_tokens, num_rows, out_token_step, out_block_step, SPLITS, QUANTIZE, ADD_TOKENS,
             )  # fmt: skip
     else:
+        whole = True
         _store(
             total,
             group,
@@ -205,3 +207,4 @@ def multiply_tile(
             out_block_step,
             QUANTIZE,
         )
+    return whole

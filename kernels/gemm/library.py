@@ -97,8 +97,11 @@ def linear_bf16(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
 
 
-def linear_pair(x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`linear_fp8(x_fp8, weight)` and `linear_bf16(x, matrix)`, in one launch where both are ours and tokens few."""
+def linear_pair(
+    x_fp8: Fp8Rows, weight: Fp8Weight, x: Tensor, matrix: Tensor | None, norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None, Fp8Rows | None]:
+    """`linear_fp8(x_fp8, weight)` and `linear_bf16(x, matrix)`, in one launch where both are ours and tokens few; for
+    very few also the norm of the former, see there."""
     if not is_for_library(x):
-        return our_pair(x_fp8, weight, x, matrix)
-    return linear_fp8(x_fp8, weight), linear_bf16(x, matrix)
+        return our_pair(x_fp8, weight, x, matrix, norm, eps)
+    return linear_fp8(x_fp8, weight), None if matrix is None else linear_bf16(x, matrix), None

@@ -1,9 +1,10 @@
 """The queries of a C4 layer in Triton, behind the product that makes them: heads that attend and heads that choose.
 
-Few rows take one launch. Its first programs prepare index queries, which take a product with the Hadamard matrix and so
-the longest; the others prepare the heads of attention (docs/adr/0007-the-last-program-finishes.md, rule 3). Many rows
-take two, because the heads then have the registers of the product and too few programs to keep the memory busy: on an
-H100 one launch took 384 us for 2,048 rows of Pro, of which the heads alone take 194.
+Up to eight rows their product does all of this (kernels/gemm/queries.py). Up to 127 take one launch. Its first programs
+prepare index queries, which take a product with the Hadamard matrix and so the longest; the others prepare the heads of
+attention (docs/adr/0007-the-last-program-finishes.md, rule 3). Many rows take two, because the heads then have the
+registers of the product and too few programs to keep the memory busy: on an H100 one launch took 384 us for 2,048 rows
+of Pro, of which the heads alone take 194.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.indexer.device import prepare_index_vectors
-from dsv4_kernels.kv_store.device import prepare_heads
+from dsv4_kernels.kv_store.device import prepare_row_heads
 from dsv4_kernels.kv_store.triton import PROGRAM_HEADS, check_dims, prepare_q
 from dsv4_kernels.metadata.rows import Rows
 
@@ -59,7 +60,7 @@ def _prepare(
         per_row = tl.cdiv(num_heads, HEADS)
         row = ((program - num_index) // per_row).to(tl.int64)
         first_head = (program - num_index) % per_row * HEADS
-        prepare_heads(
+        prepare_row_heads(
             queries, rotations, positions, queries, row, first_head, num_heads,
             queries_row, queries_row, eps, DIM, ROPE, HEADS,
         )  # fmt: skip

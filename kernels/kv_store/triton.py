@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_kernels.dependent import launches_early, wait_for_previous
-from dsv4_kernels.kv_store.device import prepare_heads, store_row
+from dsv4_kernels.kv_store.device import prepare_row_heads, store_row
 from dsv4_kernels.kv_store.reference import KV_GROUP, SCALE_ALIGN, Planes
 from dsv4_kernels.metadata.rows import Rows
 
@@ -97,7 +97,7 @@ def _prepare_q(
 ):
     wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
-    prepare_heads(
+    prepare_row_heads(
         q, rotations, positions, out, row, tl.program_id(1) * HEADS, num_heads, q_row, out_row, eps, DIM, ROPE, HEADS
     )
 

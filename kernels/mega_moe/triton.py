@@ -237,7 +237,8 @@ def _products(
         target, rank_tokens, places = parts, 0, {"PARTS": parts.shape[1], "PARTS_AT": -1}
     down[(hidden // 128, num_tiles)](
         w2.values, w2.scales, w2.row_scales, middle, middle_scales, *table, *shared_down, target, hidden,
-        shared_tokens, scale_row, rank_tokens, DEPTH=width, BLOCK_M=128, num_warps=8 if tile_tokens == TILES[-1] else 4, **places, **blocks,
+        shared_tokens, scale_row, rank_tokens,
+        DEPTH=width, BLOCK_M=128, num_warps=8 if tile_tokens == TILES[-1] else 4, **places, **blocks,
         launch_pdl=launches_early(inputs.device),
     )  # fmt: skip
 

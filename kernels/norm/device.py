@@ -9,8 +9,9 @@ from dsv4_kernels.quant.device import inverse_power_of_two, scale_exponent, stor
 
 
 @triton.jit
-def norm_row(
-    row,  # int64
+def norm_rows(
+    row,  # int64 [n]
+    num_rows,  # those from here on are none
     x,  # [rows, dim]
     weight,  # float32 [dim], with HAS_WEIGHT
     out,  # [rows, dim], of x's dtype or E4M3
@@ -25,19 +26,45 @@ def norm_row(
     QUANTIZE: tl.constexpr,
     GROUPS: tl.constexpr,  # of 128 values, a power of two
 ):
-    """RMSNorm of one row, and its E4M3."""
+    """RMSNorm of n rows, and their E4M3."""
     group = tl.arange(0, GROUPS)
-    column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    inside = column < dim
-    loaded = tl.load(x + row * x_row + column, mask=inside, other=0.0)
+    column = group[None, :, None] * 128 + tl.arange(0, 128)[None, None, :]
+    inside = (column < dim) & (row < num_rows)[:, None, None]
+    loaded = tl.load(x + (row * x_row)[:, None, None] + column, mask=inside, other=0.0)
     values = loaded.to(tl.float32)
-    values = values * (1.0 / tl.sqrt(tl.sum(tl.sum(values * values, axis=1)) / dim + eps))
+    inverse = 1.0 / tl.sqrt(tl.sum(tl.sum(values * values, axis=2), axis=1) / dim + eps)
+    values = values * inverse[:, None, None]
     if HAS_WEIGHT:
-        values = values * tl.load(weight + column, mask=inside, other=0.0)
+        values = values * tl.load(weight + column, mask=column < dim, other=0.0)
     values = values.to(loaded.dtype)
     if QUANTIZE:
         values = values.to(tl.float32)
-        exponent = scale_exponent(values, 1, FP4=False)
-        values = values * inverse_power_of_two(exponent)[:, None]
-        store_scales(exponents, scales, row * row_step + group * group_step, exponent, group * 128 < dim)
-    tl.store(out + row * dim + column, values.to(out.dtype.element_ty), mask=inside)
+        exponent = scale_exponent(values, 2, FP4=False)
+        values = values * inverse_power_of_two(exponent)[:, :, None]
+        at = (row * row_step)[:, None] + group[None, :] * group_step
+        store_scales(exponents, scales, at, exponent, (group * 128 < dim)[None, :] & (row < num_rows)[:, None])
+    tl.store(out + (row * dim)[:, None, None] + column, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_row(
+    row,  # int64
+    x,
+    weight,
+    out,
+    exponents,
+    scales,
+    dim,
+    x_row,
+    row_step,
+    group_step,
+    eps,
+    HAS_WEIGHT: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """`norm_rows` of one."""
+    norm_rows(
+        row + tl.zeros([1], tl.int64), row + 1, x, weight, out, exponents, scales, dim, x_row, row_step, group_step,
+        eps, HAS_WEIGHT, QUANTIZE, GROUPS,
+    )  # fmt: skip

@@ -82,12 +82,25 @@ def e2m1_bytes(values):
 
 
 @triton.jit
-def hadamard(x, DIM: tl.constexpr):
-    """Walsh-Hadamard transform of bfloat16 vectors [n >= 16, DIM], Sylvester order, times DIM^-0.5, in bfloat16.
+def _signs(both):
+    """float32 signs of a Hadamard matrix, of row & column: the parity of the byte, read from a table of 16 nibbles."""
+    return (1 - 2 * ((0x6996 >> ((both ^ (both >> 4)) & 15)) & 1)).to(tl.float32)
 
-    The matrix is made from its definition: the sign is the parity of row & column, read from a table of 16 nibbles.
+
+@triton.jit
+def hadamard(x, DIM: tl.constexpr):
+    """Walsh-Hadamard transform of bfloat16 vectors [n >= 16, DIM], Sylvester order, times DIM^-0.5, in bfloat16."""
+    signs = _signs(tl.arange(0, DIM)[:, None] & tl.arange(0, DIM)[None, :])
+    return (tl.dot(x, signs.to(tl.bfloat16)) * (1.0 / (DIM**0.5))).to(tl.bfloat16)
+
+
+@triton.jit
+def hadamard_one(x, DIM: tl.constexpr):
+    """The same of one vector [DIM], DIM at least 32, in float32, without tensor cores.
+
+    The matrix is the Kronecker product of those of DIM / 32 and of 32, so no sum has more than 32 terms.
     """
-    both = tl.arange(0, DIM)[:, None] & tl.arange(0, DIM)[None, :]
-    parity = (0x6996 >> ((both ^ (both >> 4)) & 15)) & 1
-    signs = (1 - 2 * parity).to(tl.bfloat16)
-    return (tl.dot(x, signs) * (1.0 / (DIM**0.5))).to(tl.bfloat16)
+    row, part = tl.arange(0, 32), tl.arange(0, DIM // 32)
+    turned = tl.sum(tl.reshape(x, (DIM // 32, 1, 32)) * _signs(row[:, None] & row[None, :])[None, :, :], axis=2)
+    turned = tl.sum(turned[None, :, :] * _signs(part[:, None] & part[None, :])[:, :, None], axis=1)
+    return tl.reshape(turned, (DIM,)) * (1.0 / (DIM**0.5))

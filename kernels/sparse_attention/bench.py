@@ -14,7 +14,7 @@ from dsv4_kernels.benching import Measured, measure, relative_error, write_lines
 from dsv4_kernels.cases import FLASH, MODELS, PRO
 from dsv4_kernels.kv_store.cases import kv_format
 from dsv4_kernels.sparse_attention.cases import Case
-from dsv4_kernels.sparse_attention.triton import sparse_attention
+from dsv4_kernels.sparse_attention.triton import FEW_BLOCKS, KEYS, sparse_attention
 
 BATCHES = (1, 16, 64, 256)
 CONTEXTS = (8192, 65_536)
@@ -68,6 +68,12 @@ def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = m
         yield measured.as_line(
             op="sparse_attention", implementation="triton", shapes=name, num_tokens=case.num_tokens, **more
         )
+        blocks = -(-case.num_keys // case.num_tokens // KEYS)
+        if blocks <= FEW_BLOCKS and case.num_tokens <= 16:  # what one launch is compared with
+            calls = [partial(sparse_attention, **one, num_splits=blocks) for one in inputs]
+            yield measure(calls, moved, flops(case)).as_line(
+                op="sparse_attention", implementation="triton, split", shapes=name, num_tokens=case.num_tokens
+            )
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ LEAST_HEADS = 16  # of the smallest tile that tl.dot takes; heads beyond the mod
 PROGRAMS = 128  # keys are split while there are fewer: about one per SM, because shared memory admits one
 # Triton 3.6 fails on loads that run ahead in a loop around tcgen05 products; 3.9 does not, between them is not tested.
 RUN_AHEAD_TCGEN05 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+FEW_BLOCKS = 3  # of keys, which one program reads in about the time of the launch that would add parts (predicted)
 PARTS = 8  # partial results that `_combine` adds at a time
 
 
@@ -250,13 +251,13 @@ def _combine(
 def default_splits(num_rows: int, num_heads: int, num_keys: int) -> int:
     """Splits that fill a GPU: from shapes alone, `num_keys` being the most that a row could have.
 
-    In deterministic mode one. Parts of a row take 256 KB a split on Pro, so the many rows of a prefill cannot have
-    several; and one program has no registers to add up parts itself.
+    One of few blocks, and in deterministic mode. Parts of a row take 256 KB a split on Pro, so the many rows of a
+    prefill cannot have several; and one program has no registers to add up parts itself.
     """
-    if is_deterministic():
+    blocks = triton.cdiv(num_keys, KEYS)
+    if is_deterministic() or blocks <= FEW_BLOCKS:
         return 1
-    programs = max(1, num_rows * triton.cdiv(num_heads, HEADS))
-    return max(1, min(PROGRAMS // programs, triton.cdiv(num_keys, KEYS)))
+    return max(1, min(PROGRAMS // max(1, num_rows * triton.cdiv(num_heads, HEADS)), blocks))
 
 
 def sparse_attention(

@@ -156,10 +156,10 @@ def test_the_experts():
 
 
 def test_attention():
-    """Alone a row would have its keys in three parts; 130 rows leave no split."""
+    """Alone a row would have its keys in four parts; 130 rows leave no split."""
     shapes = Shapes(256, 128, 8, 128, 64, *(1,) * 5, 4, 1, 1.0, 1.0)
     others = 129
-    case = AttentionCase("crowd", shapes, ((300, 1), *[(9 + n, 1) for n in range(others)]), ratio=4, top_k=64)
+    case = AttentionCase("crowd", shapes, ((600, 1), *[(9 + n, 1) for n in range(others)]), ratio=4, top_k=128)
     inputs = case.make(5)
     first = Rows(*(getattr(inputs["rows"], name)[:1] for name in ("slots", "positions", "firsts", "counts")))
     alone = inputs | {key: inputs[key][:1] for key in ("q", "rotations", "chosen")} | {"rows": first}

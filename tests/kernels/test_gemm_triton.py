@@ -1,5 +1,7 @@
 """Products with weights in Triton against the references, by the interpreter on the CPU."""
 
+import itertools
+
 import pytest
 import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
@@ -110,22 +112,29 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_the_same_tiles(tiles):
     assert torch.equal(together[21:22], alone)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 33, 70])
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 8, 9, 33, 70])
 def test_two_products_in_one_launch_have_the_bits_of_two_launches(num_tokens):
-    weight, _ = weight_of(200, 1536)
+    """And few tokens have the norm of the first of them."""
+    weight, _ = weight_of(400, 1536)
     x, matrix = rows_of(num_tokens, 1536), rows_of(300, 1536, seed=3)
+    norm = torch.rand(256, generator=generator(4)) + 0.5
     rows = quantize_rows(x)
-    for multiply in (linear_pair, library.linear_pair):
-        found_fp8, found = multiply(rows, weight, x, matrix)
+    for multiply, given in itertools.product((linear_pair, library.linear_pair), (matrix, None)):
+        found_fp8, found, normed = multiply(rows, weight, x, given, norm, 1e-6)
         assert torch.equal(found_fp8, linear_fp8(rows, weight))
-        assert torch.equal(found, linear_bf16(x, matrix))
+        assert found is None if given is None else torch.equal(found, linear_bf16(x, given))
+        assert (normed is not None) == (0 < num_tokens <= 8)
+        if normed is not None:
+            expected = rms_norm_fp8(found_fp8[:, :256], norm, 1e-6)
+            assert torch.equal(normed.codes.view(torch.uint8), expected.codes.view(torch.uint8))
+            assert torch.equal(normed.exponents, expected.exponents)
     assert not counters(x.device, 8).any()
 
 
 def test_two_products_need_the_same_rows():
     weight, _ = weight_of(128, 128)
     with pytest.raises(ValueError, match=r"x_fp8 is \[3, 128\], x \[2, 128\]; expected one shape"):
-        linear_pair(quantize_rows(rows_of(3, 128)), weight, rows_of(2, 128), rows_of(4, 128))
+        linear_pair(quantize_rows(rows_of(3, 128)), weight, rows_of(2, 128), rows_of(4, 128), torch.ones(128), 1e-6)
 
 
 def test_nan_in_one_row_stays_there():

@@ -138,4 +138,5 @@ def test_splits_fill_a_gpu_from_shapes_alone():
     assert default_splits(1, 128, 128 + 1024) == 18  # one block each
     assert default_splits(16, 128, 128 + 1024) == 4
     assert default_splits(256, 64, 128 + 1024) == 1
-    assert default_splits(0, 64, 128) == 2
+    assert default_splits(0, 64, 256) == 4
+    assert default_splits(1, 128, 128 + 64) == 1  # too few to be worth a launch that adds them

@@ -88,9 +88,11 @@ def run_layer(network, monkeypatch, ratio: int, counts: list[int]) -> Launches:
 @pytest.mark.parametrize(
     ("ratio", "num_requests", "most"),
     [
-        (4, 1, 14),
-        (4, 64, 15),  # no partial attention, but both hyper-connections in two launches
-        (128, 1, 13),
+        (4, 1, 12),
+        (4, 8, 14),  # both hyper-connections in two launches
+        (4, 64, 15),  # no partial attention, but queries and what stands beside them in launches of their own
+        (128, 1, 10),  # 11 where a request may have more than 8K tokens: parts of attention are added then
+        (128, 8, 12),
         (128, 64, 14),
     ],
 )
@@ -140,10 +142,10 @@ def test_drafts_cost_a_step_few_launches(network, monkeypatch):
         sum(run_step(network, monkeypatch, room, 1 + num, num).names.values())
         for room, num in ((0, 0), (2, 0), (2, 1), (2, 2))
     )
-    assert without <= 38
+    assert without <= 32
     assert decode - without <= 9
-    assert two - one <= 30  # six of them are the main model's: mHC of three rows has a launch more than of two
-    assert one - decode <= 33
+    assert two - one <= 26  # six of them are the main model's: mHC of three rows has a launch more than of two
+    assert one - decode <= 29
 
 
 def test_the_memory_plan_holds_what_a_step_with_drafts_allocates(network, monkeypatch):

@@ -26,5 +26,5 @@ def launch(run: str) -> None:
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
-    """What the machine code must multiply matrices with: only the rotation of one index key at a time does."""
-    return {"HMMA"} if kernel in ("_c4", "_beside_c4") else set()
+    """What the machine code must multiply matrices with: nothing does."""
+    return set()

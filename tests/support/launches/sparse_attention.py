@@ -10,7 +10,7 @@ RUNS = {
     "pro, C4, whole": Case("pro", PRO, [(8192, 2), (300, 1)], ratio=4, top_k=1024),
     "pro, C4, split": Case("pro", PRO, [(8192, 1)], ratio=4, top_k=1024),
     "pro, C128, whole": Case("pro", PRO, [(8192, 2), (300, 1)], ratio=128),
-    "pro, C128, split": Case("pro", PRO, [(8192, 1)], ratio=128),
+    "pro, C128, split": Case("pro", PRO, [(65536, 1)], ratio=128),
     "flash, window, whole": Case("flash", FLASH, [(8192, 2), (300, 1)]),
     "flash, C4, split": Case("flash", FLASH, [(8192, 4)], ratio=4, top_k=512, num_drafts=3),
     "demo, C4, split": Case("demo", DEMO, [(1024, 1)], ratio=4, top_k=64),
