@@ -103,7 +103,7 @@ def ranks_hit(config: dict[str, Any], ep: int) -> float:
     return (ep - 1) * (1 - missed)
 
 
-def stages(config: dict[str, Any], ratio: int, batch: int, context: int, ep: int, expert_format: str) -> list[Stage]:
+def stages(config: dict[str, Any], ratio: int, batch: int, context: int, ep: int) -> list[Stage]:
     """One layer of a decode step: one token of each of `batch` requests that see `context` tokens."""
     d, qr, hd = config["hidden_size"], config["q_lora_rank"], config["head_dim"]
     heads, groups, rank = config["num_attention_heads"], config["o_groups"], config["o_lora_rank"]
@@ -146,7 +146,7 @@ def stages(config: dict[str, Any], ratio: int, batch: int, context: int, ep: int
         Stage(
             "routed experts",
             experts_hit(config, batch * ep) / ep * expert_bytes(config) + batch * 6 * d,
-            {expert_format: 6 * batch * chosen * d * width},
+            {"fp8": 6 * batch * chosen * d * width},
         ),
         # E4M3 there with a scale per 128, BF16 back.
         Stage("exchange", 0.0, {}, batch * ranks_hit(config, ep) * (d + d // 128 + 2 * d)),
@@ -155,10 +155,9 @@ def stages(config: dict[str, Any], ratio: int, batch: int, context: int, ep: int
 
 def step_seconds(config: dict[str, Any], on: Gpu, batch: int, context: int, ep: int, assumed: Assumed = FLOOR) -> float:
     """A decode step: all layers and the head; no speculation."""
-    kind = expert_format(on)
     layers = config["compress_ratios"][: config["num_hidden_layers"]]
     each = {
-        ratio: sum(stage.seconds(on, assumed) for stage in stages(config, ratio, batch, context, ep, kind))
+        ratio: sum(stage.seconds(on, assumed) for stage in stages(config, ratio, batch, context, ep))
         for ratio in set(layers)
     }
     vocab, d = config["vocab_size"], config["hidden_size"]
@@ -167,16 +166,11 @@ def step_seconds(config: dict[str, Any], on: Gpu, batch: int, context: int, ep: 
     return sum(each[ratio] for ratio in layers) + head.seconds(on, assumed) + launches
 
 
-def expert_format(on: Gpu) -> str:
-    """What the kernels multiply experts in: E4M3 by FP4 at the FP8 rate where tensor cores know FP4, else BF16."""
-    return "fp8" if on is GB300 else "bf16"
-
-
 def weight_bytes(config: dict[str, Any], ep: int) -> float:
     """Weights on one GPU: embedding, head, all layers; of the routed experts its share. Norms and sinks left out."""
     total = 4.0 * config["vocab_size"] * config["hidden_size"]
     for ratio in config["compress_ratios"][: config["num_hidden_layers"]]:
-        total += sum(stage.moved_bytes for stage in stages(config, ratio, 0, 0, ep, "fp8"))
+        total += sum(stage.moved_bytes for stage in stages(config, ratio, 0, 0, ep))
         total += config["n_routed_experts"] / ep * expert_bytes(config)
     return total
 
@@ -190,11 +184,7 @@ def cache_bytes(config: dict[str, Any], context: int) -> float:
 
 def floors(config: dict[str, Any], ratio: int, batch: int, ep: int) -> list[tuple[Stage, list[float]]]:
     """The stages of a layer, each with its floor on H100, H200 and GB300."""
-    by_gpu = [
-        [stage.seconds(on) for stage in stages(config, ratio, batch, CONTEXT, ep, expert_format(on))] for on in GPUS
-    ]
-    some = stages(config, ratio, batch, CONTEXT, ep, "fp8")
-    return [(stage, list(times)) for stage, times in zip(some, zip(*by_gpu, strict=True), strict=True)]
+    return [(stage, [stage.seconds(on) for on in GPUS]) for stage in stages(config, ratio, batch, CONTEXT, ep)]
 
 
 def layer_table(config: dict[str, Any], ratio: int, batch: int, ep: int) -> Iterator[str]:

@@ -6,8 +6,8 @@ Bytes: the FP4 weights of the experts that are hit, with their scales (17/32 byt
 ones, x read in BF16 and in FP8, K + 1 parts a token written, BF16.
 FLOPs: 6 D I for each expert of a token, and for the shared one. Below some hundred tokens on Pro the bytes decide.
 
-The floor of the FLOPs is the bf16 rate, at which Hopper multiplied all activations before it had FP8 products for FP8
-ones; the FP8 rate is twice as high. See product.py.
+The floor of the FLOPs is the rate of what the weights' form multiplies: "bf16", else FP8's. Lines before 27 November
+have the bf16 rate and form for FP8 activations on Hopper, too.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = m
             few = tokens_of(random, ERROR_TOKENS, shapes)
             few["expert_ids"] = few["expert_ids"] % ERROR_EXPERTS
             options = {"limit": limit, "activations": activations}
+            peak = "bf16" if weights["w13"].form == "bf16" else "fp8"
             expected = reference.mega_moe(**few, **values, **options, quantize_shared=True)
             error = relative_error(mega_moe(**few, **weights, **options), expected)
             for num_tokens in TOKENS if activations == "fp8" else OTHERS:
@@ -109,7 +110,7 @@ def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = m
                 moved = floor_bytes(shapes, num_tokens, hit)
                 some += [tokens_of(random, num_tokens, shapes) for _ in range(1, num_copies(moved))]
                 calls = [partial(expert_parts, **prepared(one, weights, activations), limit=limit) for one in some]
-                yield measure(calls, moved, flops(shapes, num_tokens)).as_line(
+                yield measure(calls, moved, flops(shapes, num_tokens), peak=peak).as_line(
                     op="mega_moe",
                     implementation=f"triton {activations}",
                     shapes=name,

@@ -22,7 +22,7 @@ def projection():
 def all_stages(projection, name, batch, context):
     config = projection.load(name)
     layers = config["compress_ratios"][: config["num_hidden_layers"]]
-    return [stage for ratio in layers for stage in projection.stages(config, ratio, batch, context, 1, "fp8")]
+    return [stage for ratio in layers for stage in projection.stages(config, ratio, batch, context, 1)]
 
 
 def test_a_stage_takes_as_long_as_the_longest_of_its_three_floors(projection):
@@ -98,7 +98,7 @@ def test_how_many_experts_and_ranks_are_hit(projection):
 def test_a_step_is_its_layers_the_head_and_the_launches(projection):
     config, on = projection.load("flash"), projection.GB300
     layers = {
-        ratio: sum(stage.seconds(on) for stage in projection.stages(config, ratio, 16, 8192, 4, "fp8"))
+        ratio: sum(stage.seconds(on) for stage in projection.stages(config, ratio, 16, 8192, 4))
         for ratio in (0, 4, 128)
     }
     head = (2 * 129_280 * 4096 + 16 * (2 * 4096 + 4 * 129_280)) / 8e12
