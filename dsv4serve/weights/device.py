@@ -99,15 +99,15 @@ class DeviceWeights:
                 num_rows = rows[place.weight]
                 self.weights[place.weight] = _allocate(specs[name], num_rows, config.n_routed_experts, device, form)
 
-    def put(self, name: str, values: Tensor, scale: Tensor | None = None) -> None:
-        """Store the official tensor `name`: its values, or codes and their E8M0 scales."""
+    def put(self, name: str, values: Tensor, scale: Tensor | None = None) -> int:
+        """Store the official tensor `name`: its values, or codes and their E8M0 scales. Returns how many groups of FP4
+        codes had to be rounded for that."""
         target = self.weights[self.places[name].weight]
         if isinstance(target, Fp4Weight):
             assert scale is not None
             place = self.places[name]
             device = target.values.device
-            write_expert(target, place.expert, place.first_row, values.to(device), scale.to(device))
-            return
+            return write_expert(target, place.expert, place.first_row, values.to(device), scale.to(device))
         view, exponents = self.view(name)
         if exponents is None:
             view.copy_(values)
@@ -115,6 +115,7 @@ class DeviceWeights:
             assert scale is not None
             view.view(torch.uint8).copy_(values.view(torch.uint8))
             exponents.copy_(scale.view(torch.uint8))
+        return 0
 
     def view(self, name: str) -> tuple[Tensor, Tensor | None]:
         """The part of a runtime weight that the official tensor `name` describes, and its exponents if it is FP8."""

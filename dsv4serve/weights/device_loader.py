@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -14,6 +15,8 @@ from dsv4serve.weights.dummy import GAINS, fill, fill_distinct
 from dsv4serve.weights.index import verify
 from dsv4serve.weights.loader import DUMMY_SEED, progress_bar
 from dsv4serve.weights.reader import CheckpointReader
+
+logger = logging.getLogger(__name__)
 
 # Largest scale that `mega_moe` unpacks to bf16: it needs 94 of an E8M0 byte's 254 steps for itself.
 MAX_FP4_SCALE = 160
@@ -34,7 +37,7 @@ def load_device_weights(
     if config.load_format is LoadFormat.DUMMY:
         return dummy_device_weights(model, DUMMY_SEED, device, form, has_drafts)
     index = verify(config.model, model)
-    loaded = DeviceWeights(model, device, form, has_drafts)
+    loaded, num_rounded = DeviceWeights(model, device, form, has_drafts), 0
     with CheckpointReader(index, model) as reader, progress_bar("loading weights", progress) as bar:
         task = bar.add_task("", total=sum(reader.stored_bytes(name) for name in loaded.specs))
         for name, spec in loaded.specs.items():
@@ -44,8 +47,13 @@ def load_device_weights(
                     f"tensor {name!r} has the scale 2^{int(scale.max()) - 127}; the GPU kernels take FP4 scales up to "
                     f"2^{MAX_FP4_SCALE - 127}"
                 )
-            loaded.put(name, values, scale)
+            num_rounded += loaded.put(name, values, scale)
             bar.advance(task, reader.stored_bytes(name))
+    if num_rounded:
+        logger.warning(
+            "%d groups of 32 expert weights are too small for E4M3 beside the largest of their rows and were rounded",
+            num_rounded,
+        )
     return loaded.weights
 
 

@@ -15,8 +15,7 @@ the selector of a byte permutation, which looks all four up in a table of eight 
 those of bits 7, 15, 23, 31 of h = 0, four lower of h = 1, so that a mask finds them where E4M3 has them. Seven
 operations for eight weights. The table depends on the scale: an E4M3 number is a code times 2^d, `scales` holds d + 5
 in 0..11 and `row_scales` the power of two that all of a row have in common. A block of 32 whose scale is more than
-2^11 below its row's largest has its codes rounded to 2^-11 of that; the tensor core's sums keep less. (No such block is
-known; random weights stay within 2^3.)
+2^11 below its row's largest has its codes rounded to what 2^-11 of that can say, and is counted.
 
 "bf16", on all GPUs for inputs that are bf16: the word (b, c) holds the weights k = 32 b + 8 h + 2 c + e, h in 0..3 and
 e in 0..1. A code is sign, two bits of exponent, mantissa; as a bf16 number they are bits 15, 8, 7 and 6 of a half.
@@ -128,21 +127,23 @@ def _empty(values: Tensor, form: Form) -> Fp4Weight:
     )
 
 
-def write_expert(weight: Fp4Weight, expert: int, first_row: int, packed: Tensor, scale: Tensor) -> None:
+def write_expert(weight: Fp4Weight, expert: int, first_row: int, packed: Tensor, scale: Tensor) -> int:
     """Store a matrix of one expert as the checkpoint has it, see `relayout`, as rows first_row .. of its weight.
+    Returns how many groups of 32 had to be rounded for that.
 
     Args:
         packed: uint8 or int8 [n, K / 2]; scale: E8M0 [n, K / 32] (uint8 or float8_e8m0fnu); on the weight's device.
     """
     rows = slice(first_row, first_row + packed.shape[0])
-    packed, scale = packed.view(torch.uint8), scale.view(torch.uint8)
+    packed, scale, num_rounded = packed.view(torch.uint8), scale.view(torch.uint8), 0
     if weight.form == "fp8":
-        packed, scale, weight.row_scales[expert, rows] = _with_row_scales(packed, scale)
+        packed, scale, weight.row_scales[expert, rows], num_rounded = _with_row_scales(packed, scale)
         packed = _arrange_nibbles(packed)
     elif weight.form == "bf16":
         packed = _arrange(packed)
     weight.values[expert, :, rows].view(torch.uint8).copy_(_by_block(packed, VALUE_BYTES))
     weight.scales[expert, :, rows].copy_(_by_block(scale, SCALE_BYTES))
+    return num_rounded
 
 
 def fill_scales(weight: Fp4Weight, exponent: int) -> None:
@@ -154,18 +155,19 @@ def fill_scales(weight: Fp4Weight, exponent: int) -> None:
         weight.scales.fill_(exponent)
 
 
-def _with_row_scales(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, steps of their scales above the least that their row can have, uint8 [rows, K / 32] in 0..MOST_STEPS, and
-    the rows' common scales, E8M0 bytes uint8 [rows]."""
+def _with_row_scales(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Codes, steps of their scales above the least that their row can have, uint8 [rows, K / 32] in 0..MOST_STEPS, the
+    rows' common scales, E8M0 bytes uint8 [rows], and how many groups were rounded."""
     # Blocks of zeros may have any scale; they must not lift or lower the others.
     is_zero = (packed.view(*scale.shape, 16) & 0x77 == 0).all(-1)
     scale = torch.where(is_zero, 0, scale.int())
     least = (scale.amax(1, keepdim=True) - MOST_STEPS).clamp_min(0)
     steps = (scale - least).clamp_min(0)
     too_small = ((least - scale).clamp_min(0) * ~is_zero).clamp_max(5)
-    if bool(too_small.any()):
+    num_rounded = int(too_small.count_nonzero())
+    if num_rounded:
         packed = _shifted_codes(packed, too_small)
-    return packed, steps.to(torch.uint8), (least.squeeze(1) + MOST_STEPS - TOP).to(torch.uint8)
+    return packed, steps.to(torch.uint8), (least.squeeze(1) + MOST_STEPS - TOP).to(torch.uint8), num_rounded
 
 
 def _shifted_codes(packed: Tensor, shifts: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ import re
 
 import jsonschema
 import pytest
+from tokenizers import Tokenizer
 
+from dsv4serve.config import default_model
 from tools.demo_model import tokenizer
 from tools.demo_model.builders import arithmetic, json_answers, kinds, natural, puzzles, tools, values
 from tools.demo_model.sample import Answer
@@ -214,6 +216,24 @@ def test_digits_are_tokens_of_their_own_and_control_tokens_have_the_first_ids(tr
     assert trained.encode("4821").tokens == ["4", "8", "2", "1"]
     assert [trained.token_to_id(name) for name in tokenizer.SPECIAL] == [0, 1, 2]
     assert trained.get_vocab_size() == 600
+
+
+def test_drills_have_more_functions_where_there_is_room():
+    most = {
+        room: max(len(sample.tools) for sample in take(tools.samples(random.Random(3), max_tokens=room), 200))
+        for room in (900, 4000)
+    }
+    assert most == {900: 4, 4000: tools.MOST_OFFERS}
+
+
+def test_a_word_that_is_not_common_has_the_same_tokens_wherever_it_stands():
+    embedded = Tokenizer.from_file(str(default_model() / "tokenizer.json"))
+    draw = random.Random(5)
+    for word in [values.made_up(draw, unseen) for unseen in (False, True) for _ in range(200)]:
+        for text in (word, word.capitalize()):
+            spoken, quoted = (embedded.encode(f"{before}{text}", add_special_tokens=False) for before in ("a ", '"'))
+            assert spoken.tokens[2:] == quoted.tokens[1:]
+            assert spoken.tokens[1] == "\u0120"  # the space alone
 
 
 def test_training_a_tokenizer_twice_gives_the_same_file(trained):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv4_kernels.sampling import NonFiniteLogits, sample, uniform
+from dsv4_kernels.sampling import COIN, DRAFT, NonFiniteLogits, sample, signed, uniform, uniforms
 
 
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, u=0.5):
@@ -143,6 +143,13 @@ def test_non_finite_rows_are_named():
 
 def test_zero_rows():
     assert draw(torch.empty(0, 10)).shape == (0,)
+
+
+@pytest.mark.parametrize("stream", [0, DRAFT, COIN])
+def test_random_numbers_of_a_tensor_are_those_of_single_outputs(stream):
+    seeds, indices = [-1, 0, 1, 2**63, 2**64 - 2, 2**63 - 1], [0, 1, 700, 2**31]
+    found = uniforms(torch.tensor([[signed(seed)] for seed in seeds]), torch.tensor([indices]), stream)
+    assert found.tolist() == [[uniform(seed, index, stream) for index in indices] for seed in seeds]
 
 
 def test_uniform_is_a_pure_function_in_range():

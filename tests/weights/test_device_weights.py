@@ -124,6 +124,21 @@ def test_damaged_values_are_refused(folder, tmp_path, name, byte, message):
         load_device_weights(EngineConfig(model=tmp_path / "broken"), CONFIG, CPU, "bf16")
 
 
+def test_groups_that_e4m3_cannot_hold_beside_their_row_are_told(folder, tmp_path, caplog):
+    shutil.copytree(folder, tmp_path / "uneven")
+    path = tmp_path / "uneven" / "model.safetensors"
+    tensors = load_file(path)
+    scale = tensors["layers.1.ffn.experts.2.w1.scale"].view(torch.uint8)
+    scale[:2, 1] = scale.max() - 12
+    scale[0, 0] = scale[1, 0] = scale.max()
+    save_file(tensors, path)
+    config = EngineConfig(model=tmp_path / "uneven")
+    load_device_weights(config, CONFIG, CPU, "fp4")
+    assert not caplog.records
+    load_device_weights(config, CONFIG, CPU, "fp8")
+    assert [record.getMessage()[:34] for record in caplog.records] == ["2 groups of 32 expert weights are "]
+
+
 def test_experts_take_matrices_of_whole_groups_only():
     with pytest.raises(ValueError, match="K is 96; expected a multiple of 128"):
         empty_experts(2, 128, 96, form="fp8", device=CPU)
