@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from dsv4_kernels import capability
 from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows
 from dsv4_kernels.quant.triton import launch
@@ -15,14 +14,10 @@ LEAST_TOKENS = 48  # of a product that the library does
 MULTIPLE = 4  # of tokens: the library wants columns of scales at multiples of 16 bytes
 
 
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def is_for_library(num_tokens: int, device: torch.device) -> bool:
     """Whether the library multiplies so many tokens with a weight."""
-    return not is_deterministic() and num_tokens >= LEAST_TOKENS and num_tokens % MULTIPLE == 0 and _is_hopper(device)
+    is_enough = num_tokens >= LEAST_TOKENS and num_tokens % MULTIPLE == 0
+    return is_enough and not is_deterministic() and capability.is_hopper(device)
 
 
 def empty_rows(num_rows: int, depth: int, device: torch.device, scales: bool = False) -> Fp8Rows:

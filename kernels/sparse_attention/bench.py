@@ -10,7 +10,10 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
+import torch
+
 from dsv4_kernels.benching import Measured, measure, relative_error, write_lines
+from dsv4_kernels.capability import is_hopper
 from dsv4_kernels.cases import FLASH, MODELS, PRO
 from dsv4_kernels.kv_store.cases import kv_format
 from dsv4_kernels.sparse_attention.cases import Case
@@ -57,17 +60,19 @@ def steps(models: Collection[str]) -> Iterator[tuple[str, Case]]:
 
 def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
     """One line for each step; the error is that of the smallest decode step."""
+    kernels = [("triton", False), ("gluon", True)] if is_hopper(torch.device("cuda", 0)) else [("triton", False)]
     for what, case in steps(models):
+        name = f"{case.name} {what}"
         moved, copies = moved_bytes(case), 1 if case.num_tokens > 64 else COPIES
         inputs = [case.make(seed, "cuda") for seed in range(copies)]
-        measured = measure([partial(sparse_attention, **one) for one in inputs], moved, flops(case))
-        more = {}
-        if case.num_tokens == 1:
-            more["relative_error"] = relative_error(sparse_attention(**inputs[0]), case.reference(inputs[0]))
-        name = f"{case.name} {what}"
-        yield measured.as_line(
-            op="sparse_attention", implementation="triton", shapes=name, num_tokens=case.num_tokens, **more
-        )
+        for implementation, specialized in kernels:
+            calls = [partial(sparse_attention, **one, specialized=specialized) for one in inputs]
+            more = {}
+            if case.num_tokens == 1:
+                more["relative_error"] = relative_error(calls[0](), case.reference(inputs[0]))
+            yield measure(calls, moved, flops(case)).as_line(
+                op="sparse_attention", implementation=implementation, shapes=name, num_tokens=case.num_tokens, **more
+            )
         blocks = -(-case.num_keys // case.num_tokens // KEYS)
         if blocks <= FEW_BLOCKS and case.num_tokens <= 16:  # what one launch is compared with
             calls = [partial(sparse_attention, **one, num_splits=blocks) for one in inputs]

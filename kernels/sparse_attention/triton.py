@@ -26,6 +26,8 @@ from dsv4_kernels.kv_store.reference import KV_GROUP, SCALE_ALIGN, Planes
 from dsv4_kernels.metadata.rows import Rows
 from dsv4_kernels.quant.device import power_of_two
 from dsv4_kernels.rope.device import rotate
+from dsv4_kernels.sparse_attention.device import key_blocks
+from dsv4_kernels.sparse_attention.hopper import attend_specialized
 
 KEYS = 64  # keys of a block
 HEADS = 64  # most heads of a program: the rows of a wgmma tile
@@ -35,15 +37,6 @@ PROGRAMS = 128  # keys are split while there are fewer: about one per SM, becaus
 RUN_AHEAD_TCGEN05 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 FEW_BLOCKS = 3  # of keys, which one program reads in about the time of the launch that would add parts (predicted)
 PARTS = 8  # partial results that `_combine` adds at a time
-
-
-@triton.jit
-def _blocks(position, num_chosen, split, num_splits, RATIO, CHOSEN, WINDOW_BLOCKS, KEYS):
-    """Key blocks [first, last) of one split of a row; none for padding."""
-    entries = num_chosen if CHOSEN else ((position + 1) // RATIO if RATIO > 0 else 0)
-    blocks = tl.where(position >= 0, WINDOW_BLOCKS + tl.cdiv(entries, KEYS), 0)
-    each = tl.cdiv(blocks, num_splits)
-    return split * each, tl.minimum((split + 1) * each, blocks)
 
 
 @triton.jit
@@ -151,7 +144,7 @@ def _attend(
     split = tl.program_id(1)
     position, slot = tl.load(positions + row), tl.load(slots + row)
     start = position - (row - tl.load(firsts + row))  # position of the request's first row of the step
-    first, last = _blocks(position, num_chosen, split, num_splits, RATIO, CHOSEN, WINDOW_BLOCKS, KEYS)
+    first, last = key_blocks(position, num_chosen, split, num_splits, RATIO, CHOSEN, WINDOW_BLOCKS, KEYS)
 
     head = tl.arange(0, HEADS)
     inside = (head < (HEADS if NUM_HEADS % HEADS == 0 else NUM_HEADS - first_head)) & (first < last)
@@ -233,7 +226,7 @@ def _combine(
     acc = tl.zeros([DIM], tl.float32)
     for block in range(tl.cdiv(num_splits, PARTS)):
         split = block * PARTS + tl.arange(0, PARTS)
-        first, last = _blocks(position, num_chosen, split, num_splits, RATIO, CHOSEN, WINDOW_BLOCKS, KEYS)
+        first, last = key_blocks(position, num_chosen, split, num_splits, RATIO, CHOSEN, WINDOW_BLOCKS, KEYS)
         used = (split < num_splits) & (first < last)
         part = (row * num_splits + split) * num_heads + head
         tops = tl.load(partial_top + part, mask=used, other=float("-inf"))
@@ -277,6 +270,7 @@ def sparse_attention(
     out: Tensor | None = None,
     num_splits: int | None = None,
     turned: bool | None = None,
+    specialized: bool = False,
 ) -> Tensor:
     """Attention over the window, compressed entries and a sink, then inverse RoPE (docs/model.md section 4).
 
@@ -292,6 +286,8 @@ def sparse_attention(
             row's bits independent of the step.
         turned: dims as the rows of the value product's tile; when None as the GPU wants it: tcgen05 has no room for
             an accumulator with 64 rows of heads, and fewer than 64 heads fill no wgmma tile.
+        specialized: by the kernel whose warps have roles (hopper.py), on Hopper and with a multiple of 64 heads of 512
+            dims. The engine does not take it before it has run on a GPU.
 
     Returns `out`. All planes are KV_FP8. Raises ValueError for other head sizes than powers of two from 128 to 512.
     """
@@ -301,6 +297,8 @@ def sparse_attention(
             f"sparse_attention: q is {list(q.shape)}, {2 * rotations.shape[-1]} dims rotated; the Triton kernels take "
             f"neighbouring heads of 128, 256 or 512 dims, {KV_GROUP} rotated"
         )
+    if specialized and (num_heads % HEADS or dim != 512):
+        raise ValueError(f"sparse_attention: q is {list(q.shape)}; warps with roles take multiples of 64 heads of 512")
     if ratio and (entry_planes is None or page_table is None):
         raise ValueError(f"sparse_attention: ratio {ratio} needs entry_planes and page_table")
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype) if out is None else out
@@ -319,8 +317,7 @@ def sparse_attention(
     partial_total = torch.empty_like(partial_top)
     turns = torch.view_as_real(rotations)
     constants = {"DIM": dim, "ROPE": KV_GROUP, "WINDOW": window, "RATIO": ratio, "CHOSEN": chosen is not None}
-    constants["KEYS"] = KEYS
-    _attend[(num_rows * triton.cdiv(num_heads, heads), num_splits)](
+    arguments = (
         q,
         sink,
         turns,
@@ -341,18 +338,22 @@ def sparse_attention(
         num_chosen,
         num_splits,
         dim**-0.5 * math.log2(math.e),
-        NUM_HEADS=num_heads,
-        SCALES=SCALE_ALIGN,
-        RING=ring_rows,
-        PER_PAGE=per_page,
-        SPLIT=num_splits > 1,
-        TURNED=turned,
-        HEADS=heads,
-        num_warps=4 if dim == 128 else 8,
-        num_stages=1 if turned and heads == HEADS and not RUN_AHEAD_TCGEN05 else 2,
-        **constants,
-        launch_pdl=launches_early(q.device),
     )
+    of_kernel = constants | {"NUM_HEADS": num_heads, "SCALES": SCALE_ALIGN, "RING": ring_rows, "PER_PAGE": per_page}
+    of_kernel |= {"SPLIT": num_splits > 1, "launch_pdl": launches_early(q.device)}
+    grid = (num_rows * triton.cdiv(num_heads, heads), num_splits)
+    if specialized:
+        attend_specialized[grid](*arguments, num_warps=8, **of_kernel)
+    else:
+        _attend[grid](
+            *arguments,
+            TURNED=turned,
+            HEADS=heads,
+            KEYS=KEYS,
+            num_warps=4 if dim == 128 else 8,
+            num_stages=1 if turned and heads == HEADS and not RUN_AHEAD_TCGEN05 else 2,
+            **of_kernel,
+        )
     if num_splits > 1:
         _combine[(num_rows, num_heads)](
             partial,
@@ -364,6 +365,7 @@ def sparse_attention(
             num_heads,
             num_chosen,
             num_splits,
+            KEYS=KEYS,
             PARTS=PARTS,
             num_warps=4,
             **constants,

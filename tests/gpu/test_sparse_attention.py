@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dsv4_kernels.benching import relative_error
+from dsv4_kernels.capability import is_hopper
 from dsv4_kernels.cases import FLASH, PRO
 from dsv4_kernels.metadata.rows import Rows
 from dsv4_kernels.sparse_attention.cases import CASES, Case
@@ -19,6 +20,12 @@ DECODE = [
 ]
 
 
+@pytest.fixture
+def hopper():
+    if not is_hopper(torch.device("cuda", 0)):
+        pytest.skip("a kernel of Hopper")
+
+
 def assert_equals_reference(case, **arguments):
     inputs = case.make(0, "cuda")
     out = torch.full_like(inputs["q"], 7.0)
@@ -30,6 +37,20 @@ def assert_equals_reference(case, **arguments):
 @pytest.mark.parametrize("case", NAMED + DECODE, ids=lambda case: f"{case.name}-{case.num_tokens}")
 def test_equals_the_reference(case):
     assert_equals_reference(case)
+
+
+@pytest.mark.parametrize("num_splits", [None, 1, 5])
+@pytest.mark.parametrize("case", [case for case in NAMED + DECODE if case.shapes.head_dim == 512], ids=lambda c: c.name)
+def test_warps_with_roles_equal_the_reference(hopper, case, num_splits):
+    assert_equals_reference(case, num_splits=num_splits, specialized=True)
+
+
+def test_warps_with_roles_have_the_same_bits_each_time(hopper):
+    """Whoever is ahead: what a role reads was written before, and is not written until it was read."""
+    inputs = Case("pro", PRO, ((8_192, 256),), ratio=4, top_k=1024).make(3, "cuda")
+    first = sparse_attention(**inputs, specialized=True)
+    for _ in range(20):
+        assert torch.equal(sparse_attention(**inputs, specialized=True), first)
 
 
 @pytest.mark.parametrize("num_splits", [1, 5, 40])

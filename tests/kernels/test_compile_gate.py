@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for Hopper and for GB300 at true shapes, with everything in registers."""
+"""Every Triton kernel compiles for Hopper and for GB300 at true shapes, with everything in registers but for STACK."""
 
 import importlib
 import json
@@ -32,6 +32,9 @@ WAIT = "BAR.SYNC ;\n.L_x_0:\n ACQBULK ;\n PREEXIT ;\n LDG.E R2 ;\n.L_x_1:\n EXIT
         ("UTCATOMSWS.FIND_AND_SET.ALIGN ;\n" + WAIT, True),
         (WAIT + "UTCATOMSWS.FIND_AND_SET.ALIGN ;\n", False),
         (WAIT.replace("ACQBULK", "NOP"), False),
+        ("@P0 BRA `(.L_x_0) ;\n BAR.SYNC.DEFER_BLOCKING 0x1 ;\n LDS R2 ;\n" + WAIT, True),  # another role
+        ("@P0 BRA `(.L_x_0) ;\n LDG.E R2 ;\n BAR.SYNC.DEFER_BLOCKING 0x1 ;\n" + WAIT, False),
+        ("BAR.SYNC.DEFER_BLOCKING 0x1 ;\n" + WAIT, False),  # nobody waits
     ],
 )
 def test_machine_code_that_does_not_wait_first_is_found(sass, expected):
@@ -87,13 +90,15 @@ def gates(tmp_path_factory):
 def test_kernels_compile_without_stack_and_on_the_tensor_cores(gates, operation, capability, target):
     kernels = gates.compile(capability, operation)
     launches = importlib.import_module(f"support.launches.{operation}")
-    assert {kernel["kernel"] for kernel in kernels} == launches.KERNELS
+    elsewhere = getattr(launches, "HOPPER", set()) if capability != 90 else set()
+    assert {kernel["kernel"] for kernel in kernels} == launches.KERNELS - elsewhere
     unconverted = getattr(launches, "UNCONVERTED", set())
     plain = getattr(launches, "PLAIN", set())
     assert unconverted | plain <= launches.KERNELS
+    stack = getattr(launches, "STACK", {})
     for kernel in kernels:
         assert kernel["target"] == target
-        assert kernel["stack_bytes"] == 0, kernel
+        assert kernel["stack_bytes"] <= stack.get(kernel["kernel"], 0), kernel
         assert kernel["shared_bytes"] <= MAX_SHARED_BYTES, kernel
         assert kernel["tensor_memory_columns"] <= MAX_TENSOR_MEMORY_COLUMNS, kernel
         found = kernel["matrix_instructions"]

@@ -11,12 +11,13 @@ import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
 from triton.runtime.interpreter import InterpretedFunction
 
+from dsv4_kernels import capability
 from dsv4_kernels.cases import DEMO, Shapes, generator, nonzero
 from dsv4_kernels.compressor.cases import MAIN
 from dsv4_kernels.compressor.cases import Case as CompressorCase
 from dsv4_kernels.compressor.triton import compress_c128
 from dsv4_kernels.deterministic import deterministic, is_deterministic
-from dsv4_kernels.gemm import library, quantize
+from dsv4_kernels.gemm import library
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.gemm.triton import grouped_fp8_out, linear_bf16, linear_fp8, tiles_for
@@ -65,7 +66,7 @@ def test_the_switch_is_off_and_comes_back():
 
 
 def test_the_library_is_left_out(monkeypatch):
-    monkeypatch.setattr(quantize, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(capability, "is_hopper", lambda device: True)
     x = torch.empty(64, 128)
     assert library.is_for_library(x)
     with deterministic():

@@ -34,6 +34,8 @@ BRANCH = re.compile(r"\bBRA\b.*`\((\.L\w+)\)")
 VISIBLE = re.compile(
     r"\b(LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UBLKCP|UTMA\w+|BRX|CALL(?!.*guardrail_trap)|EXIT|RET)\b"
 )
+STEP = re.compile(r"[^;\n]*[A-Z][^;\n]*;")  # an instruction
+ROLES = re.compile(r"\bBAR\.SYNC\S* 0x1 ;")  # where warps of other roles wait for the program's first ones
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -105,13 +107,32 @@ def conversions(sass: str) -> int | None:
 def waits_first(sass: str) -> bool:
     """Whether every program waits for the kernels before it, and reads and writes no memory until then.
 
-    Nor may it take tensor memory later: it could wait for that of a program which waits for this kernel.
+    Each way from the first instruction is followed to the wait, or to the barrier at which warps of other roles stand
+    until those of the first one, which waited, come there. Nor may a kernel take tensor memory behind the wait: it
+    could wait for that of a program which waits for this kernel.
     """
     wait = re.search(r"\bACQBULK\b", sass)
-    if wait is None or VISIBLE.search(sass, 0, wait.start()) or "FIND_AND_SET" in sass[wait.end() :]:
+    if wait is None or "FIND_AND_SET" in sass[wait.end() :]:
         return False
     labels = {label[1]: label.start() for label in LABEL.finditer(sass)}
-    return all(labels[branch[1]] < wait.start() for branch in BRANCH.finditer(sass, 0, wait.start()))
+    ways, seen, found = [0], set(), False
+    while ways:
+        at = ways.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        step = STEP.search(sass, at)
+        if step is None or VISIBLE.search(step[0]):
+            return False
+        if "ACQBULK" in step[0]:
+            found = True
+        elif not ROLES.search(step[0]):
+            branch = BRANCH.search(step[0])
+            if branch is None or "@" in step[0]:
+                ways.append(step.end())
+            if branch is not None:
+                ways.append(labels[branch[1]])
+    return found
 
 
 @functools.cache

@@ -16,9 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime import jit
 from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
-from dsv4_kernels import dependent
-from dsv4_kernels.gemm import quantize
+from dsv4_kernels import capability, dependent
 
 MOST_BYTES = 1 << 20  # of memory that is cleared: indices and logits are smaller
 
@@ -29,8 +29,10 @@ def record_keys(monkeypatch: Any, is_hopper: bool = True) -> set[str]:
     """
     keys: set[str] = set()
 
-    def run(kernel: InterpretedFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        _, specialisation, options = _binder(kernel)(*args, **kwargs)
+    def run(kernel: InterpretedFunction | JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        settings = vars(kernel) if isinstance(kernel, JITFunction) else kernel.kwargs
+        fixed = tuple(settings.get("do_not_specialize") or ())
+        _, specialisation, options = _binder(kernel.fn, fixed)(*args, **kwargs)
         keys.add(f"{kernel.fn.__module__}.{kernel.fn.__name__}: {specialisation} {options}")
 
     def scaled_mm(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -44,9 +46,10 @@ def record_keys(monkeypatch: Any, is_hopper: bool = True) -> set[str]:
         return mm(x, weight, **settings)
 
     monkeypatch.setattr(InterpretedFunction, "run", run)
+    monkeypatch.setattr(JITFunction, "run", run)  # Gluon's kernels, which are not interpreted
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", scaled_mm)
     monkeypatch.setattr(torch, "mm", wide_mm)
-    monkeypatch.setattr(quantize, "_is_hopper", lambda device: is_hopper)
+    monkeypatch.setattr(capability, "is_hopper", lambda device: is_hopper)
     monkeypatch.setattr(dependent, "_can_launch_early", lambda device: True)
 
     def cleared(made: Tensor) -> Tensor:
@@ -58,9 +61,7 @@ def record_keys(monkeypatch: Any, is_hopper: bool = True) -> set[str]:
 
 
 @functools.cache
-def _binder(kernel: InterpretedFunction) -> Any:
+def _binder(function: Any, do_not_specialize: tuple[str, ...]) -> Any:
     """Binds arguments as a compiled launch of the kernel would."""
-    function = jit.JITFunction(kernel.fn, **kernel.kwargs)
-    return jit.create_function_from_signature(
-        function.signature, function.params, make_backend(GPUTarget("cuda", 90, 32))
-    )
+    kernel = JITFunction(function, do_not_specialize=list(do_not_specialize))
+    return jit.create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
