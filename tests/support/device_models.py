@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import torch
 from support.models import BASE
 
 from dsv4_kernels.mega_moe.weights import form_for
-from dsv4serve.config import EngineConfig, ModelConfig, Numerics
+from dsv4serve.chat.tokenizer import ChatTokenizer
+from dsv4serve.config import EngineConfig, ModelConfig, Numerics, default_model
 from dsv4serve.model.device import DeviceTransformer
 from dsv4serve.model.transformer import Transformer
 from dsv4serve.weights import dummy_weights, load_weights, write_checkpoint
 from dsv4serve.weights.device_loader import load_device_weights
 from dsv4serve.weights.export import exported_config
 from dsv4serve.weights.layout import official_view
+from tools.demo_model.builders.stories import Story
 
 RAW: dict[str, Any] = {
     **BASE,
@@ -55,3 +58,11 @@ def both(directory: Path, device: torch.device) -> tuple[Transformer, DeviceTran
     # Where there is no GPU, the form of Hopper.
     form = "fp8" if device.type == "cpu" else form_for("fp8", torch.cuda.get_device_capability(device)[0])
     return reference, DeviceTransformer(model, load_device_weights(config, model, device, form))
+
+
+def stories(num_tokens: int) -> list[int]:
+    """Tokens that the demo model knows what to do with: stories as it has read them, of another seed."""
+    draw, text, encode = random.Random(20_261_127), "", ChatTokenizer(default_model()).encode
+    while len(tokens := encode(text)) < num_tokens:
+        text += Story(draw).write() + "\n\n"
+    return tokens[:num_tokens]
