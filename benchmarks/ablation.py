@@ -45,11 +45,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from ablation_engine import AblationEngine, build_network, middle
+from ablation_engine import AblationEngine, bf16_experts, build_network, middle
 from gpu_models import whole_config
 from interactivity import Side, at_equal_interactivity, day0_requests, day0_token_bytes, requests_that_fit, table
 from support.device_engine import STEP_BOUND, median_row
-from unfused import SWITCHES, unfused
+from unfused import SWITCHES, Experts, unfused
 
 from dsv4serve.cli.record import append_record, make_record, this_device
 from dsv4serve.config import ModelConfig, Numerics
@@ -88,10 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name}: left out, not enough time")
             continue
         full = ModelConfig.from_dict(whole_config(name), name)
-        ablation = Ablation(name, build_network(name), full, args, deadline)
+        network = build_network(name)
+        experts = bf16_experts(name, network) if BF16 in args.switches else []
+        ablation = Ablation(name, network, full, args, deadline, experts)
         ablation.run()
         agrees &= ablation.agrees
-        del ablation
+        del ablation, network, experts
         gc.collect()
         torch.cuda.empty_cache()
     return 0 if agrees else 1
@@ -104,16 +106,24 @@ class Ablation:
         full: the model of which `network` has some layers.
         args: of `main`.
         deadline: of time.perf_counter, beyond which nothing is begun.
+        experts: as `unfused` takes them.
     """
 
     def __init__(
-        self, name: str, network: DeviceTransformer, full: ModelConfig, args: argparse.Namespace, deadline: float
+        self,
+        name: str,
+        network: DeviceTransformer,
+        full: ModelConfig,
+        args: argparse.Namespace,
+        deadline: float,
+        experts: Sequence[Experts] = (),
     ) -> None:
         self.name, self.network, self.full, self.args, self._deadline = name, network, full, args, deadline
         self.engine = AblationEngine(network, max(args.batches), args.context, args.prefill, args.output)
         self.agrees, self._device = True, this_device()
         impossible = set() if self.engine.is_cuda else set(GRAPHS)
-        if network.blocks[0].moe.w13.form != "bf16":
+        self._experts = experts
+        if network.blocks[0].moe.w13.form != "bf16" and not experts:
             impossible.add(BF16)
         self.everything = tuple(switch for switch in args.switches if switch not in impossible)
         self.day0 = tuple(switch for switch in self.everything if switch != "decode-graphs")
@@ -153,7 +163,7 @@ class Ablation:
     def _variant(self, off: tuple[str, ...]) -> dict[str, Any]:
         """One line: steps with what is in `off` off."""
         batch = self.args.batches[0]
-        with unfused(off, self.network):
+        with unfused(off, self.network, self._experts):
             prefill_logits = self.engine.prefill_logits()
             decode_ms, decode_launches, decode_logits = self._decode(off, batch, checks=True)
             prefill_ms, prefill_launches = self._prefill(off)
@@ -238,7 +248,7 @@ class Ablation:
         measured = self.results[off]
         sizes = [self.args.batches[0]]
         steps, prefill = {sizes[0]: measured["decode_step_ms"]}, measured["prefill_ms"]
-        with unfused(off, self.network):
+        with unfused(off, self.network, self._experts):
             for batch in self.args.batches[1:]:
                 if self._left() > VARIANT_SECONDS:
                     steps[batch] = middle(self._decode(off, batch)[0])

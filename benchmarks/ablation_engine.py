@@ -16,6 +16,7 @@ from gpu_models import engine_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
+from unfused import Experts
 
 from dsv4_kernels.mega_moe.weights import form_for
 from dsv4serve.config import ModelConfig, Numerics
@@ -38,6 +39,18 @@ def build_network(name: str) -> DeviceTransformer:
     model, device = ModelConfig.load(config.model), torch.device("cuda", torch.cuda.current_device())
     form = form_for("fp8", torch.cuda.get_device_capability(device)[0])
     return DeviceTransformer(model, load_device_weights(config, model, device, form))
+
+
+def bf16_experts(name: str, network: DeviceTransformer) -> list[Experts]:
+    """Routed experts of the network's blocks in the form `bf16`, of the same dummy weights; none if the network's have
+    that form, or where a second set of all weights would take more than half of the GPU."""
+    device = network.device
+    total = torch.cuda.get_device_properties(device).total_memory
+    if network.blocks[0].moe.w13.form == "bf16" or 4 * torch.cuda.memory_allocated(device) > total:
+        return []
+    weights = load_device_weights(engine_config(name), network.config, device, "bf16")
+    experts = [f"layers.{layer}.ffn.experts." for layer in range(len(network.blocks))]
+    return [(weights[prefix + "w13"], weights[prefix + "w2"]) for prefix in experts]
 
 
 class AblationEngine:

@@ -7,7 +7,7 @@ Each switch replaces functions where the network or the step looks them up, and 
 | `mhc` | `mhc_boundary`, `mhc_head` | the references of mhc, norm and quant: a launch for each torch operation |
 | `compressor` | the compressors of `prepare_rows` | the reference's chain: gather, pool, norm, RoPE, round, store |
 | `launches` | what shares a launch (ADR 7) | the same Triton kernels, each in a launch of its own, see `_launches` |
-| `bf16-experts` | FP8 activations of the routed experts | BF16 activations, W4A16 (weights of the form `bf16` only) |
+| `bf16-experts` | FP8 activations of the routed experts | BF16 activations, W4A16, with weights of the form `bf16` |
 | `early-launches` | kernels launched before the one ahead ends (ADR 9) | the same, one after the other; compiled anew |
 """
 
@@ -35,6 +35,7 @@ from dsv4_kernels.kv_store.triton import prepare_q, store_kv
 from dsv4_kernels.mega_moe.combine import combine
 from dsv4_kernels.mega_moe.shared import shared_expert
 from dsv4_kernels.mega_moe.triton import pair_outputs
+from dsv4_kernels.mega_moe.weights import Fp4Weight
 from dsv4_kernels.metadata import C4, Rows
 from dsv4_kernels.mhc import reference as mhc
 from dsv4_kernels.norm.reference import rms_norm as plain_norm
@@ -50,8 +51,11 @@ SWITCHES = ("mhc", "compressor", "launches", "bf16-experts", "early-launches")
 
 
 @contextmanager
-def unfused(off: Collection[str], network: DeviceTransformer) -> Iterator[None]:
-    """Inside, the device engine computes without these of SWITCHES. Graphs captured before stay as they are."""
+def unfused(off: Collection[str], network: DeviceTransformer, experts: Sequence[Experts] = ()) -> Iterator[None]:
+    """Inside, the device engine computes without these of SWITCHES. Graphs captured before stay as they are.
+
+    experts: of each block, in the form `bf16`, which `bf16-experts` needs if the network's have another.
+    """
     with ExitStack() as stack:
 
         def replace(module: object, **functions: Any) -> None:
@@ -67,11 +71,13 @@ def unfused(off: Collection[str], network: DeviceTransformer) -> Iterator[None]:
             replace(pair, FEW=0)  # nor few rows' queries with their compressors in one launch
         if "early-launches" in off:
             replace(dependent, ENABLED=False)
-        _moe(replace, "launches" in off, "bf16-experts" in off)
+        others = {id(block.moe.w13): each for block, each in zip(network.blocks, experts, strict=False)}
+        _moe(replace, "launches" in off, "bf16-experts" in off, others)
         yield
 
 
 Replace = Callable[..., None]
+Experts = tuple[Fp4Weight, Fp4Weight]  # w13, w2 of a block
 
 
 def _added(streams: Tensor, output: Tensor | None, post: Tensor | None, comb: Tensor | None) -> Tensor:
@@ -237,9 +243,10 @@ def _launches(replace: Replace, network: DeviceTransformer) -> None:
     replace(indexer, ONE_LAUNCH_ROWS=0)
 
 
-def _moe(replace: Replace, separate: bool, bf16: bool) -> None:
+def _moe(replace: Replace, separate: bool, bf16: bool, others: dict[int, Experts]) -> None:
     """`separate`: x is rounded, tiles are filled, the shared expert runs and a token's parts are added in launches of
-    their own. `bf16`: routed experts read x as it is."""
+    their own. `bf16`: routed experts read x as it is; they are in `others`, by the id of a block's w13, or the block's
+    own."""
     if not (separate or bf16):
         return
     fused_route, fused_parts = device.route, device.expert_parts
@@ -270,6 +277,7 @@ def _moe(replace: Replace, separate: bool, bf16: bool) -> None:
     ) -> Tensor:
         if bf16:
             inputs, scales, activations = seen["x"], seen["x"], "bf16"
+            w13, w2 = others.get(id(w13), (w13, w2))
         rest = {"limit": limit, "activations": activations}
         if not separate:
             return fused_parts(inputs, scales, rows, weights, tiles, w13, w2, shared_w13, shared_w2, **rest)

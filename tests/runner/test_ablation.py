@@ -49,6 +49,15 @@ def networks(tmp_path_factory):
     return dict(zip(ExpertActivations, references, strict=True)), DeviceTransformer(CONFIG, device_weights)
 
 
+@pytest.fixture(scope="module")
+def e4m3(networks, tmp_path_factory):
+    """The network with the experts that Hopper multiplies in E4M3, and these as BF16 inputs need them."""
+    folder = tmp_path_factory.mktemp("e4m3") / "model"
+    write_checkpoint(folder, SIZES, functools.partial(official_view, dummy_weights(CONFIG, 3)), quantized=True)
+    weights = load_device_weights(EngineConfig(model=folder), CONFIG, torch.device("cpu"), form="fp8")
+    return DeviceTransformer(CONFIG, weights), [(block.moe.w13, block.moe.w2) for block in networks[1].blocks]
+
+
 class KeptSpares(Sequences):
     """The last row of each pool, where unfused steps put what is no entry, is put back after each of them."""
 
@@ -76,6 +85,16 @@ def test_chunks_decodes_and_padding_compute_the_same_unfused(networks, off):
         sequences.check_step({2: 4, 0: 3, 3: 6}, num_rows=16)
         sequences.check_step({3: 1, 0: 1, 2: 1}, num_rows=4)
         sequences.check_step({3: 1, 0: 1}, num_rows=4)
+
+
+@pytest.mark.parametrize("off", [("bf16-experts",), ("launches", "bf16-experts")], ids="+".join)
+def test_experts_of_another_form_take_bf16_too(networks, e4m3, off):
+    network, experts = e4m3
+    reference = networks[0][ExpertActivations.BF16]
+    sequences = KeptSpares(reference, network, ids={0: random_ids(CONFIG, 20, 3)})
+    with unfused(off, network, experts):
+        sequences.check_step({0: 12}, num_rows=16)
+        sequences.check_step({0: 1}, num_rows=4)
 
 
 def test_an_ablation_leaves_a_line_for_each_variant_and_one_that_compares(networks, tmp_path, capsys, monkeypatch):
