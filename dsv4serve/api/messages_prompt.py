@@ -162,19 +162,19 @@ def _tool(raw: Any, where: str) -> dict[str, Any]:
 
 
 def _tool_choice(choice: dict[str, Any]) -> Any:
-    kind = choice.get("type")
+    kind = str(choice.get("type"))  # whatever was sent: a list has no hash
     if kind == "tool":
         return {"type": "function", "function": {"name": choice.get("name")}}
     if choice and kind not in CHOICES:
         raise InvalidRequest(f"allowed are {', '.join(CHOICES)} and tool", "tool_choice.type")
-    return CHOICES.get(str(kind))
+    return CHOICES.get(kind)
 
 
 def _thinking(thinking: dict[str, Any]) -> dict[str, str] | None:
-    kind = thinking.get("type")
+    kind = str(thinking.get("type"))
     if thinking and kind not in THINKING:
         raise InvalidRequest(f"allowed are {', '.join(THINKING)}", "thinking.type")
-    return {"type": THINKING[str(kind)]} if thinking else None
+    return {"type": THINKING[kind]} if thinking else None
 
 
 def _response_format(format: dict[str, Any]) -> dict[str, Any] | None:

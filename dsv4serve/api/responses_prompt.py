@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import orjson
 from pydantic import Field
 
 from dsv4serve.api.body import validate
@@ -22,6 +23,10 @@ STATELESS = {
     "prompt": "there are no stored prompts",
     "max_tool_calls": "this server runs no tools itself",
 }
+
+# What the answer repeats as it was sent, read by nobody before: it must be possible to write it.
+REPEATED = ("text", "tool_choice", "tools")
+MOST_NESTED = 250  # levels, about what orjson writes; it reads four times as many
 
 
 class ResponsesBody(Strict):
@@ -57,6 +62,11 @@ def chat_body(body: ResponsesBody) -> ChatBody:
             raise InvalidRequest(reason, name)
     if body.truncation not in (None, "disabled"):
         raise InvalidRequest("the server cuts no conversation: only disabled is supported", "truncation")
+    for name in REPEATED:
+        try:
+            orjson.dumps({"response": {name: getattr(body, name)}})  # as deep as in an event
+        except TypeError:
+            raise InvalidRequest(f"nested too deeply; at most {MOST_NESTED} levels are allowed", name) from None
     messages: list[dict[str, Any]] = []
     if body.instructions is not None:
         messages.append({"role": "system", "content": body.instructions})

@@ -238,9 +238,9 @@ def _read_recipe(recipe: Path | None) -> dict[str, Any]:
         return {}
     try:
         values = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"recipe {recipe}: {error}") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigError(f"recipe {recipe}: expected a mapping of setting names to values")
     return values
 

@@ -89,7 +89,9 @@ class Compiler:
                 grammar = _read(_with_marker(written))
             compiled = self._compiler.compile_grammar(grammar)
         except (RuntimeError, ValueError) as error:
-            raise InvalidRequest(f"not a grammar that can be enforced: {SOURCE.sub('', str(error)).strip()}") from None
+            # The library cuts what it cites inside of a character; the bytes are its message nevertheless.
+            said = error.object.decode(errors="replace") if isinstance(error, UnicodeDecodeError) else str(error)
+            raise InvalidRequest(f"not a grammar that can be enforced: {SOURCE.sub('', said).strip()}") from None
         return Compiled(compiled, uses_marker, self._vocabulary.eos_token_id, self._vocabulary.marker_id)
 
 

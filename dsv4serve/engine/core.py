@@ -244,6 +244,8 @@ class EngineCore:
     def _admit_prepared(self) -> None:
         """Hand the scheduler what is ready now."""
         for internal in [name for name, (future, _) in self._preparing.items() if future.done()]:
+            if internal not in self._preparing:
+                continue  # the reply to one before it found that their frontend is gone
             future, request = self._preparing.pop(internal)
             try:
                 future.result()
@@ -276,7 +278,7 @@ class EngineCore:
             for internal, (_, request_id) in self._owners.items()
             if call_id is None or request_id.startswith(call_id + "/")
         ]
-        aborted = [output for internal in found if (output := self._scheduler.abort(internal)) is not None]
+        aborted = [output for internal in found if (output := self._end(internal)) is not None]
         self._reply(aborted)
         return len(aborted)
 

@@ -161,6 +161,8 @@ def test_fields_mean_the_same_as_in_chat(fields, expected):
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0.type"),
         ({"tool_choice": {"type": "x"}}, "tool_choice.type"),
         ({"thinking": {"type": "x"}}, "thinking.type"),
+        ({"tool_choice": {"type": []}}, "tool_choice.type"),
+        ({"thinking": {"type": {}}}, "thinking.type"),
         ({"system": 5}, "system"),
     ],
 )

@@ -91,6 +91,24 @@ def test_other_ends(server, client):
     assert (last.type, last.response.error.message) == ("response.failed", "no engine")
 
 
+def nested(levels):
+    value = {}
+    for _ in range(levels - 1):
+        value = {"x": value}
+    return value
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", ["text", "tools"])
+def test_what_the_answer_repeats_is_nested_as_deep_as_was_sent(server, name, stream):
+    server.say("</think>Hello")
+    value = {"x": nested(240)} if name == "text" else [TOOLS[0] | {"x": nested(240)}]
+    response = server.client.post("/v1/responses", json={"input": "Hi", name: value, "stream": stream})
+    assert response.status_code == 200
+    last = response.text.split("data: ")[-1] if stream else response.text
+    assert (json.loads(last)["response"] if stream else json.loads(last))[name] == value
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -103,6 +121,10 @@ def test_other_ends(server, client):
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0"),
         ({"tools": [{"type": "web_search"}]}, "tools.0"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
+        # The answer repeats these, and nothing can write them.
+        ({"text": {"x": nested(300)}}, "text"),
+        ({"tools": [TOOLS[0] | {"x": nested(300)}]}, "tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "f", "x": nested(300)}}, "tool_choice"),
     ],
 )
 def test_what_is_not_supported_is_a_400(server, fields, param):

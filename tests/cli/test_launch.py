@@ -84,6 +84,24 @@ def test_a_wrong_value_is_an_error_that_names_it(words, message):
         parse(*words)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"port: \xff", "utf-8"),
+        (b"port: [", "while parsing"),
+        (b"[" * 5000, "recursion"),
+        (b"port: 2026-99-99", "month"),  # a date to YAML
+        (b"1: 2", "expected a mapping of setting names"),
+        (b"- port", "expected a mapping of setting names"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_an_error_that_names_the_file(tmp_path, content, message):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"recipe .*recipe.yaml: .*{message}"):
+        parse("--recipe", str(recipe))
+
+
 def test_a_setting_that_cannot_be_honoured_ends_with_exit_code_2(capsys):
     assert main(["launch", "--deterministic", "--device", "cpu"]) == 2
     assert "only for --device cuda" in capsys.readouterr().err

@@ -9,7 +9,8 @@ from support.constrained import END_THINK, MARKER_ID, VOCABULARY, decode, schema
 from support.engine import Engine, greedy
 from support.models import random_ids, small_config, small_transformer
 
-from dsv4serve.types import FinishReason, Request, RequestOutput
+from dsv4serve.constrained.compiler import Compiler
+from dsv4serve.types import FinishReason, InvalidRequest, Request, RequestOutput
 
 TRANSFORMER = small_transformer(small_config(), 1)
 CONFIG = TRANSFORMER.config
@@ -123,3 +124,9 @@ def test_a_grammar_that_becomes_too_slow_ends_its_own_request(monkeypatch) -> No
     outputs = engine().run(requests)
     assert outputs["slow"].finish_reason is FinishReason.ERROR
     assert re.fullmatch("[a-z]{9}", text_of(outputs["other"]))
+
+
+@pytest.mark.parametrize(("text", "kind"), [("x", "parser"), ("\N{GRINNING FACE}", "lexer")])
+def test_a_wrong_grammar_is_refused_with_what_is_wrong_whatever_its_characters(text: str, kind: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"can be enforced: EBNF {kind} error at line 1, column 1"):
+        Compiler(lambda: VOCABULARY).compile(tag({"type": "grammar", "grammar": text}))

@@ -12,7 +12,16 @@ from support.counting_runner import CountingRunner
 from support.engine_process import request
 
 from dsv4serve.config import EngineConfig
-from dsv4serve.engine.messages import Abort, FromFrontend, Outputs, Submit, decode_from_engine, encode
+from dsv4serve.engine.messages import (
+    Abort,
+    AbortCall,
+    Done,
+    FromFrontend,
+    Outputs,
+    Submit,
+    decode_from_engine,
+    encode,
+)
 from dsv4serve.engine.process import build_core
 from dsv4serve.types import Constraint, FinishReason, InvalidRequest, RequestOutput
 
@@ -42,7 +51,7 @@ class Frontend:
         """The next output that ends a request."""
         while True:
             message = decode_from_engine(self.socket.recv())
-            assert isinstance(message, Outputs)
+            assert isinstance(message, Outputs), message
             for output in message.outputs:
                 if output.finish_reason is not None:
                     return output
@@ -99,11 +108,27 @@ def test_what_cannot_be_prepared_ends_that_request_alone(frontend, runner, error
     assert frontend.end().finish_reason is FinishReason.LENGTH
 
 
-def test_an_abort_reaches_a_request_that_is_being_prepared(frontend, runner) -> None:
-    frontend.send(constrained("a"))
-    frontend.send(Abort(["a"]))
+@pytest.mark.parametrize("abort", [Abort(["a/1"]), AbortCall("a"), AbortCall(None)], ids=["own", "call", "all"])
+def test_an_abort_reaches_a_request_that_is_being_prepared(frontend, runner, abort) -> None:
+    frontend.send(constrained("a/1"))
+    frontend.send(abort)
     assert frontend.end().finish_reason is FinishReason.ABORT
+    if isinstance(abort, AbortCall):
+        assert decode_from_engine(frontend.socket.recv()) == Done(1)
     assert runner.asked.acquire(timeout=10)
     runner.futures[0].set_result(None)
     frontend.send(Submit(request("b")))
     assert frontend.end().request_id == "b"
+
+
+def test_a_frontend_may_be_gone_when_its_requests_cannot_be_prepared(endpoint, runner) -> None:
+    """The first refusal finds that nobody is there, which ends the second request as well. Without the loop's thread:
+    when a socket learns that its peer left is not in a test's hand, but nobody ever had this identity."""
+    core = build_core(endpoint, EngineConfig(), lambda config: runner)
+    for name in ("a", "b"):
+        core._submit(b"gone", constrained(name).request)
+    for future in runner.futures:
+        future.set_exception(InvalidRequest("no grammar"))
+    core._admit_prepared()
+    assert core._stats().num_frontends == 0
+    core.close()
