@@ -71,7 +71,7 @@ def unfused(off: Collection[str], network: DeviceTransformer, experts: Sequence[
             replace(pair, FEW=0)  # nor few rows' queries with their compressors in one launch
         if "early-launches" in off:
             replace(dependent, ENABLED=False)
-        others = {id(block.moe.w13): each for block, each in zip(network.blocks, experts, strict=False)}
+        others = {id(block.moe.w13): each for block, each in zip(network.blocks, experts, strict=bool(experts))}
         _moe(replace, "launches" in off, "bf16-experts" in off, others)
         yield
 

@@ -88,7 +88,6 @@ for _name in ("sub", "mul", "truediv", "and_", "or_", "lshift", "rshift", "lt", 
     setattr(Value, f"__{_name.rstrip('_')}__", _operation(_name))
 for _name in ("add", "sub", "mul"):
     setattr(Value, f"__r{_name}__", _reflected(_name))
-Value.__hash__ = None  # type: ignore[assignment]
 
 
 def plain(value: Any) -> Any:
