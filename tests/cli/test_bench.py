@@ -30,14 +30,12 @@ class FakeServer(BaseHTTPRequestHandler):
             server.open += 1
             server.most_open = max(server.most_open, server.open)
         time.sleep(server.delay_s)
-        try:
-            if server.misbehave == "refuse" and len(server.bodies) > server.healthy:
-                self._send(503, "application/json", b'{"error": {"message": "draining"}}')
-            else:
-                self._send(200, "text/event-stream", b"".join(self._events(body)))
-        finally:
-            with server.lock:
-                server.open -= 1
+        with server.lock:
+            server.open -= 1  # before the answer: whoever has it may send the next request at once
+        if server.misbehave == "refuse" and len(server.bodies) > server.healthy:
+            self._send(503, "application/json", b'{"error": {"message": "draining"}}')
+        else:
+            self._send(200, "text/event-stream", b"".join(self._events(body)))
 
     def _events(self, body):
         broken = self.server.misbehave if len(self.server.bodies) > self.server.healthy else ""
