@@ -6,6 +6,8 @@ Bytes: the FP4 weights of the experts that are hit, with their scales (17/32 byt
 ones, x read in BF16 and in FP8, K + 1 parts a token written, BF16.
 FLOPs: 6 D I for each expert of a token, and for the shared one. Below some hundred tokens on Pro the bytes decide.
 
+On Hopper large tiles of FP8 activations have two lines, "gluon" of hopper.py and "triton" of experts.py.
+
 The floor of the FLOPs is the rate of what the weights' form multiplies: "bf16", else FP8's. Lines before 27 November
 have the bf16 rate and form for FP8 activations on Hopper, too.
 """
@@ -15,15 +17,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, get_args
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from dsv4_kernels.benching import Measured, measure, num_copies, relative_error, write_lines
+from dsv4_kernels.capability import is_hopper
 from dsv4_kernels.cases import MODELS, Shapes, released
 from dsv4_kernels.gemm.fp8 import Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
-from dsv4_kernels.mega_moe import reference
+from dsv4_kernels.mega_moe import hopper, reference, triton
 from dsv4_kernels.mega_moe.cases import packed_weight, routed_tokens
 from dsv4_kernels.mega_moe.reference import Activations
 from dsv4_kernels.mega_moe.tiles import make_tiles
@@ -109,15 +113,20 @@ def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = m
                 hit = len(some[0]["expert_ids"].unique())
                 moved = floor_bytes(shapes, num_tokens, hit)
                 some += [tokens_of(random, num_tokens, shapes) for _ in range(1, num_copies(moved))]
-                calls = [partial(expert_parts, **prepared(one, weights, activations), limit=limit) for one in some]
-                yield measure(calls, moved, flops(shapes, num_tokens), peak=peak).as_line(
-                    op="mega_moe",
-                    implementation=f"triton {activations}",
-                    shapes=name,
-                    num_tokens=num_tokens,
-                    num_hit=hit,
-                    relative_error=error,
-                )
+                given = [prepared(one, weights, activations) for one in some]
+                calls = [partial(expert_parts, **one, limit=limit) for one in given]
+                two = given[0]["tiles"].tile_tokens == hopper.TOKENS.value and weights["w13"].form == "fp8"
+                for label in ("gluon", "triton") if two and is_hopper(random.device) else ("triton",):
+                    with mock.patch.object(triton, "is_hopper", lambda device, label=label: label == "gluon"):
+                        measured = measure(calls, moved, flops(shapes, num_tokens), peak=peak)
+                    yield measured.as_line(
+                        op="mega_moe",
+                        implementation=f"{label} {activations}",
+                        shapes=name,
+                        num_tokens=num_tokens,
+                        num_hit=hit,
+                        relative_error=error,
+                    )
             del weights, values
             torch.cuda.empty_cache()
 

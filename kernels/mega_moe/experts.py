@@ -19,14 +19,20 @@ from dsv4_kernels.quant.triton import store_quantized
 
 
 @triton.jit
-def _swiglu_tile(acc, limit):
-    """f32 [tokens, rows / 2] of f32 [rows, tokens], gate rows first: rounded to bf16, clamped, not rounded again."""
-    both = tl.reshape(acc.to(tl.bfloat16), (2, acc.shape[0] // 2, acc.shape[1]))
-    gate, up = tl.split(tl.permute(both, (2, 1, 0)))
+def swiglu(gate, up, limit):
+    """f32 values of bf16 ones, which are clamped."""
     gate, up = gate.to(tl.float32), up.to(tl.float32)
     gate = tl.where(gate > limit, limit, gate)  # and not minimum, which drops NaN
     up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def _swiglu_tile(acc, limit):
+    """f32 [tokens, rows / 2] of f32 [rows, tokens], gate rows first: rounded to bf16, clamped, not rounded again."""
+    both = tl.reshape(acc.to(tl.bfloat16), (2, acc.shape[0] // 2, acc.shape[1]))
+    gate, up = tl.split(tl.permute(both, (2, 1, 0)))
+    return swiglu(gate, up, limit)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "exponent_step", "scale_step"])

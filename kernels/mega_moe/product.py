@@ -83,16 +83,22 @@ def _look_up(low, high, selectors):
 
 
 @triton.jit
+def e4m3_words(words, steps):
+    """Weights over their row's scale, four e4m3 in an int32, of words and their steps (weights.py), int32 of one shape:
+    those of h = 0, and those of h = 1."""
+    shift = (steps - 5) * 8  # of the exponents in a table of 0, 0.5, 1, 1.5; 2, 3, 4, 6
+    low, high = shift * 0x01010100 + 0x3C383000, shift * 0x01010101 + 0x4C484440
+    first = _look_up(low, high, words & 0x7777) | (words & -2139062144)  # signs at bits 7, 15, 23, 31
+    return first, _look_up(low, high, (words >> 16) & 0x7777) | ((words << 4) & -2139062144)
+
+
+@triton.jit
 def _unpack_fp8(words, steps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """Weights over their row's scale, e4m3 [BLOCK_M, BLOCK_K], of int32 words [BLOCK_M, BLOCK_K / 8] and uint8 steps
     [BLOCK_M, BLOCK_K / 32], see weights.py."""
-    shift = (steps.to(tl.int32) - 5) * 8  # of the exponents in a table of 0, 0.5, 1, 1.5; 2, 3, 4, 6
-    low, high = shift * 0x01010100 + 0x3C383000, shift * 0x01010101 + 0x4C484440
     words = tl.reshape(words, (BLOCK_M, BLOCK_K // 32, 4))
-    low = tl.broadcast_to(low[:, :, None], (BLOCK_M, BLOCK_K // 32, 4))
-    high = tl.broadcast_to(high[:, :, None], (BLOCK_M, BLOCK_K // 32, 4))
-    first = _look_up(low, high, words & 0x7777) | (words & -2139062144)  # signs at bits 7, 15, 23, 31
-    second = _look_up(low, high, (words >> 16) & 0x7777) | ((words << 4) & -2139062144)
+    steps = tl.broadcast_to(steps.to(tl.int32)[:, :, None], (BLOCK_M, BLOCK_K // 32, 4))
+    first, second = e4m3_words(words, steps)
     both = tl.join(first, second)  # [rows, groups, c, h]
     even = tl.join(both.to(tl.uint8), (both >> 16).to(tl.uint8))  # e = 0, 2
     odd = tl.join((both >> 8).to(tl.uint8), (both >> 24).to(tl.uint8))  # e = 1, 3

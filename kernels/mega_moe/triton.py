@@ -1,4 +1,4 @@
-"""The experts of a layer in Triton, in two launches: `gate_up` and `down` (experts.py).
+"""The experts of a layer in two launches: `gate_up` and `down` (experts.py, of large tiles on Hopper hopper.py).
 
 Equal to `mega_moe` of the reference at every rounding point. In decode the shared expert stands in the same launches;
 in prefill its products have tiles of their own, so they are launches of their own (shared.py). In deterministic mode
@@ -17,12 +17,14 @@ import torch
 import triton
 from torch import Tensor
 
+from dsv4_kernels.capability import is_hopper, num_multiprocessors
 from dsv4_kernels.dependent import launches_early
 from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.gemm.fp8 import Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.mega_moe.combine import combine
 from dsv4_kernels.mega_moe.experts import down, gate_up
+from dsv4_kernels.mega_moe.hopper import TOKENS, down_specialized, gate_up_specialized
 from dsv4_kernels.mega_moe.reference import Activations
 from dsv4_kernels.mega_moe.shared import shared_expert
 from dsv4_kernels.mega_moe.tiles import Tiles, make_tiles
@@ -211,8 +213,24 @@ def _products(
         shared_up = (shared_w13.codes, shared_w13.exponents, rows.codes, rows.exponents)
         shared_down = (shared_w2.codes, shared_w2.exponents, *quantized)
         exponent_steps, shared_tokens = rows.exponents.stride(), num_tokens
-    # What keeps everything in registers (tests/kernels/test_compile_gate.py). Native FP4 needs 4 or 8 warps.
     tile_tokens, table = tiles.tile_tokens, (tiles.pairs, tiles.experts, tiles.firsts, tiles.counts)
+    if isinstance(parts, Homes):
+        target, rank_tokens, places = parts.addresses, parts.rank_tokens, {"PARTS": top_k, "PARTS_AT": parts.offset}
+    else:
+        target, rank_tokens, places = parts, 0, {"PARTS": parts.shape[1], "PARTS_AT": -1}
+    if w13.form == "fp8" and tile_tokens == TOKENS.value and hidden % 256 == 0 and is_hopper(inputs.device):
+        grid, num_tiles = (num_multiprocessors(inputs.device),), len(tiles.experts)
+        options = {"TOP_K": top_k, "num_warps": 8, "launch_pdl": launches_early(inputs.device)}
+        gate_up_specialized[grid](
+            w13.values, w13.scales.view(torch.int32), w13.row_scales, inputs, input_scales, *table, weights, middle,
+            middle_scales, width, limit, num_tiles, *input_scales.stride(), DEPTH=hidden, **options,
+        )  # fmt: skip
+        down_specialized[grid](
+            w2.values, w2.scales.view(torch.int32), w2.row_scales, middle, middle_scales, *table, target, hidden,
+            num_tiles, scale_row, rank_tokens, DEPTH=width, **places, **options,
+        )  # fmt: skip
+        return
+    # What keeps everything in registers (tests/kernels/test_compile_gate.py). Native FP4 needs 4 or 8 warps.
     num_tiles = triton.cdiv(shared_tokens, SHARED_TOKENS) + len(tiles.experts)
     blocks = {
         "TOP_K": top_k,
@@ -231,10 +249,6 @@ def _products(
         **blocks,
         launch_pdl=launches_early(inputs.device),
     )  # fmt: skip
-    if isinstance(parts, Homes):
-        target, rank_tokens, places = parts.addresses, parts.rank_tokens, {"PARTS": top_k, "PARTS_AT": parts.offset}
-    else:
-        target, rank_tokens, places = parts, 0, {"PARTS": parts.shape[1], "PARTS_AT": -1}
     down[(hidden // 128, num_tiles)](
         w2.values, w2.scales, w2.row_scales, middle, middle_scales, *table, *shared_down, target, hidden,
         shared_tokens, scale_row, rank_tokens,

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from dsv4_kernels.capability import is_hopper
 from dsv4_kernels.cases import DEMO, FLASH, PRO
 from dsv4_kernels.gemm.fp8 import Fp8Weight
+from dsv4_kernels.mega_moe import triton as moe
 from dsv4_kernels.mega_moe.cases import packed_weight, routed_tokens
 from dsv4_kernels.mega_moe.reference import mega_moe as expected_of
 from dsv4_kernels.mega_moe.tiles import make_tiles
@@ -66,6 +68,31 @@ def test_equals_the_reference(layer, activations):
                 expected = expected_of(**given, **layer[1], **options, quantize_shared=True)
                 error = (found.double() - expected.double()).norm() / expected.double().norm()
                 assert error <= BOUND[activations], (num_tokens, tile)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40, 500])
+def test_warps_with_roles_equal_the_reference_and_have_the_same_bits_each_time(layer, num_tokens):
+    """Whoever is ahead; with one part of a tile for a program, and with several."""
+    if not is_hopper(torch.device("cuda", 0)):
+        pytest.skip("a kernel of Hopper")
+    options = {"limit": layer[0].swiglu_limit, "activations": "fp8"}
+    stored = {name: relayout(codes.clone(), scale, form="fp8") for name, (codes, scale) in layer[2].items()}
+    given = tokens(layer, num_tokens)
+    first = mega_moe(**given, **layer[3], **stored, **options, tile_tokens=64)
+    expected = expected_of(**given, **layer[1], **options, quantize_shared=True)
+    assert (first.double() - expected.double()).norm() / expected.double().norm() <= BOUND["fp8"]
+    for _ in range(20):
+        assert torch.equal(mega_moe(**given, **layer[3], **stored, **options, tile_tokens=64), first)
+
+
+def test_a_tile_has_the_bits_of_the_triton_kernels(layer, monkeypatch):
+    """So deterministic mode may take either."""
+    options = {"limit": layer[0].swiglu_limit, "activations": "fp8", "tile_tokens": 64}
+    stored = {name: relayout(codes.clone(), scale, form="fp8") for name, (codes, scale) in layer[2].items()}
+    given = tokens(layer, 150)
+    found = mega_moe(**given, **layer[3], **stored, **options)
+    monkeypatch.setattr(moe, "is_hopper", lambda device: False)
+    assert torch.equal(found, mega_moe(**given, **layer[3], **stored, **options))
 
 
 def test_bf16_experts_without_the_shared_one(layer):

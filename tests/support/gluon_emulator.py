@@ -1,11 +1,12 @@
 """Runs a Gluon kernel on CPU tensors, which Triton's interpreter cannot: values by torch, warps of a role by a thread.
 
-    launch(kernel, grid, arguments, constants, assembler={text: function}, seed=0)
+    launch(kernel, grid, arguments, constants, assembler={text: function}, seed=0, elsewhere=[])
 
 As on the GPU are the kernel's own Python, dtypes and their rounding, masks, addresses (those outside of the argument
-they were made from raise), shared memory, which begins as NaN, barriers with their phases, and roles that run beside
-each other: they stop for a moment now and then, elsewhere with each seed. What only a GPU shows: layouts, registers,
-warps, fences. A barrier that nobody completes raises after SECONDS.
+they were made from raise), shared memory, which begins as NaN, copies ahead, whose target is NaN from their start until
+a wait ends them, barriers with their phases, and roles that run beside each other: they stop for a moment now and then,
+elsewhere with each seed. What only a GPU shows: layouts, registers, warps, fences. A barrier that nobody completes
+raises after SECONDS.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import random
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ from triton.runtime.jit import JITFunction
 from dsv4_kernels.dependent import wait_for_previous
 
 SECONDS = 20.0
+COPY = getattr(hopper.async_copy, "async_load", None) or hopper.async_copy.async_copy_global_to_shared
 SPACE = 1 << 44  # addresses of one argument
+ELSEWHERE = 1000 * SPACE  # address of the first tensor that no argument is
 PAUSE = 2e-4  # seconds
 DTYPES = {
     tl.int1: torch.bool, tl.uint8: torch.uint8, tl.int32: torch.int32, tl.int64: torch.int64,
@@ -88,6 +91,7 @@ for _name in ("sub", "mul", "truediv", "and_", "or_", "lshift", "rshift", "lt", 
     setattr(Value, f"__{_name.rstrip('_')}__", _operation(_name))
 for _name in ("add", "sub", "mul"):
     setattr(Value, f"__r{_name}__", _reflected(_name))
+Value.__neg__ = lambda self: Value(-self.data)
 
 
 def plain(value: Any) -> Any:
@@ -135,11 +139,19 @@ class Shared:
 class Program:
     """What the names of Gluon mean in one program of a launch."""
 
-    def __init__(self, memory: list[Tensor], ids: tuple[int, ...], assembler: dict[str, Any], seed: str) -> None:
-        self.memory, self.ids, self.assembler = memory, ids, assembler
+    def __init__(
+        self,
+        memory: dict[int, Tensor],
+        ids: tuple[int, ...],
+        num_ids: tuple[int, ...],
+        assembler: dict[str, Any],
+        seed: str,
+    ) -> None:
+        self.memory, self.ids, self.num_ids, self.assembler = memory, ids, num_ids, assembler
         self.random, self.failed = random.Random(seed), threading.Event()
         self.changed = threading.Condition()
         self.barriers: dict[int, list[int]] = {}  # by address: arrivals wanted, still missing, phases that ended
+        self.copies: list[list[Callable[[], None]]] = [[]]  # groups that were not waited for, the last one is open
         names = {name: getattr(self, name) for name in dir(self) if not name.startswith("_")}
         self.language = Names(names)
         barriers = types.SimpleNamespace(
@@ -154,6 +166,8 @@ class Program:
             (hopper.warpgroup_mma_wait, lambda count, deps: deps[0] if len(deps) == 1 else tuple(deps)),
             (getattr(gl, "barrier", None) or gl.thread_barrier, self._pause),
             (hopper.mbarrier, barriers),
+            (hopper.async_copy, types.SimpleNamespace(commit_group=self._commit, wait_group=self._wait_group)),
+            (COPY, self._copy),
         ]
         self.replaced = {id(value): other for value, other in replaced}  # a kernel's own hash compiles it
 
@@ -172,6 +186,9 @@ class Program:
 
     def program_id(self, axis: int) -> Value:
         return Value(torch.tensor(self.ids[axis], dtype=torch.int32))
+
+    def num_programs(self, axis: int) -> Value:
+        return Value(torch.tensor(self.num_ids[axis], dtype=torch.int32))
 
     def arange(self, start: int, end: int, layout: Any = None) -> Value:
         return Value(torch.arange(start, end, dtype=torch.int32))
@@ -192,6 +209,9 @@ class Program:
     def cdiv(self, left: Any, right: Any) -> Any:
         return (left + (right - 1)) // right
 
+    def exp(self, value: Value) -> Value:
+        return Value(torch.exp(value.data))
+
     def exp2(self, value: Value) -> Value:
         return Value(torch.exp2(value.data))
 
@@ -203,6 +223,9 @@ class Program:
 
     def reshape(self, value: Value, shape: list[int]) -> Value:
         return Value(value.data.reshape(shape))
+
+    def permute(self, value: Value, order: list[int]) -> Value:
+        return Value(value.data.permute(order))
 
     def join(self, left: Value, right: Value) -> Value:
         return Value(torch.stack([left.data, right.data], dim=-1))
@@ -229,10 +252,11 @@ class Program:
     def load(self, pointers: Value, mask: Any = None, other: Any = 0) -> Value:
         assert pointers.target is not None
         addresses, kept = torch.broadcast_tensors(pointers.data, tensor(True if mask is None else mask))
-        found = torch.full(addresses.shape, plain(other), dtype=pointers.target)
-        for space, chosen, at in self._places(addresses, kept, pointers.target.itemsize):
-            found[chosen] = space[at].view(pointers.target)[:, 0]
-        return Value(found)
+        size = pointers.target.itemsize
+        found = torch.full((*addresses.shape, 1), plain(other)).to(pointers.target).view(torch.uint8)
+        for space, chosen, at in self._places(addresses, kept, size):
+            found[chosen] = space[at]
+        return Value(found.view(pointers.target)[..., 0])
 
     def store(self, pointers: Value, value: Value, mask: Any = None) -> None:
         assert pointers.target is not None
@@ -272,8 +296,8 @@ class Program:
     def _places(self, addresses: Tensor, kept: Tensor, size: int) -> Any:
         spaces = addresses // SPACE
         for number in spaces[kept].unique().tolist():
-            assert 0 < number <= len(self.memory), "an address that no argument has"
-            space, chosen = self.memory[number - 1], kept & (spaces == number)
+            assert number in self.memory, "an address that nothing has"
+            space, chosen = self.memory[number], kept & (spaces == number)
             at = (addresses[chosen] % SPACE)[:, None] + torch.arange(size)
             assert at.max() < len(space), "an address behind its tensor"
             assert not (at[:, 0] % size).any(), "an address that is no multiple of what is there"
@@ -283,6 +307,25 @@ class Program:
         if self.random.random() < 0.05:
             time.sleep(PAUSE)
 
+    def _copy(self, target: Shared, pointers: Value, mask: Any = True) -> None:
+        kept = tensor(mask).broadcast_to(pointers.data.shape).clone()
+        target.data.view(torch.uint8).fill_(255)
+
+        def end() -> None:
+            if kept.any():
+                assert kept.all()
+                target.store(self.load(pointers))
+
+        self.copies[-1].append(end)
+
+    def _commit(self) -> None:
+        self.copies.append([])
+
+    def _wait_group(self, num_outstanding: int) -> None:
+        while len(self.copies) - 1 > num_outstanding:
+            for end in self.copies.pop(0):
+                end()
+
     def _multiply(self, left: Any, right: Shared, sums: Value, use_acc: bool = True, is_async: bool = False) -> Value:
         product = (left.data.double() @ right.data.double()).float()
         return Value(product + sums.data if use_acc else product)
@@ -290,8 +333,10 @@ class Program:
     def _init(self, barrier: Shared, count: int) -> None:
         self.barriers[barrier.data.data_ptr()] = [count, count, 0]
 
-    def _arrive(self, barrier: Shared, count: int = 1) -> None:
+    def _arrive(self, barrier: Shared, count: int = 1, pred: Any = True) -> None:
         self._pause()
+        if not pred:
+            return
         with self.changed:
             state = self.barriers[barrier.data.data_ptr()]
             state[1] -= count
@@ -319,22 +364,31 @@ class Names:
         return getattr(gl, name)
 
 
+def bytes_of(data: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(data.untyped_storage())
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any],
-    assembler: dict[str, Any], seed: int = 0,
+    assembler: dict[str, Any], seed: int = 0, elsewhere: Sequence[Tensor] = (),
 ) -> None:  # fmt: skip
-    """Run all programs of a launch, one after the other. `assembler`: what the inline assembly does to tensors."""
-    memory: list[Tensor] = []
+    """Run all programs of a launch, one after the other.
+
+    Args:
+        assembler: what the inline assembly does to tensors.
+        elsewhere: what lies at ELSEWHERE, ELSEWHERE + SPACE, .., for kernels that read addresses.
+    """
+    memory = {(ELSEWHERE // SPACE) + number: bytes_of(data) for number, data in enumerate(elsewhere)}
     values: list[Value] = []
-    for argument in arguments:
+    for number, argument in enumerate(arguments, 1):
         if isinstance(argument, Tensor):
-            memory.append(torch.empty(0, dtype=torch.uint8).set_(argument.untyped_storage()))
-            address = len(memory) * SPACE + argument.storage_offset() * argument.element_size()
+            memory[number] = bytes_of(argument)
+            address = number * SPACE + argument.storage_offset() * argument.element_size()
             values.append(Value(torch.tensor(address), argument.dtype))
         else:
             values.append(Value(tensor(argument)))
             if isinstance(argument, int):
                 values[-1].data = values[-1].data.int()
     for ids in itertools.product(*map(range, grid)):
-        program = Program(memory, ids, assembler, f"{seed} {ids}")
+        program = Program(memory, ids, grid, assembler, f"{seed} {ids}")
         program.python(kernel)(*values, **constants)

@@ -38,8 +38,9 @@ def runs() -> dict[str, tuple[Shapes, int, Activations]]:
 
 RUNS = runs()
 PLAIN = {"dispatch", "widen"}  # other streams and other GPUs take part: not launched early
-KERNELS = {"_fill_tiles", "gate_up", "down", "_combine", "_quantize", "_swiglu", "_product"} | PLAIN
-UNCONVERTED = {"gate_up", "down"}  # operands go into the tensor cores without a change of format
+HOPPER = {"gate_up_specialized", "down_specialized"}  # not compiled for other targets
+KERNELS = {"_fill_tiles", "gate_up", "down", "_combine", "_quantize", "_swiglu", "_product"} | PLAIN | HOPPER
+UNCONVERTED = {"gate_up", "down"} | HOPPER  # operands go into the tensor cores without a change of format
 FEW = 256  # tokens; so many are sent between ranks too
 
 
@@ -53,7 +54,9 @@ def weight(num_experts: int, num_rows: int, depth: int, form: Form) -> Fp4Weight
 def launch(run: str) -> None:
     """Launch everything of one of RUNS on CPU tensors."""
     shapes, num_tokens, activations = RUNS[run]
-    form = form_for(activations, triton.runtime.driver.active.get_current_target().arch // 10)
+    capability = triton.runtime.driver.active.get_current_target().arch // 10
+    moe.is_hopper = lambda device: capability == 9
+    form = form_for(activations, capability)
     hidden, width, top_k = shapes.hidden_size, shapes.moe_intermediate_size, shapes.num_experts_per_tok
     x = torch.empty(num_tokens, hidden, dtype=torch.bfloat16)
     moe.mega_moe(
@@ -109,7 +112,7 @@ def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
     The shared expert, FP8 by FP8, is in the same kernels where tiles are small.
     """
     shared = "QGMMA" if capability == 90 else "UTCQMMA"
-    if kernel == "_product":
+    if kernel == "_product" or kernel in HOPPER:
         return {shared}
     if kernel not in ("gate_up", "down"):
         return set()
