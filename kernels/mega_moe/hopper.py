@@ -2,10 +2,13 @@
 
 The same sums as `gate_up` and `down` of experts.py, for tiles of 64 pairs and weights of the form "fp8": that of a
 prefill, whose time is that of the tensor cores and not of memory. In one program of experts.py a weight is read,
-unpacked and multiplied in turn. Here four warps copy packed weights and rows of tokens LOOK_AHEAD blocks of 128 inputs
-ahead, unpack weights into one of BUFFERS buffers, and say so at a barrier; eight warps multiply, and say when a buffer
-is free. Each multiplies by 128 rows of the weight twice: the second product runs while the sum of the first, which the
-unit keeps to about 14 bits, is scaled and added in float32.
+unpacked and multiplied in turn. Here two groups of four warps take turns: each reads a block of 128 inputs, packed
+weights and tokens, into registers while the other unpacks its own into one of BUFFERS buffers, and says so at a
+barrier. Eight warps multiply, and say when a buffer is free. They have two products of 128 rows in a block: the second
+runs while the sum of the first, which the unit keeps to about 14 bits, is scaled and added in float32.
+
+Reads go through registers, because the fence that shows a buffer to the tensor cores waits for all copies into shared
+memory that are on their way (measured: docs/lab-notes.md).
 
 A program stays on its multiprocessor and takes one tile after the other, so that weights of the next one are made while
 the last one is rounded and stored.
@@ -17,7 +20,6 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
@@ -33,29 +35,24 @@ ROWS = gl.constexpr(128)  # of a weight in one product; a tile has twice as many
 TOKENS = gl.constexpr(64)  # of a tile
 BLOCK = gl.constexpr(128)  # inputs of a block
 WORDS = gl.constexpr(16)  # int32 words of a row's packed weights in a block
-BUFFERS = gl.constexpr(3)
-LOOK_AHEAD = gl.constexpr(2)
-SLOTS = gl.constexpr(LOOK_AHEAD + 1)  # of packed weights
-TOKEN_SLOTS = gl.constexpr(BUFFERS + LOOK_AHEAD)
-MAKERS = gl.constexpr(4)  # warps that make weights
-MAKER_REGISTERS = gl.constexpr(104)  # of a thread
+BUFFERS = gl.constexpr(4)
+MAKERS = gl.constexpr(2)  # groups of four warps
+MAKER_REGISTERS = gl.constexpr(96)  # of a thread; the warps that multiply get 160
 COUNTED = gl.constexpr(1024)  # tiles that are looked at together
 
 SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, 64, 32]))
 PACKED = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # words of packed weights
-GATHERED = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))  # codes of tokens
-ONE_EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # of the warps that make weights
+GATHERED = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))  # words of four codes of tokens
+ONE_EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # tokens, of the warps that make weights
 OF_TILE = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))  # of the others
 CODES_OUT = gl.constexpr(gl.BlockedLayout([16, 1], [8, 4], [1, 8], [0, 1]))  # what a row of a token has is contiguous
 VALUES_OUT = gl.constexpr(gl.BlockedLayout([8, 1], [16, 2], [1, 8], [0, 1]))
 CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 CODE_WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
-PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-PLAIN_1 = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 # Names of Triton 3.6 and of 3.9.
 meet = getattr(gl, "barrier", None) or gl.thread_barrier  # of the warps of one role
-copy_ahead = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 if hasattr(gl.shared_memory_descriptor, "reinterpret"):
@@ -105,58 +102,60 @@ def _row_of(first, count, pairs, TOP_K: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def _make_weights(
     num_mine, columns, high_rows, num_rows, weights, scales, inputs, input_scales, scale_row, scale_step, pairs, tiles,
-    words, steps, tokens, made, token_scales, full, empty,
-    BLOCKS: gl.constexpr, LOW_ROWS: gl.constexpr, TOP_K: gl.constexpr,
+    made, tokens, token_scales, full, empty,
+    FIRST: gl.constexpr, BLOCKS: gl.constexpr, LOW_ROWS: gl.constexpr, TOP_K: gl.constexpr,
 ):  # fmt: skip
-    """The makers: of all blocks of all parts, first the copies LOOK_AHEAD ahead, then the weights of this one."""
-    lane = gl.arange(0, ROWS, layout=ONE_EACH)
-    packed = gl.arange(0, ROWS, layout=gl.SliceLayout(1, PACKED))[:, None] * WORDS
-    packed += gl.arange(0, WORDS, layout=gl.SliceLayout(0, PACKED))[None, :]
-    group = gl.arange(0, WORDS, layout=gl.SliceLayout(0, PACKED))[None, :] // 4
-    code = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, GATHERED))[None, :]
+    """One of the MAKERS: blocks FIRST, FIRST + MAKERS, .. of all parts. What the next one needs is on its way to
+    registers while the others make theirs."""
+    lane = gl.arange(0, ROWS, layout=gl.SliceLayout(1, PACKED))
+    word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, PACKED))[None, :]
+    packed, group = lane[:, None] * WORDS + word, word // 4
+    code = gl.arange(0, BLOCK // 4, layout=gl.SliceLayout(0, GATHERED))[None, :]
     at = num_mine.to(gl.int64)  # anything: the first block sets it
     row = gl.zeros([TOKENS], gl.int32, layout=gl.SliceLayout(1, GATHERED))
     scale_of = gl.zeros([TOKENS], gl.int32, layout=ONE_EACH)
-    token_scale, next_scale = scale_of, scale_of
+    low = gl.zeros([ROWS, WORDS], gl.int32, layout=PACKED)
+    high = gl.zeros([ROWS, WORDS], gl.int32, layout=PACKED)
+    low_steps = gl.zeros([ROWS], gl.int32, layout=gl.SliceLayout(1, PACKED))
+    high_steps = gl.zeros([ROWS], gl.int32, layout=gl.SliceLayout(1, PACKED))
+    codes = gl.zeros([TOKENS, BLOCK // 4], gl.int32, layout=GATHERED)
+    exponents = gl.zeros([TOKENS], gl.uint8, layout=ONE_EACH)
     total = num_mine * BLOCKS
-    for turn in tl.range(-LOOK_AHEAD, total, disable_licm=True):
-        buffer = turn % BUFFERS
+    for following in tl.range(FIRST, total + MAKERS, MAKERS, disable_licm=True):
+        turn = following - MAKERS
         if turn >= 0:
+            buffer = turn % BUFFERS
             mbarrier.wait(empty.index(buffer), (turn // BUFFERS + 1) & 1)  # at once when nobody has used it yet
-        ahead = turn + LOOK_AHEAD
-        block = ahead % BLOCKS
-        is_there = ahead < total
-        if is_there & (block == 0):
-            column, expert, first, count = _part(ahead // BLOCKS, tiles, columns)
-            at = expert.to(gl.int64) * num_rows * BLOCKS + column * LOW_ROWS
-            row = _row_of(first, count, pairs, TOP_K, gl.SliceLayout(1, GATHERED))
-            scale_of = _row_of(first, count, pairs, TOP_K, ONE_EACH) * scale_row
-        last_scale = gl.load(input_scales + scale_of + block * scale_step, mask=is_there, other=0).to(gl.int32)
-        slot = ahead % SLOTS
-        for half in gl.static_range(2):
-            low = at + block * num_rows + half * high_rows
-            into = words.index(slot).slice(half * ROWS, ROWS, dim=0)
-            copy_ahead(into, weights + low * WORDS + packed, mask=is_there)
-            copy_ahead(steps.index(slot).slice(half * ROWS, ROWS, dim=0), scales + low + lane, mask=is_there)
-        data = inputs + row.to(gl.int64)[:, None] * (BLOCKS * BLOCK) + (block * BLOCK + code)
-        copy_ahead(tokens.index(ahead % TOKEN_SLOTS), data, mask=is_there)
-        async_copy.commit_group()
-        if turn >= 0:
-            async_copy.wait_group(LOOK_AHEAD)
-            meet()
-            slot = turn % SLOTS
-            for half in gl.static_range(2):
-                found = words.index(slot).slice(half * ROWS, ROWS, dim=0).load(PACKED)
-                step = steps.index(slot).slice(half * ROWS, ROWS, dim=0).load(gl.SliceLayout(1, PACKED))
-                first_four, second_four = e4m3_words(found, (step[:, None] >> (8 * group)) & 255)
-                both = gl.reshape(gl.join(first_four, second_four), [ROWS, 4, 4, 2])  # [rows, group, word, half]
-                both = gl.reshape(gl.permute(both, [0, 1, 3, 2]), [ROWS, 2 * WORDS])
-                made.index(buffer).slice(half * ROWS, ROWS, dim=0).store(both)
-            token_scales.index(buffer).store(power_of_two(token_scale))
+            target = made.index(buffer)
+            _store_weights(low, (low_steps[:, None] >> (8 * group)) & 255, target.slice(0, ROWS, dim=0))
+            _store_weights(high, (high_steps[:, None] >> (8 * group)) & 255, target.slice(ROWS, ROWS, dim=0))
+            tokens.index(buffer).store(codes)
+            token_scales.index(buffer).store(power_of_two(exponents))
             fence_async_shared()
             meet()
             mbarrier.arrive(full.index(buffer), count=1)
-        token_scale, next_scale = next_scale, last_scale
+        if following < total:
+            block = following % BLOCKS
+            if block < MAKERS:
+                column, expert, first, count = _part(following // BLOCKS, tiles, columns)
+                at = expert.to(gl.int64) * num_rows * BLOCKS + column * LOW_ROWS
+                row = _row_of(first, count, pairs, TOP_K, gl.SliceLayout(1, GATHERED))
+                scale_of = _row_of(first, count, pairs, TOP_K, ONE_EACH) * scale_row
+            of_low = at + block * num_rows
+            of_high = of_low + high_rows
+            low = gl.load(weights + of_low * WORDS + packed)
+            high = gl.load(weights + of_high * WORDS + packed)
+            low_steps, high_steps = gl.load(scales + of_low + lane), gl.load(scales + of_high + lane)
+            codes = gl.load(inputs + row.to(gl.int64)[:, None] * (BLOCKS * BLOCK // 4) + (block * (BLOCK // 4) + code))
+            exponents = gl.load(input_scales + scale_of + block * scale_step)
+
+
+@gluon.jit
+def _store_weights(words, steps, target):
+    """Weights of packed words and their steps, int32 [ROWS, WORDS], as E4M3, four in a word."""
+    first, second = e4m3_words(words, steps)
+    both = gl.reshape(gl.join(first, second), [ROWS, 4, 4, 2])  # [rows, group, word, half]
+    target.store(gl.reshape(gl.permute(both, [0, 1, 3, 2]), [ROWS, 2 * WORDS]))
 
 
 @gluon.jit
@@ -168,7 +167,7 @@ def _multiply(first_turn, made, tokens, token_scales, full, empty, BLOCKS: gl.co
         turn = first_turn + block
         buffer = turn % BUFFERS
         mbarrier.wait(full.index(buffer), (turn // BUFFERS) & 1)
-        columns = tokens.index(turn % TOKEN_SLOTS).permute([1, 0])
+        columns = tokens.index(buffer).permute([1, 0])
         rows = made.index(buffer)
         low = warpgroup_mma(rows.slice(0, ROWS, dim=0), columns, zeros, use_acc=False, is_async=True)
         high = warpgroup_mma(rows.slice(ROWS, ROWS, dim=0), columns, zeros, use_acc=False, is_async=True)
@@ -256,19 +255,23 @@ def _outputs(
 
 @gluon.jit
 def _memory():
-    """Shared memory of a program, its barriers ready."""
-    words = gl.allocate_shared_memory(gl.int32, [SLOTS, 2 * ROWS, WORDS], PLAIN)
-    steps = gl.allocate_shared_memory(gl.int32, [SLOTS, 2 * ROWS], PLAIN_1)
-    tokens = gl.allocate_shared_memory(gl.float8e4nv, [TOKEN_SLOTS, TOKENS, BLOCK], CODES)
-    made = gl.allocate_shared_memory(gl.int32, [BUFFERS, 2 * ROWS, 2 * WORDS], CODE_WORDS)
-    token_scales = gl.allocate_shared_memory(gl.float32, [BUFFERS, TOKENS], PLAIN_1)
+    """Shared memory of a program, its barriers ready: weights and tokens in words of four codes, and so on."""
+    made = gl.allocate_shared_memory(gl.int32, [BUFFERS, 2 * ROWS, BLOCK // 4], CODE_WORDS)
+    tokens = gl.allocate_shared_memory(gl.int32, [BUFFERS, TOKENS, BLOCK // 4], CODE_WORDS)
+    token_scales = gl.allocate_shared_memory(gl.float32, [BUFFERS, TOKENS], PLAIN)
     full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     for buffer in gl.static_range(BUFFERS):
         mbarrier.init(full.index(buffer), count=1)
         mbarrier.init(empty.index(buffer), count=1)
     fence_async_shared()
-    return words, steps, tokens, made, token_scales, full, empty
+    return made, tokens, token_scales, full, empty
+
+
+@gluon.jit
+def _as_operands(made, tokens):
+    """Both as E4M3."""
+    return _as_codes(made, [BUFFERS, 2 * ROWS, BLOCK]), _as_codes(tokens, [BUFFERS, TOKENS, BLOCK])
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "scale_row", "scale_step"])
@@ -277,26 +280,31 @@ def gate_up_specialized(
     hidden, hidden_scales, width, limit, num_tiles, scale_row, scale_step,
     DEPTH: gl.constexpr, TOP_K: gl.constexpr,
 ):  # fmt: skip
-    """As `gate_up` of experts.py without the shared expert; scales are int32, four of a row."""
+    """As `gate_up` of experts.py without the shared expert; scales are int32, four of a row, and inputs four codes."""
     wait_for_previous()
-    words, steps, tokens, made, token_scales, full, empty = _memory()
+    made, tokens, token_scales, full, empty = _memory()
+    rows, values = _as_operands(made, tokens)
     blocks: gl.constexpr = DEPTH // BLOCK
     columns = width // ROWS
     num_mine = _num_mine(tile_experts, num_tiles, columns)
-    tiles, ready = (tile_experts, tile_firsts, tile_counts), _as_codes(made, [BUFFERS, 2 * ROWS, BLOCK])
+    tiles = (tile_experts, tile_firsts, tile_counts)
     gl.warp_specialize(
         [
             (_hidden_values, (
                 num_mine, columns, width, limit, row_scales, pairs, tiles, routing, hidden, hidden_scales,
-                ready, tokens, token_scales, full, empty, blocks,
+                rows, values, token_scales, full, empty, blocks,
             )),
             (_make_weights, (
                 num_mine, columns, width, 2 * width, weights, scales, inputs, input_scales, scale_row, scale_step,
-                pairs, tiles, words, steps, tokens, made, token_scales, full, empty, blocks, ROWS, TOP_K,
+                pairs, tiles, made, tokens, token_scales, full, empty, 0, blocks, ROWS, TOP_K,
+            )),
+            (_make_weights, (
+                num_mine, columns, width, 2 * width, weights, scales, inputs, input_scales, scale_row, scale_step,
+                pairs, tiles, made, tokens, token_scales, full, empty, 1, blocks, ROWS, TOP_K,
             )),
         ],
-        [MAKERS],
-        [MAKER_REGISTERS],
+        [4, 4],
+        [MAKER_REGISTERS, MAKER_REGISTERS],
     )  # fmt: skip
 
 
@@ -306,24 +314,29 @@ def down_specialized(
     num_rows, num_tiles, scale_row, rank_tokens,
     DEPTH: gl.constexpr, TOP_K: gl.constexpr, PARTS: gl.constexpr, PARTS_AT: gl.constexpr,
 ):  # fmt: skip
-    """As `down` of experts.py without the shared expert; scales are int32, four of a row."""
+    """As `down` of experts.py without the shared expert; scales are int32, four of a row, and hidden four codes."""
     wait_for_previous()
-    words, steps, tokens, made, token_scales, full, empty = _memory()
+    made, tokens, token_scales, full, empty = _memory()
+    rows, values = _as_operands(made, tokens)
     blocks: gl.constexpr = DEPTH // BLOCK
     columns = num_rows // (2 * ROWS)
     num_mine = _num_mine(tile_experts, num_tiles, columns)
-    tiles, ready = (tile_experts, tile_firsts, tile_counts), _as_codes(made, [BUFFERS, 2 * ROWS, BLOCK])
+    tiles = (tile_experts, tile_firsts, tile_counts)
     gl.warp_specialize(
         [
             (_outputs, (
                 num_mine, columns, num_rows, row_scales, pairs, tiles, parts, rank_tokens,
-                ready, tokens, token_scales, full, empty, blocks, TOP_K, PARTS, PARTS_AT,
+                rows, values, token_scales, full, empty, blocks, TOP_K, PARTS, PARTS_AT,
             )),
             (_make_weights, (
                 num_mine, columns, ROWS, num_rows, weights, scales, hidden, hidden_scales, scale_row, 1,
-                pairs, tiles, words, steps, tokens, made, token_scales, full, empty, blocks, 2 * ROWS, 0,
+                pairs, tiles, made, tokens, token_scales, full, empty, 0, blocks, 2 * ROWS, 0,
+            )),
+            (_make_weights, (
+                num_mine, columns, ROWS, num_rows, weights, scales, hidden, hidden_scales, scale_row, 1,
+                pairs, tiles, made, tokens, token_scales, full, empty, 1, blocks, 2 * ROWS, 0,
             )),
         ],
-        [MAKERS],
-        [MAKER_REGISTERS],
+        [4, 4],
+        [MAKER_REGISTERS, MAKER_REGISTERS],
     )  # fmt: skip

@@ -222,12 +222,12 @@ def _products(
         grid, num_tiles = (num_multiprocessors(inputs.device),), len(tiles.experts)
         options = {"TOP_K": top_k, "num_warps": 8, "launch_pdl": launches_early(inputs.device)}
         gate_up_specialized[grid](
-            w13.values, w13.scales.view(torch.int32), w13.row_scales, inputs, input_scales, *table, weights, middle,
-            middle_scales, width, limit, num_tiles, *input_scales.stride(), DEPTH=hidden, **options,
+            w13.values, w13.scales.view(torch.int32), w13.row_scales, inputs.view(torch.int32), input_scales, *table,
+            weights, middle, middle_scales, width, limit, num_tiles, *input_scales.stride(), DEPTH=hidden, **options,
         )  # fmt: skip
         down_specialized[grid](
-            w2.values, w2.scales.view(torch.int32), w2.row_scales, middle, middle_scales, *table, target, hidden,
-            num_tiles, scale_row, rank_tokens, DEPTH=width, **places, **options,
+            w2.values, w2.scales.view(torch.int32), w2.row_scales, middle.view(torch.int32), middle_scales, *table,
+            target, hidden, num_tiles, scale_row, rank_tokens, DEPTH=width, **places, **options,
         )  # fmt: skip
         return
     # What keeps everything in registers (tests/kernels/test_compile_gate.py). Native FP4 needs 4 or 8 warps.

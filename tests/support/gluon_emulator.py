@@ -3,10 +3,10 @@
     launch(kernel, grid, arguments, constants, assembler={text: function}, seed=0, elsewhere=[])
 
 As on the GPU are the kernel's own Python, dtypes and their rounding, masks, addresses (those outside of the argument
-they were made from raise), shared memory, which begins as NaN, copies ahead, whose target is NaN from their start until
-a wait ends them, barriers with their phases, and roles that run beside each other: they stop for a moment now and then,
-elsewhere with each seed. What only a GPU shows: layouts, registers, warps, fences. A barrier that nobody completes
-raises after SECONDS.
+they were made from raise), shared memory, which begins as NaN, barriers with their phases, and roles that run beside
+each other: they stop for a moment now and then, elsewhere with each seed. What only a GPU shows: layouts, registers,
+warps, fences; and loops of the compiler, which take a name that is given another one's first value for unchanged. A
+barrier that nobody completes raises after SECONDS.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from triton.runtime.jit import JITFunction
 from dsv4_kernels.dependent import wait_for_previous
 
 SECONDS = 20.0
-COPY = getattr(hopper.async_copy, "async_load", None) or hopper.async_copy.async_copy_global_to_shared
 SPACE = 1 << 44  # addresses of one argument
 ELSEWHERE = 1000 * SPACE  # address of the first tensor that no argument is
 PAUSE = 2e-4  # seconds
@@ -151,7 +150,6 @@ class Program:
         self.random, self.failed = random.Random(seed), threading.Event()
         self.changed = threading.Condition()
         self.barriers: dict[int, list[int]] = {}  # by address: arrivals wanted, still missing, phases that ended
-        self.copies: list[list[Callable[[], None]]] = [[]]  # groups that were not waited for, the last one is open
         names = {name: getattr(self, name) for name in dir(self) if not name.startswith("_")}
         self.language = Names(names)
         barriers = types.SimpleNamespace(
@@ -166,8 +164,6 @@ class Program:
             (hopper.warpgroup_mma_wait, lambda count, deps: deps[0] if len(deps) == 1 else tuple(deps)),
             (getattr(gl, "barrier", None) or gl.thread_barrier, self._pause),
             (hopper.mbarrier, barriers),
-            (hopper.async_copy, types.SimpleNamespace(commit_group=self._commit, wait_group=self._wait_group)),
-            (COPY, self._copy),
         ]
         self.replaced = {id(value): other for value, other in replaced}  # a kernel's own hash compiles it
 
@@ -246,8 +242,8 @@ class Program:
     def static_range(self, count: int) -> range:
         return range(count)
 
-    def range(self, first: Any, last: Any, disable_licm: bool = False) -> range:
-        return range(int(first), int(last))
+    def range(self, first: Any, last: Any, step: int = 1, disable_licm: bool = False) -> range:
+        return range(int(first), int(last), step)
 
     def load(self, pointers: Value, mask: Any = None, other: Any = 0) -> Value:
         assert pointers.target is not None
@@ -306,25 +302,6 @@ class Program:
     def _pause(self) -> None:
         if self.random.random() < 0.05:
             time.sleep(PAUSE)
-
-    def _copy(self, target: Shared, pointers: Value, mask: Any = True) -> None:
-        kept = tensor(mask).broadcast_to(pointers.data.shape).clone()
-        target.data.view(torch.uint8).fill_(255)
-
-        def end() -> None:
-            if kept.any():
-                assert kept.all()
-                target.store(self.load(pointers))
-
-        self.copies[-1].append(end)
-
-    def _commit(self) -> None:
-        self.copies.append([])
-
-    def _wait_group(self, num_outstanding: int) -> None:
-        while len(self.copies) - 1 > num_outstanding:
-            for end in self.copies.pop(0):
-                end()
 
     def _multiply(self, left: Any, right: Shared, sums: Value, use_acc: bool = True, is_async: bool = False) -> Value:
         product = (left.data.double() @ right.data.double()).float()
