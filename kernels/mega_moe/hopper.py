@@ -38,6 +38,11 @@ WORDS = gl.constexpr(16)  # int32 words of a row's packed weights in a block
 BUFFERS = gl.constexpr(4)
 MAKERS = gl.constexpr(2)  # groups of four warps
 MAKER_REGISTERS = gl.constexpr(96)  # of a thread; the warps that multiply get 160
+PIECE = gl.constexpr(32)  # rows of which a maker has packed weights in one register of each thread
+PIECES = gl.constexpr(128 // 32)  # in ROWS
+ASKED_AHEAD = gl.constexpr(8)  # blocks ahead of their reading, in which weights come from memory to L2
+LINE_WORDS = gl.constexpr(32)  # of a line of L2
+LINES = gl.constexpr(2 * 128 * 16 // 32)  # that packed weights of a block are
 COUNTED = gl.constexpr(1024)  # tiles that are looked at together
 
 SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, 64, 32]))
@@ -50,6 +55,8 @@ VALUES_OUT = gl.constexpr(gl.BlockedLayout([8, 1], [16, 2], [1, 8], [0, 1]))
 CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 CODE_WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+PREFETCH = gl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 
 # Names of Triton 3.6 and of 3.9.
 meet = getattr(gl, "barrier", None) or gl.thread_barrier  # of the warps of one role
@@ -105,57 +112,77 @@ def _make_weights(
     made, tokens, token_scales, full, empty,
     FIRST: gl.constexpr, BLOCKS: gl.constexpr, LOW_ROWS: gl.constexpr, TOP_K: gl.constexpr,
 ):  # fmt: skip
-    """One of the MAKERS: blocks FIRST, FIRST + MAKERS, .. of all parts. What the next one needs is on its way to
-    registers while the others make theirs."""
-    lane = gl.arange(0, ROWS, layout=gl.SliceLayout(1, PACKED))
+    """One of the MAKERS: blocks FIRST, FIRST + MAKERS, .. of all parts. Each register gets its value of the next block
+    as soon as that of this one is stored; the next one's weights come from L2, where they were asked for before."""
+    lane = gl.arange(0, PIECE, layout=gl.SliceLayout(1, PACKED))
     word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, PACKED))[None, :]
     packed, group = lane[:, None] * WORDS + word, word // 4
     code = gl.arange(0, BLOCK // 4, layout=gl.SliceLayout(0, GATHERED))[None, :]
-    at = num_mine.to(gl.int64)  # anything: the first block sets it
-    row = gl.zeros([TOKENS], gl.int32, layout=gl.SliceLayout(1, GATHERED))
-    scale_of = gl.zeros([TOKENS], gl.int32, layout=ONE_EACH)
-    low = gl.zeros([ROWS, WORDS], gl.int32, layout=PACKED)
-    high = gl.zeros([ROWS, WORDS], gl.int32, layout=PACKED)
-    low_steps = gl.zeros([ROWS], gl.int32, layout=gl.SliceLayout(1, PACKED))
-    high_steps = gl.zeros([ROWS], gl.int32, layout=gl.SliceLayout(1, PACKED))
-    codes = gl.zeros([TOKENS, BLOCK // 4], gl.int32, layout=GATHERED)
-    exponents = gl.zeros([TOKENS], gl.uint8, layout=ONE_EACH)
+    line = gl.arange(0, LINES, layout=ONE_EACH)
+    line = line % (LINES // 2) * LINE_WORDS + line // (LINES // 2) * (high_rows * WORDS)
     total = num_mine * BLOCKS
-    for following in tl.range(FIRST, total + MAKERS, MAKERS, disable_licm=True):
-        turn = following - MAKERS
-        if turn >= 0:
+    if total > 0:
+        block = gl.minimum(FIRST, total - 1) % BLOCKS
+        at, row, scale_of = _start_part(
+            gl.minimum(FIRST, total - 1) // BLOCKS, num_rows * BLOCKS, scale_row, pairs, tiles, columns, LOW_ROWS, TOP_K
+        )
+        words, steps = (), ()
+        for piece in gl.static_range(2 * ROWS // PIECE):
+            first = at + block * num_rows + piece % PIECES * PIECE + piece // PIECES * high_rows
+            words = words + (gl.load(weights + first * WORDS + packed),)  # noqa: RUF005  # Gluon has no starred
+            steps = steps + (gl.load(scales + first + lane),)  # noqa: RUF005
+        of_token = row.to(gl.int64)[:, None] * (BLOCKS * BLOCK // 4) + (block * (BLOCK // 4) + code)
+        codes, exponents = gl.load(inputs + of_token), gl.load(input_scales + scale_of + block * scale_step)
+        for turn in tl.range(FIRST, total, MAKERS, disable_licm=True):
+            following = gl.minimum(turn + MAKERS, total - 1)
+            block = following % BLOCKS
+            if block < MAKERS:
+                at, row, scale_of = _start_part(
+                    following // BLOCKS, num_rows * BLOCKS, scale_row, pairs, tiles, columns, LOW_ROWS, TOP_K
+                )
+            _ask_for(weights + (at + gl.minimum(block + ASKED_AHEAD, BLOCKS - 1) * num_rows) * WORDS + line)
             buffer = turn % BUFFERS
             mbarrier.wait(empty.index(buffer), (turn // BUFFERS + 1) & 1)  # at once when nobody has used it yet
-            target = made.index(buffer)
-            _store_weights(low, (low_steps[:, None] >> (8 * group)) & 255, target.slice(0, ROWS, dim=0))
-            _store_weights(high, (high_steps[:, None] >> (8 * group)) & 255, target.slice(ROWS, ROWS, dim=0))
+            next_words, next_steps = (), ()
+            for piece in gl.static_range(2 * ROWS // PIECE):
+                target = made.index(buffer).slice(piece * PIECE, PIECE, dim=0)
+                _store_weights(words[piece], (steps[piece][:, None] >> (8 * group)) & 255, target)
+                first = at + block * num_rows + piece % PIECES * PIECE + piece // PIECES * high_rows
+                next_words = next_words + (gl.load(weights + first * WORDS + packed),)  # noqa: RUF005
+                next_steps = next_steps + (gl.load(scales + first + lane),)  # noqa: RUF005
+            words, steps = next_words, next_steps
             tokens.index(buffer).store(codes)
             token_scales.index(buffer).store(power_of_two(exponents))
+            of_token = row.to(gl.int64)[:, None] * (BLOCKS * BLOCK // 4) + (block * (BLOCK // 4) + code)
+            codes, exponents = gl.load(inputs + of_token), gl.load(input_scales + scale_of + block * scale_step)
             fence_async_shared()
             meet()
             mbarrier.arrive(full.index(buffer), count=1)
-        if following < total:
-            block = following % BLOCKS
-            if block < MAKERS:
-                column, expert, first, count = _part(following // BLOCKS, tiles, columns)
-                at = expert.to(gl.int64) * num_rows * BLOCKS + column * LOW_ROWS
-                row = _row_of(first, count, pairs, TOP_K, gl.SliceLayout(1, GATHERED))
-                scale_of = _row_of(first, count, pairs, TOP_K, ONE_EACH) * scale_row
-            of_low = at + block * num_rows
-            of_high = of_low + high_rows
-            low = gl.load(weights + of_low * WORDS + packed)
-            high = gl.load(weights + of_high * WORDS + packed)
-            low_steps, high_steps = gl.load(scales + of_low + lane), gl.load(scales + of_high + lane)
-            codes = gl.load(inputs + row.to(gl.int64)[:, None] * (BLOCKS * BLOCK // 4) + (block * (BLOCK // 4) + code))
-            exponents = gl.load(input_scales + scale_of + block * scale_step)
 
 
 @gluon.jit
 def _store_weights(words, steps, target):
-    """Weights of packed words and their steps, int32 [ROWS, WORDS], as E4M3, four in a word."""
+    """Weights of packed words and their steps, int32 [PIECE, WORDS], as E4M3, four in a word."""
     first, second = e4m3_words(words, steps)
-    both = gl.reshape(gl.join(first, second), [ROWS, 4, 4, 2])  # [rows, group, word, half]
-    target.store(gl.reshape(gl.permute(both, [0, 1, 3, 2]), [ROWS, 2 * WORDS]))
+    both = gl.reshape(gl.join(first, second), [PIECE, 4, 4, 2])  # [rows, group, word, half]
+    target.store(gl.reshape(gl.permute(both, [0, 1, 3, 2]), [PIECE, 2 * WORDS]))
+
+
+@gluon.jit
+def _start_part(number, expert_rows, scale_row, pairs, tiles, columns, LOW_ROWS: gl.constexpr, TOP_K: gl.constexpr):
+    """Of a part its first row in the weight's first block, and the tokens' rows and the places of their scales."""
+    column, expert, first, count = _part(number, tiles, columns)
+    row = _row_of(first, count, pairs, TOP_K, gl.SliceLayout(1, GATHERED))
+    scale_of = _row_of(first, count, pairs, TOP_K, ONE_EACH) * scale_row
+    return expert.to(gl.int64) * expert_rows + column * LOW_ROWS, row, scale_of
+
+
+@gluon.jit
+def _ask_for(lines):
+    """Bring lines of global memory into L2."""
+    gl.inline_asm_elementwise(
+        PREFETCH, "=r,l", [lines.to(gl.int64, bitcast=True)], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -197,7 +224,7 @@ def _hidden_values(
 ):  # fmt: skip
     """The other warps of `gate_up`: SwiGLU of one part after the other, E4M3 with a scale per 128."""
     lane = gl.arange(0, TOKENS, layout=OF_TILE)
-    for number in range(num_mine):
+    for number in tl.range(0, num_mine, disable_licm=True):
         column, expert, first, count = _part(number, tiles, columns)
         pair = gl.load(pairs + first + lane, mask=lane < count, other=0)
         share = gl.load(routing + pair, mask=lane < count, other=0.0)
@@ -234,7 +261,7 @@ def _outputs(
 ):  # fmt: skip
     """The other warps of `down`: outputs of one part after the other, each where its token's parts are."""
     lane = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, VALUES_OUT))
-    for number in range(num_mine):
+    for number in tl.range(0, num_mine, disable_licm=True):
         column, expert, first, count = _part(number, tiles, columns)
         keep = lane < count
         pair = gl.load(pairs + first + lane, mask=keep, other=0).to(gl.int64)
