@@ -88,8 +88,9 @@ def e4m3_words(words, steps):
     those of h = 0, and those of h = 1."""
     shift = (steps - 5) * 8  # of the exponents in a table of 0, 0.5, 1, 1.5; 2, 3, 4, 6
     low, high = shift * 0x01010100 + 0x3C383000, shift * 0x01010101 + 0x4C484440
-    first = _look_up(low, high, words & 0x7777) | (words & -2139062144)  # signs at bits 7, 15, 23, 31
-    return first, _look_up(low, high, (words >> 16) & 0x7777) | ((words << 4) & -2139062144)
+    selectors = words & 0x77777777
+    first = _look_up(low, high, selectors) | (words & -2139062144)  # signs at bits 7, 15, 23, 31
+    return first, _look_up(low, high, selectors >> 16) | ((words << 4) & -2139062144)
 
 
 @triton.jit
