@@ -75,7 +75,7 @@ def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = m
             )
         blocks = -(-case.num_keys // case.num_tokens // KEYS)
         if blocks <= FEW_BLOCKS and case.num_tokens <= 16:  # what one launch is compared with
-            calls = [partial(sparse_attention, **one, num_splits=blocks) for one in inputs]
+            calls = [partial(sparse_attention, **one, num_splits=blocks, specialized=False) for one in inputs]
             yield measure(calls, moved, flops(case)).as_line(
                 op="sparse_attention", implementation="triton, split", shapes=name, num_tokens=case.num_tokens
             )

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_kernels import capability
 from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.kv_store.reference import KV_GROUP, SCALE_ALIGN, Planes
@@ -270,7 +271,7 @@ def sparse_attention(
     out: Tensor | None = None,
     num_splits: int | None = None,
     turned: bool | None = None,
-    specialized: bool = False,
+    specialized: bool | None = None,
 ) -> Tensor:
     """Attention over the window, compressed entries and a sink, then inverse RoPE (docs/model.md section 4).
 
@@ -284,10 +285,10 @@ def sparse_attention(
         out: bf16 [T, heads, head_dim] contiguous; its padding rows are as they were.
         num_splits: parts of a row's keys that run beside each other, `default_splits` when None. Fixed, it makes a
             row's bits independent of the step.
-        turned: dims as the rows of the value product's tile; when None as the GPU wants it: tcgen05 has no room for
-            an accumulator with 64 rows of heads, and fewer than 64 heads fill no wgmma tile.
-        specialized: by the kernel whose warps have roles (hopper.py), on Hopper and with a multiple of 64 heads of 512
-            dims. The engine does not take it before it has run on a GPU.
+        turned: of the Triton kernel, dims as the rows of the value product's tile; when None as the GPU wants it:
+            tcgen05 has no room for an accumulator with 64 rows of heads, and fewer than 64 heads fill no wgmma tile.
+        specialized: by the kernel whose warps have roles (hopper.py); when None wherever there is one, on Hopper for a
+            multiple of 64 heads of 512 dims.
 
     Returns `out`. All planes are KV_FP8. Raises ValueError for other head sizes than powers of two from 128 to 512.
     """
@@ -297,7 +298,10 @@ def sparse_attention(
             f"sparse_attention: q is {list(q.shape)}, {2 * rotations.shape[-1]} dims rotated; the Triton kernels take "
             f"neighbouring heads of 128, 256 or 512 dims, {KV_GROUP} rotated"
         )
-    if specialized and (num_heads % HEADS or dim != 512):
+    has_roles = num_heads % HEADS == 0 and dim == 512
+    if specialized is None:
+        specialized = has_roles and capability.is_hopper(q.device)
+    if specialized and not has_roles:
         raise ValueError(f"sparse_attention: q is {list(q.shape)}; warps with roles take multiples of 64 heads of 512")
     if ratio and (entry_planes is None or page_table is None):
         raise ValueError(f"sparse_attention: ratio {ratio} needs entry_planes and page_table")

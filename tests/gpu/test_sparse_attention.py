@@ -1,4 +1,6 @@
-"""Sparse attention on a GPU against the reference over the engine's tables, at the shapes of the released models."""
+"""Sparse attention on a GPU against the reference over the engine's tables, at the shapes of the released models.
+
+`specialized` None is the kernel that the engine takes, False the Triton one, True that of Hopper."""
 
 import pytest
 import torch
@@ -36,10 +38,10 @@ def assert_equals_reference(case, **arguments):
 
 @pytest.mark.parametrize("case", NAMED + DECODE, ids=lambda case: f"{case.name}-{case.num_tokens}")
 def test_equals_the_reference(case):
-    assert_equals_reference(case)
+    assert_equals_reference(case, specialized=False)
 
 
-@pytest.mark.parametrize("num_splits", [None, 1, 5])
+@pytest.mark.parametrize("num_splits", [None, 1, 5, 40])
 @pytest.mark.parametrize("case", [case for case in NAMED + DECODE if case.shapes.head_dim == 512], ids=lambda c: c.name)
 def test_warps_with_roles_equal_the_reference(hopper, case, num_splits):
     assert_equals_reference(case, num_splits=num_splits, specialized=True)
@@ -48,22 +50,23 @@ def test_warps_with_roles_equal_the_reference(hopper, case, num_splits):
 def test_warps_with_roles_have_the_same_bits_each_time(hopper):
     """Whoever is ahead: what a role reads was written before, and is not written until it was read."""
     inputs = Case("pro", PRO, ((8_192, 256),), ratio=4, top_k=1024).make(3, "cuda")
-    first = sparse_attention(**inputs, specialized=True)
+    first = sparse_attention(**inputs)  # which is this kernel
     for _ in range(20):
         assert torch.equal(sparse_attention(**inputs, specialized=True), first)
 
 
 @pytest.mark.parametrize("num_splits", [1, 5, 40])
 def test_any_number_of_splits_equals_the_reference(num_splits):
-    assert_equals_reference(DECODE[0], num_splits=num_splits)
+    assert_equals_reference(DECODE[0], num_splits=num_splits, specialized=False)
 
 
 def test_dims_as_rows_of_the_value_product_equal_the_reference():
     """What GB300 does, on any GPU."""
-    assert_equals_reference(DECODE[2], turned=True)
+    assert_equals_reference(DECODE[2], turned=True, specialized=False)
 
 
-def test_a_row_has_the_same_bits_alone_and_in_a_step_of_the_same_splits():
+@pytest.mark.parametrize("specialized", [None, False])
+def test_a_row_has_the_same_bits_alone_and_in_a_step_of_the_same_splits(specialized):
     case = DECODE[0]
     inputs = case.make(1, "cuda")
     rows = inputs["rows"]
@@ -71,26 +74,28 @@ def test_a_row_has_the_same_bits_alone_and_in_a_step_of_the_same_splits():
     one["rows"] = Rows(rows.slots[2:3], rows.positions[2:3], torch.zeros_like(rows.firsts[2:3]), rows.counts[2:3])
     one["step_planes"] = tuple(plane[2:3] for plane in inputs["step_planes"])
     for num_splits in (1, 4):
-        together = sparse_attention(**inputs, num_splits=num_splits)
-        assert torch.equal(sparse_attention(**inputs | one, num_splits=num_splits), together[2:3])
+        how = {"num_splits": num_splits, "specialized": specialized}
+        together = sparse_attention(**inputs, **how)
+        assert torch.equal(sparse_attention(**inputs | one, **how), together[2:3])
 
 
-def test_a_captured_graph_follows_its_rows():
+@pytest.mark.parametrize("specialized", [None, False])
+def test_a_captured_graph_follows_its_rows(specialized):
     """Positions and slots are read on the device alone: a replay on other ones equals a fresh call."""
     case = Case("pro", PRO, ((9_000, 1), (300, 1)), ratio=4, top_k=1024)
     inputs = case.make(2, "cuda")
     out = torch.empty_like(inputs["q"])
-    sparse_attention(**inputs, out=out)
+    sparse_attention(**inputs, out=out, specialized=specialized)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        sparse_attention(**inputs, out=out)
+        sparse_attention(**inputs, out=out, specialized=specialized)
     for key in ("slots", "positions"):
         values = getattr(inputs["rows"], key)
         values.copy_(values.flip(0))
     inputs["chosen"].copy_(inputs["chosen"].flip(0))
     graph.replay()
     found = out.clone()
-    sparse_attention(**inputs, out=out)
+    sparse_attention(**inputs, out=out, specialized=specialized)
     assert torch.equal(found, out)
     assert found.isfinite().all()

@@ -34,8 +34,10 @@ def test_kernels_are_those_that_a_step_takes_at_so_many_tokens():
     lines += [kernel(1, tokens, "library", 2.0) for tokens in (16, 64)]
     lines += [kernel(1, 1, "scaled_mm per row", 9.0), kernel(1, 1, "triton", 9.0, shapes="flash")]
     lines += [kernel(1, 4, "triton", 5.0, op="sample, greedy", shapes="released")]
+    lines += [kernel(1, 4, name, ratio, op="sparse_attention") for name, ratio in (("gluon", 1.5), ("triton", 2.5))]
     found = plot_data.kernels(lines, "pro")
     assert found["products"] == {"gemm wo_b": [(1, 2.0), (16, 17.0), (64, 2.0)]}
+    assert found["attention"] == {"sparse_attention": [(4, 1.5)]}
     assert found["sampling"] == {"sample, greedy": [(4, 5.0)]}
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import gluon_emulator, triton_interpreter  # noqa: F401  # before any kernel
 
+from dsv4_kernels import capability
 from dsv4_kernels.cases import DEMO, FLASH, PRO
 from dsv4_kernels.sparse_attention import hopper, triton
 from dsv4_kernels.sparse_attention.cases import Case
@@ -77,7 +78,7 @@ def test_roles_may_stop_anywhere(emulated):
 def test_it_equals_the_triton_kernel():
     """Keys, their order and the blocks are the same; the sum of weights is taken in another order."""
     inputs = Case("flash", FLASH, ((700, 2),), ratio=4, top_k=100).make(3)
-    expected = sparse_attention(**inputs, num_splits=1)
+    expected = sparse_attention(**inputs, num_splits=1, specialized=False)
     found = run(inputs, num_splits=1)
     assert relative_error(found, expected) <= 3e-4
     assert (found == expected).float().mean() >= 0.98
@@ -99,6 +100,15 @@ def test_extreme_sinks(sink):
     inputs = case.make(7)
     inputs["sink"][:4] = sink
     assert relative_error(run(inputs, num_splits=2), case.reference(inputs)) <= BOUND
+
+
+@pytest.mark.parametrize(("shapes", "is_hopper", "launches"), [(FLASH, True, 1), (FLASH, False, 0), (DEMO, True, 0)])
+def test_hopper_takes_it_for_heads_that_fill_tiles(emulated, monkeypatch, shapes, is_hopper, launches):
+    monkeypatch.setattr(capability, "is_hopper", lambda device: is_hopper)
+    case = Case("any", shapes, ((3, 1),))
+    inputs = case.make(8)
+    assert relative_error(sparse_attention(**inputs), case.reference(inputs)) <= BOUND
+    assert emulated["launches"] == launches
 
 
 def test_heads_that_fill_no_tile_are_refused():

@@ -16,6 +16,7 @@ from support.pro_network import pro_network
 
 from dsv4_kernels.deterministic import deterministic
 from dsv4_kernels.sampling.triton import sample
+from dsv4_kernels.sparse_attention.triton import HEADS
 
 
 @pytest.fixture(scope="module", params=["small", "pro", "pro on GB300"])
@@ -31,7 +32,8 @@ def test_no_step_needs_a_kernel_that_start_up_has_not_made(
     network, monkeypatch, num_slots, num_draft_tokens, is_deterministic
 ):
     draw = random.Random(num_slots)
-    keys = record_keys(monkeypatch, is_hopper=network.blocks[0].moe.w13.form != "fp4")
+    is_hopper = network.blocks[0].moe.w13.form != "fp4"
+    keys = record_keys(monkeypatch, is_hopper)
     with deterministic(is_deterministic):
         engine = Engine(
             network, num_slots=num_slots, num_pages=32, max_step_tokens=512, num_draft_tokens=num_draft_tokens,
@@ -39,6 +41,8 @@ def test_no_step_needs_a_kernel_that_start_up_has_not_made(
         )  # fmt: skip
         engine.runner.make_ready()
         made = set(keys)
+        has_roles = is_hopper and network.config.num_attention_heads % HEADS == 0
+        assert any("attend_specialized" in key for key in made) == has_roles  # a Gluon kernel is counted as well
         requests = crowd(network.config, 24, draw)
         outputs = engine.run(requests, {request.request_id: draw.randint(0, 30) for request in requests})
     assert keys == made, "\n".join(sorted(keys - made))

@@ -25,10 +25,10 @@ STACK = {"attend_specialized": 32}
 def launch(run: str) -> None:
     """Launch one of RUNS on CPU tensors."""
     blackwell = triton.runtime.driver.active.get_current_target().arch >= 100
-    inputs, num_splits = RUNS[run].make(0), None if "split" in run else 1
-    attention.sparse_attention(**inputs, num_splits=num_splits, turned=True if blackwell else None)
+    inputs = RUNS[run].make(0) | {"num_splits": None if "split" in run else 1}
+    attention.sparse_attention(**inputs, turned=True if blackwell else None, specialized=False)
     if not blackwell and inputs["q"].shape[2] == 512:
-        attention.sparse_attention(**inputs, num_splits=num_splits, specialized=True)
+        attention.sparse_attention(**inputs, specialized=True)
 
 
 def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
