@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
+from statistics import median
 
 from dsv4serve.types import SamplingParams
 
 MEMORY = 128.0  # judged drafts after which an observation has lost two thirds of its weight
 PRIOR = 0.7  # accept rate of a draft, given that those before it were accepted, before anything was seen,
 PRIOR_WEIGHT = 4.0  # and of how many drafts that counts as
-TRIES = 3  # steps that show how long a number of drafts takes
+TRIES = 3  # steps whose middle one shows how long a number of drafts takes: the first one may take many times as long
 COST_MEMORY = 64.0  # steps after which the cost of a number of drafts has lost two thirds of its weight
 PACE_MEMORY = 8.0  # the same of the machine's pace
 LONGEST = 1.5  # of what was expected: a step that takes longer was interrupted, and counts as this
@@ -62,7 +63,7 @@ class DraftPolicy:
             return self.most
         costs = self._class(num_requests)
         for num in range(self.most, -1, -1):
-            if costs.counts[num] < TRIES:
+            if len(costs.tries[num]) < TRIES:
                 return num
         best, best_speed, tokens, chance = 0, 0.0, [1.0], 1.0
         for num, cost in enumerate(costs.ratios):
@@ -83,6 +84,7 @@ class _Costs:
     """What steps cost by the number of drafts: pace x ratio = seconds."""
 
     def __init__(self, most: int) -> None:
+        self.tries: list[list[float]] = [[] for _ in range(most + 1)]  # seconds of the first steps
         self.counts = [0] * (most + 1)
         self.ratios = [1.0] * (most + 1)
         self._pace = 0.0
@@ -102,12 +104,15 @@ class _Costs:
         return tried
 
     def add(self, num_drafts: int, seconds: float) -> None:
-        if not self._pace:
-            self._pace = seconds
         self.counts[num_drafts] += 1
-        expected = self._pace * self.ratios[num_drafts]
-        if self.counts[num_drafts] > TRIES:
-            seconds = min(seconds, LONGEST * expected)
+        tries = self.tries[num_drafts]
+        if len(tries) < TRIES:
+            tries.append(seconds)
+            if len(tries) == TRIES:
+                self._pace = self._pace or median(tries)
+                self.ratios[num_drafts] = median(tries) / self._pace
+            return
+        seconds = min(seconds, LONGEST * self._pace * self.ratios[num_drafts])
         weight = 1 / min(self.counts[num_drafts], COST_MEMORY)
         self.ratios[num_drafts] += (seconds / self._pace - self.ratios[num_drafts]) * weight
         self._pace += (seconds / self.ratios[num_drafts] - self._pace) / PACE_MEMORY

@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.device_drafts import PATTERNS, check_drafts, check_judge, injected, rounding_regret
-from support.device_engine import check_generation, check_replay, rounding_noise
+from support.device_engine import Sequences, check_generation, check_replay, rounded, roundings
 from support.device_models import CONFIG, both, checkpoint, stories
 from support.engine import Engine, greedy
 from support.models import random_ids
@@ -42,8 +42,10 @@ def reading():
     tokens = stories(1600)
     reference, network = both(default_model(), CUDA)
     weights = load_weights(EngineConfig(model=default_model()), reference.config)
-    noise, _ = rounding_noise(reference, weights, tokens[:256])
-    return reference, network, tokens, noise, 2 * rounding_regret(reference, weights, requests(40, tokens=tokens))
+    one = Sequences(reference, rounded(reference, weights), {0: tokens[:256]})
+    noise = one.compare_step({0: 256}, num_rows=256)["median row"]
+    near_tie = 2 * rounding_regret(reference, roundings(reference, weights), requests(40, tokens=tokens))
+    return reference, network, tokens, noise, near_tie
 
 
 def requests(max_tokens=20, tokens=None, **sampling):

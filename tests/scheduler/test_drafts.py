@@ -160,6 +160,23 @@ def test_adaptive_drafts_are_those_that_give_the_most_tokens_per_second(
     assert chosen[best] >= 620
 
 
+@pytest.mark.parametrize("late", [0, 1, 2])
+@pytest.mark.parametrize("best", [0, 1, 2, 3])
+def test_one_long_step_among_the_first_of_the_best_number_does_not_hide_it(best: int, late: int) -> None:
+    """A kernel is loaded, a graph uploaded: such a step takes ten times as long, and only this once."""
+    policy, steps = DraftPolicy(3, adaptive=True), [0] * 4
+    seconds = [1.0, 1.1, 1.2, 1.3]
+    chosen = []
+    for _ in range(120):
+        num = policy.choose(4)
+        chosen.append(num)
+        policy.took(4, num, seconds[num] * (10 if (num, steps[num]) == (best, late) else 1))
+        steps[num] += 1
+        for _ in range(4):
+            policy.observe(3, best)
+    assert chosen[12:].count(best) >= 100
+
+
 def test_adaptive_drafts_depend_on_the_batch_and_each_number_is_tried_now_and_then() -> None:
     run = machine(1.0, 0.02, 0.05, [0.6] * 4)
     for num_requests in (1, 8, 200):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from support.device_engine import STEP_BOUND, median_row, regrets_of, rounded
+from support.device_engine import STEP_BOUND, median_row, regrets_of
 from support.engine import Engine, Inject
 
 from dsv4_kernels.metadata import StepPlan
@@ -55,11 +55,12 @@ def injected(expected: dict[str, RequestOutput], accepts: Callable[[str, int], b
     return inject
 
 
-def rounding_regret(reference: Transformer, params: Mapping[str, torch.Tensor], requests: list[Request]) -> float:
-    """What the reference itself loses by one BF16 rounding of its embeddings: the largest regret of a greedy token."""
+def rounding_regret(reference: Transformer, rounded: list[Transformer], requests: list[Request]) -> float:
+    """What the reference itself loses by a rounding of its embeddings (`roundings`): the largest regret of a greedy
+    token."""
     worst = 0.0
-    for seed in range(8):  # with three, one rounding in ten is beyond twice the worst of them
-        outputs = Engine(rounded(reference, params, seed)).run(requests)
+    for network in rounded:
+        outputs = Engine(network).run(requests)
         worst = max([worst, *(float(regrets_of(reference, one, outputs[one.request_id]).max()) for one in requests)])
     return worst
 
