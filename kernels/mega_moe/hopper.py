@@ -7,8 +7,7 @@ weights and tokens, into registers while the other unpacks its own into one of B
 barrier. Eight warps multiply, and say when a buffer is free. They have two products of 128 rows in a block: the second
 runs while the sum of the first, which the unit keeps to about 14 bits, is scaled and added in float32.
 
-Reads go through registers, because the fence that shows a buffer to the tensor cores waits for all copies into shared
-memory that are on their way (measured: docs/lab-notes.md).
+Copies ahead into shared memory in place of registers were slower, with four makers or eight (docs/adr/0014).
 
 A program stays on its multiprocessor and takes one tile after the other, so that weights of the next one are made while
 the last one is rounded and stored.
@@ -40,9 +39,6 @@ MAKERS = gl.constexpr(2)  # groups of four warps
 MAKER_REGISTERS = gl.constexpr(96)  # of a thread; the warps that multiply get 160
 PIECE = gl.constexpr(32)  # rows of which a maker has packed weights in one register of each thread
 PIECES = gl.constexpr(128 // 32)  # in ROWS
-ASKED_AHEAD = gl.constexpr(8)  # blocks ahead of their reading, in which weights come from memory to L2
-LINE_WORDS = gl.constexpr(32)  # of a line of L2
-LINES = gl.constexpr(2 * 128 * 16 // 32)  # that packed weights of a block are
 COUNTED = gl.constexpr(1024)  # tiles that are looked at together
 
 SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, 64, 32]))
@@ -55,8 +51,6 @@ VALUES_OUT = gl.constexpr(gl.BlockedLayout([8, 1], [16, 2], [1, 8], [0, 1]))
 CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 CODE_WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-PREFETCH = gl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 
 # Names of Triton 3.6 and of 3.9.
 meet = getattr(gl, "barrier", None) or gl.thread_barrier  # of the warps of one role
@@ -113,13 +107,11 @@ def _make_weights(
     FIRST: gl.constexpr, BLOCKS: gl.constexpr, LOW_ROWS: gl.constexpr, TOP_K: gl.constexpr,
 ):  # fmt: skip
     """One of the MAKERS: blocks FIRST, FIRST + MAKERS, .. of all parts. Each register gets its value of the next block
-    as soon as that of this one is stored; the next one's weights come from L2, where they were asked for before."""
+    as soon as that of this one is stored."""
     lane = gl.arange(0, PIECE, layout=gl.SliceLayout(1, PACKED))
     word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, PACKED))[None, :]
     packed, group = lane[:, None] * WORDS + word, word // 4
     code = gl.arange(0, BLOCK // 4, layout=gl.SliceLayout(0, GATHERED))[None, :]
-    line = gl.arange(0, LINES, layout=ONE_EACH)
-    line = line % (LINES // 2) * LINE_WORDS + line // (LINES // 2) * (high_rows * WORDS)
     total = num_mine * BLOCKS
     if total > 0:
         block = gl.minimum(FIRST, total - 1) % BLOCKS
@@ -140,7 +132,6 @@ def _make_weights(
                 at, row, scale_of = _start_part(
                     following // BLOCKS, num_rows * BLOCKS, scale_row, pairs, tiles, columns, LOW_ROWS, TOP_K
                 )
-            _ask_for(weights + (at + gl.minimum(block + ASKED_AHEAD, BLOCKS - 1) * num_rows) * WORDS + line)
             buffer = turn % BUFFERS
             mbarrier.wait(empty.index(buffer), (turn // BUFFERS + 1) & 1)  # at once when nobody has used it yet
             next_words, next_steps = (), ()
@@ -175,14 +166,6 @@ def _start_part(number, expert_rows, scale_row, pairs, tiles, columns, LOW_ROWS:
     row = _row_of(first, count, pairs, TOP_K, gl.SliceLayout(1, GATHERED))
     scale_of = _row_of(first, count, pairs, TOP_K, ONE_EACH) * scale_row
     return expert.to(gl.int64) * expert_rows + column * LOW_ROWS, row, scale_of
-
-
-@gluon.jit
-def _ask_for(lines):
-    """Bring lines of global memory into L2."""
-    gl.inline_asm_elementwise(
-        PREFETCH, "=r,l", [lines.to(gl.int64, bitcast=True)], dtype=gl.int32, is_pure=False, pack=1
-    )
 
 
 @gluon.jit

@@ -29,7 +29,7 @@ KEYS = gl.constexpr(64)  # of a block
 GROUP = gl.constexpr(64)  # dims under one scale; the last group of a row has bf16 values and none
 BUFFERS = gl.constexpr(2)
 READERS = gl.constexpr(4)  # warps that make keys
-READER_REGISTERS = gl.constexpr(136)  # of a thread; the warps that multiply get 184, and none is left
+READER_REGISTERS = gl.constexpr(128)  # of a thread; the warps that multiply get 184
 
 SCORES = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 32, 16]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 256, 16]))
@@ -93,39 +93,14 @@ def _widen(words, factor):
 
 
 @gluon.jit
-def _choose(
-    block, last, position, tables, WINDOW: gl.constexpr, RATIO: gl.constexpr, CHOSEN: gl.constexpr
-):  # fmt: skip
-    """int32 [KEYS]: which entry each key of a block is. -1 is none, as keys of the window and behind `last` are."""
-    _, chosen, num_chosen = tables
-    first_entry: gl.constexpr = (WINDOW + KEYS - 1) // KEYS * KEYS
-    entry = block * KEYS - first_entry + gl.arange(0, KEYS, layout=gl.SliceLayout(1, READ))
-    if RATIO > 0:
-        is_entry = (entry >= 0) & (block < last)
-        if CHOSEN:
-            entry = gl.load(chosen + entry, mask=is_entry & (entry < num_chosen), other=-1)
-        else:
-            entry = gl.where(is_entry & (entry < (position + 1) // RATIO), entry, -1)
-    return entry
-
-
-@gluon.jit
-def _look_up(entry, tables, RATIO: gl.constexpr, PER_PAGE: gl.constexpr):
-    """The page of each entry."""
-    page = entry
-    if RATIO > 0:
-        page = gl.load(tables[0] + entry // PER_PAGE, mask=entry >= 0, other=0)
-    return page
-
-
-@gluon.jit
 def _locate(
-    block, last, entry, page, where, WINDOW: gl.constexpr, RING: gl.constexpr, RATIO: gl.constexpr,
-    PER_PAGE: gl.constexpr,
+    block, last, where, tables,
+    WINDOW: gl.constexpr, RING: gl.constexpr, RATIO: gl.constexpr, PER_PAGE: gl.constexpr, CHOSEN: gl.constexpr,
 ):  # fmt: skip
     """Of each key of a block: its row in the step's, the ring's or the entries' planes, and which of them: 0, 1, 2.
     A row of -1 is no key, as all are behind the `last` block."""
     position, start, to_row, ring_first = where
+    pages, chosen, num_chosen = tables
     key = block * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, READ))
     at = position - WINDOW + 1 + key
     own = at >= start
@@ -133,26 +108,36 @@ def _locate(
     index = gl.where((at >= 0) & (key < WINDOW) & (block < last), index, -1)
     source = gl.where(own, 0, 1)
     if RATIO > 0:
-        index = gl.where(entry >= 0, page * PER_PAGE + entry % PER_PAGE, index)
-        source = gl.where(entry >= 0, 2, source)
+        entry = key - (WINDOW + KEYS - 1) // KEYS * KEYS
+        is_entry = (entry >= 0) & (block < last)
+        if CHOSEN:
+            entry = gl.load(chosen + entry, mask=is_entry & (entry < num_chosen), other=-1)
+            is_entry = entry >= 0
+        else:
+            is_entry = is_entry & (entry < (position + 1) // RATIO)
+        page = gl.load(pages + entry // PER_PAGE, mask=is_entry, other=0)
+        index = gl.where(is_entry, page * PER_PAGE + entry % PER_PAGE, index)
+        source = gl.where(is_entry, 2, source)
     return index, source
 
 
 @gluon.jit
-def _addresses(index, source, planes, BYTES: gl.constexpr, SCALES: gl.constexpr):
-    """Of stored rows: addresses of their words and of their eight scale bytes."""
+def _read(index, source, planes, GROUPS: gl.constexpr, BYTES: gl.constexpr, SCALES: gl.constexpr):
+    """Stored rows in words: GROUPS tensors of e4m3 codes, the bf16 values behind them, the eight scale bytes."""
     step_data, step_scale, ring_data, ring_scale, entry_data, entry_scale = planes
+    visible = index >= 0
     index = index.to(gl.int64)
     data = gl.where(source == 2, entry_data, gl.where(source == 1, ring_data, step_data)) + index * BYTES
     scale = gl.where(source == 2, entry_scale, gl.where(source == 1, ring_scale, step_scale)) + index * SCALES
-    return gl.multiple_of(data, 16).to(gl.pointer_type(gl.int32)), scale.to(gl.pointer_type(gl.int64))
-
-
-@gluon.jit
-def _read_words(words, is_key, FIRST: gl.constexpr, COUNT: gl.constexpr):
-    """int32 [keys, COUNT]: words FIRST.. of rows, 0 where there is no key."""
-    lane = FIRST + gl.arange(0, COUNT, layout=gl.SliceLayout(0, READ))
-    return gl.load(words[:, None] + lane[None, :], mask=is_key[:, None], other=0)
+    scales = gl.load(scale.to(gl.pointer_type(gl.int64)), mask=visible, other=0)
+    words = gl.multiple_of(data, 16).to(gl.pointer_type(gl.int32))[:, None]
+    lane = gl.arange(0, GROUP // 4, layout=gl.SliceLayout(0, READ))[None, :]
+    codes = ()
+    for group in gl.static_range(GROUPS):
+        codes = codes + (gl.load(words + (group * (GROUP // 4) + lane), mask=visible[:, None], other=0),)  # noqa: RUF005  # Gluon has no starred
+    lane = gl.arange(0, GROUP // 2, layout=gl.SliceLayout(0, READ))[None, :]
+    tail = gl.load(words + (GROUPS * (GROUP // 4) + lane), mask=visible[:, None], other=0)
+    return codes, tail, scales
 
 
 @gluon.jit
@@ -161,55 +146,29 @@ def _make_keys(
     WINDOW: gl.constexpr, RING: gl.constexpr, RATIO: gl.constexpr, PER_PAGE: gl.constexpr, CHOSEN: gl.constexpr,
     BYTES: gl.constexpr, SCALES: gl.constexpr,
 ):  # fmt: skip
-    """The readers: blocks [first, last) into the buffers, in turn. Rows are read one block ahead, pages looked up two,
-    chosen entries three: what a turn loads is used in the next one, so no turn waits for one load before another. A
-    group of the next block is read when that of this one is stored, into the same registers."""
+    """The readers: blocks [first, last) into the buffers, in turn. Addresses are two blocks ahead, reads one."""
     GROUPS: gl.constexpr = words.shape[2] // (GROUP // 2) - 1
-    position = where[0]
-    entry = _choose(first, last, position, tables, WINDOW, RATIO, CHOSEN)
-    next_entry = _choose(first + 1, last, position, tables, WINDOW, RATIO, CHOSEN)
-    chosen = _choose(first + 2, last, position, tables, WINDOW, RATIO, CHOSEN)
-    page = _look_up(entry, tables, RATIO, PER_PAGE)
-    next_page = _look_up(next_entry, tables, RATIO, PER_PAGE)
-    index, source = _locate(first, last, entry, page, where, WINDOW, RING, RATIO, PER_PAGE)
+    index, source = _locate(first, last, where, tables, WINDOW, RING, RATIO, PER_PAGE, CHOSEN)
+    codes, tail, scales = _read(index, source, planes, GROUPS, BYTES, SCALES)
     is_key = index >= 0
-    rows, scale_rows = _addresses(index, source, planes, BYTES, SCALES)
-    scales = gl.load(scale_rows, mask=is_key, other=0)
-    codes = ()
-    for group in gl.static_range(GROUPS):
-        codes = codes + (_read_words(rows, is_key, group * (GROUP // 4), GROUP // 4),)  # noqa: RUF005  # Gluon has no starred
-    tail = _read_words(rows, is_key, GROUPS * (GROUP // 4), GROUP // 2)
-    entry, page = next_entry, next_page
+    index, source = _locate(first + 1, last, where, tables, WINDOW, RING, RATIO, PER_PAGE, CHOSEN)
     for block in tl.range(first, last, disable_licm=True):
         turn = block - first
         buffer = turn % BUFFERS
-        index, source = _locate(block + 1, last, entry, page, where, WINDOW, RING, RATIO, PER_PAGE)
-        rows, scale_rows = _addresses(index, source, planes, BYTES, SCALES)
         mbarrier.wait(empty.index(buffer), (turn // BUFFERS + 1) & 1)  # at once when nobody has used it yet
         target = words.index(buffer)
-        masks.index(buffer).store(gl.where(is_key, 0.0, float("-inf")))
-        is_key = index >= 0
-        next_codes = ()
         for group in gl.static_range(GROUPS):
             factor = power_of_two((scales >> (8 * group)).to(gl.int32) & 255)
             widened = _widen(codes[group], factor[:, None])
             target.slice(group * (GROUP // 2), GROUP // 2, dim=1).store(widened)
-            next_codes = next_codes + (_read_words(rows, is_key, group * (GROUP // 4), GROUP // 4),)  # noqa: RUF005
         target.slice(GROUPS * (GROUP // 2), GROUP // 2, dim=1).store(tail)
-        scales = gl.load(scale_rows, mask=is_key, other=0)
-        tail = _read_words(rows, is_key, GROUPS * (GROUP // 4), GROUP // 2)
-        codes = next_codes
-        entry, page = chosen, _look_up(chosen, tables, RATIO, PER_PAGE)
-        chosen = _choose(block + 3, last, position, tables, WINDOW, RATIO, CHOSEN)
+        masks.index(buffer).store(gl.where(is_key, 0.0, float("-inf")))
         fence_async_shared()
         meet()
         mbarrier.arrive(full.index(buffer), count=1)
-
-
-@gluon.jit
-def _sink_score(sink):
-    """f32 [heads], in units of log2; a sink of -inf is none."""
-    return gl.maximum(gl.load(sink) * 1.4426950408889634, -1e30)
+        codes, tail, scales = _read(index, source, planes, GROUPS, BYTES, SCALES)
+        is_key = index >= 0
+        index, source = _locate(block + 2, last, where, tables, WINDOW, RING, RATIO, PER_PAGE, CHOSEN)
 
 
 @gluon.jit
@@ -222,8 +181,9 @@ def _multiply(
     out, partial, partial_top, partial_total = results
     DIM: gl.constexpr = keys.shape[2]
     head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, SCORES))
-    # The sink is the first key, of the first split, and has no value.
-    top = _sink_score(sink + first_head + head)
+    # The sink is the first key, of the first split, and has no value. A sink of -inf is none.
+    sink_top = gl.maximum(gl.load(sink + first_head + head) * 1.4426950408889634, -1e30)
+    top = sink_top
     zeros = gl.zeros([HEADS, KEYS], gl.float32, layout=SCORES)
     totals = zeros  # over the blocks: no warp asks another one for its part until the end
     sums = gl.zeros([HEADS, DIM], gl.float32, layout=SUMS)
@@ -251,7 +211,7 @@ def _multiply(
     if first < last:
         total = gl.sum(totals, axis=1)
         if split == 0:
-            total += gl.exp2(_sink_score(sink + first_head + head) - top)  # read again: no register keeps it
+            total += gl.exp2(sink_top - top)
         if SPLIT:
             part = (row.to(gl.int64) * num_splits + split) * NUM_HEADS + first_head
             of_head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, SUMS))[:, None] * DIM

@@ -9,7 +9,6 @@ from support.poison import poisoned  # noqa: F401
 from dsv4_kernels.mega_moe import hopper
 from dsv4_kernels.mega_moe import triton as moe
 
-ASSEMBLER = {hopper.PREFETCH.value: lambda addresses: [torch.zeros_like(addresses, dtype=torch.int32)]}
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
@@ -26,9 +25,7 @@ def emulated(monkeypatch):
             def launch(*arguments, num_warps, launch_pdl, **constants):
                 assert num_warps == 8
                 state["launches"].append(self.name)
-                gluon_emulator.launch(
-                    self.kernel, grid, arguments, constants, ASSEMBLER, state["seed"], state["elsewhere"]
-                )
+                gluon_emulator.launch(self.kernel, grid, arguments, constants, {}, state["seed"], state["elsewhere"])
 
             return launch
 
