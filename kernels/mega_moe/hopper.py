@@ -29,6 +29,7 @@ from dsv4_kernels.dependent import wait_for_previous
 from dsv4_kernels.mega_moe.experts import swiglu
 from dsv4_kernels.mega_moe.product import e4m3_words
 from dsv4_kernels.quant.device import inverse_power_of_two, power_of_two, scale_exponent
+from dsv4_kernels.roles import meet, seen_as
 
 ROWS = gl.constexpr(128)  # of a weight in one product; a tile has twice as many
 TOKENS = gl.constexpr(64)  # of a tile
@@ -51,22 +52,6 @@ VALUES_OUT = gl.constexpr(gl.BlockedLayout([8, 1], [16, 2], [1, 8], [0, 1]))
 CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 CODE_WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-# Names of Triton 3.6 and of 3.9.
-meet = getattr(gl, "barrier", None) or gl.thread_barrier  # of the warps of one role
-
-
-if hasattr(gl.shared_memory_descriptor, "reinterpret"):
-
-    @gluon.jit
-    def _as_codes(words, SHAPE: gl.constexpr):
-        return words.reinterpret(gl.float8e4nv, SHAPE, CODES)
-
-else:
-
-    @gluon.jit
-    def _as_codes(words, SHAPE: gl.constexpr):
-        return words._reinterpret(gl.float8e4nv, SHAPE, CODES)
 
 
 @gluon.jit
@@ -281,7 +266,8 @@ def _memory():
 @gluon.jit
 def _as_operands(made, tokens):
     """Both as E4M3."""
-    return _as_codes(made, [BUFFERS, 2 * ROWS, BLOCK]), _as_codes(tokens, [BUFFERS, TOKENS, BLOCK])
+    rows = seen_as(made, gl.float8e4nv, [BUFFERS, 2 * ROWS, BLOCK], CODES)
+    return rows, seen_as(tokens, gl.float8e4nv, [BUFFERS, TOKENS, BLOCK], CODES)
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "scale_row", "scale_step"])

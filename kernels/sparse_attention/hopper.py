@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from dsv4_kernels.dependent import wait_for_previous
 from dsv4_kernels.quant.device import power_of_two
+from dsv4_kernels.roles import meet, seen_as
 from dsv4_kernels.sparse_attention.device import key_blocks
 
 HEADS = gl.constexpr(64)  # of a program: the rows of a wgmma tile
@@ -64,22 +65,6 @@ WIDEN = gl.constexpr("""
     cvt.rn.bf16x2.f32 $1, fd, fc;
 }
 """)
-
-# Names of Triton 3.6 and of 3.9.
-meet = getattr(gl, "barrier", None) or gl.thread_barrier  # of the warps of one role
-
-
-if hasattr(gl.shared_memory_descriptor, "reinterpret"):
-
-    @gluon.jit
-    def _as_bf16(words, SHAPE: gl.constexpr):
-        return words.reinterpret(gl.bfloat16, SHAPE, ROWS)
-
-else:
-
-    @gluon.jit
-    def _as_bf16(words, SHAPE: gl.constexpr):
-        return words._reinterpret(gl.bfloat16, SHAPE, ROWS)
 
 
 @gluon.jit
@@ -269,7 +254,7 @@ def attend_specialized(
     queries = gl.allocate_shared_memory(gl.bfloat16, [HEADS, DIM], ROWS)
     queries.store(gl.load(q + row.to(gl.int64) * q_row + first_head * DIM + of_head + dim))
     words = gl.allocate_shared_memory(gl.int32, [BUFFERS, KEYS, DIM // 2], WORDS)
-    keys = _as_bf16(words, [BUFFERS, KEYS, DIM])
+    keys = seen_as(words, gl.bfloat16, [BUFFERS, KEYS, DIM], ROWS)
     weights = gl.allocate_shared_memory(gl.bfloat16, [HEADS, KEYS], ROWS)
     masks = gl.allocate_shared_memory(gl.float32, [BUFFERS, KEYS], PLAIN)
     full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
