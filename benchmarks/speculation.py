@@ -115,8 +115,11 @@ def speed(engines: Engines, prompts: list[Prompt], args: argparse.Namespace) -> 
         rates: dict[str, list[tuple[float, float]]] = {name: [] for name in MODES}
         for number in range(args.rounds + 1):  # the first one warms up: caches, and what the policy measures
             for name in sorted(MODES, key=lambda name: random.Random(f"{number} {name}").random()):
+                if number == 1:
+                    loops[name].steps.clear()
                 rates[name].append(run(loops[name], mine, concurrency, CLOCKS[args.clock]))
         result: dict[str, Any] = {"concurrency": concurrency, "requests": len(mine)}
+        result["full_steps"] = {name: by_drafts(loop, concurrency) for name, loop in loops.items()}
         for place, what in enumerate(("tokens_per_s_per_user", "tokens_per_s")):
             measured = {name: [pair[place] for pair in pairs[1:]] for name, pairs in rates.items()}
             best = max((name for name in MODES if name != "adaptive"), key=lambda name: median(measured[name]))
@@ -126,6 +129,15 @@ def speed(engines: Engines, prompts: list[Prompt], args: argparse.Namespace) -> 
             result[f"{what}_best_fixed"] = best
             result[f"{what}_adaptive_over_best"] = [round(f(ratios), 3) for f in (median, min, max)]
         yield result
+
+
+def by_drafts(loop: Loop, concurrency: int) -> dict[str, list[float]]:
+    """Number and median milliseconds of the loop's steps in which so many requests decoded, by their drafts."""
+    found: dict[int, list[float]] = {}
+    for size, most, seconds in loop.steps:
+        if size == concurrency:
+            found.setdefault(most, []).append(1000 * seconds)
+    return {str(num): [len(times), round(median(times), 3)] for num, times in sorted(found.items())}
 
 
 class Forced(NamedTuple):
