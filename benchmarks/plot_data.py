@@ -21,8 +21,8 @@ KERNELS = (
     ("around attention", ("compress", "prepare", "store_kv")),
     ("sampling", ("sample", "accept", "token_logprobs")),
 )
-IN_USE = ("triton", "triton fp8", "gluon", "library")
-FASTER = ("gluon", "library")  # taken where there is one
+IN_USE = ("triton", "triton fp8", "gluon", "gluon fp8", "library")
+FASTER = ("gluon", "gluon fp8", "library")  # taken where there is one
 
 
 def read(path: Path) -> list[Line]:

@@ -29,7 +29,7 @@ from dsv4_kernels.dependent import wait_for_previous
 from dsv4_kernels.mega_moe.experts import swiglu
 from dsv4_kernels.mega_moe.product import e4m3_words
 from dsv4_kernels.quant.device import inverse_power_of_two, power_of_two, scale_exponent
-from dsv4_kernels.roles import meet, seen_as
+from dsv4_kernels.roles import buffer_barriers, meet, seen_as
 
 ROWS = gl.constexpr(128)  # of a weight in one product; a tile has twice as many
 TOKENS = gl.constexpr(64)  # of a tile
@@ -105,9 +105,8 @@ def _make_weights(
         )
         words, steps = (), ()
         for piece in gl.static_range(2 * ROWS // PIECE):
-            first = at + block * num_rows + piece % PIECES * PIECE + piece // PIECES * high_rows
-            words = words + (gl.load(weights + first * WORDS + packed),)  # noqa: RUF005  # Gluon has no starred
-            steps = steps + (gl.load(scales + first + lane),)  # noqa: RUF005
+            of_piece, its_steps = _read_piece(piece, at + block * num_rows, high_rows, weights, scales, packed, lane)
+            words, steps = words + (of_piece,), steps + (its_steps,)  # noqa: RUF005  # Gluon has no starred
         of_token = row.to(gl.int64)[:, None] * (BLOCKS * BLOCK // 4) + (block * (BLOCK // 4) + code)
         codes, exponents = gl.load(inputs + of_token), gl.load(input_scales + scale_of + block * scale_step)
         for turn in tl.range(FIRST, total, MAKERS, disable_licm=True):
@@ -123,9 +122,10 @@ def _make_weights(
             for piece in gl.static_range(2 * ROWS // PIECE):
                 target = made.index(buffer).slice(piece * PIECE, PIECE, dim=0)
                 _store_weights(words[piece], (steps[piece][:, None] >> (8 * group)) & 255, target)
-                first = at + block * num_rows + piece % PIECES * PIECE + piece // PIECES * high_rows
-                next_words = next_words + (gl.load(weights + first * WORDS + packed),)  # noqa: RUF005
-                next_steps = next_steps + (gl.load(scales + first + lane),)  # noqa: RUF005
+                of_piece, its_steps = _read_piece(
+                    piece, at + block * num_rows, high_rows, weights, scales, packed, lane
+                )
+                next_words, next_steps = next_words + (of_piece,), next_steps + (its_steps,)  # noqa: RUF005
             words, steps = next_words, next_steps
             tokens.index(buffer).store(codes)
             token_scales.index(buffer).store(power_of_two(exponents))
@@ -134,6 +134,13 @@ def _make_weights(
             fence_async_shared()
             meet()
             mbarrier.arrive(full.index(buffer), count=1)
+
+
+@gluon.jit
+def _read_piece(piece: gl.constexpr, first_row, high_rows, weights, scales, packed, lane):
+    """Packed words int32 [PIECE, WORDS] and steps int32 [PIECE] of some rows of a block whose first is `first_row`."""
+    row = first_row + piece % PIECES * PIECE + piece // PIECES * high_rows
+    return gl.load(weights + row * WORDS + packed), gl.load(scales + row + lane)
 
 
 @gluon.jit
@@ -254,12 +261,7 @@ def _memory():
     made = gl.allocate_shared_memory(gl.int32, [BUFFERS, 2 * ROWS, BLOCK // 4], CODE_WORDS)
     tokens = gl.allocate_shared_memory(gl.int32, [BUFFERS, TOKENS, BLOCK // 4], CODE_WORDS)
     token_scales = gl.allocate_shared_memory(gl.float32, [BUFFERS, TOKENS], PLAIN)
-    full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    for buffer in gl.static_range(BUFFERS):
-        mbarrier.init(full.index(buffer), count=1)
-        mbarrier.init(empty.index(buffer), count=1)
-    fence_async_shared()
+    full, empty = buffer_barriers(BUFFERS)
     return made, tokens, token_scales, full, empty
 
 

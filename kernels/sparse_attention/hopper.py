@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from dsv4_kernels.dependent import wait_for_previous
 from dsv4_kernels.quant.device import power_of_two
-from dsv4_kernels.roles import meet, seen_as
+from dsv4_kernels.roles import buffer_barriers, meet, seen_as
 from dsv4_kernels.sparse_attention.device import key_blocks
 
 HEADS = gl.constexpr(64)  # of a program: the rows of a wgmma tile
@@ -257,12 +257,7 @@ def attend_specialized(
     keys = seen_as(words, gl.bfloat16, [BUFFERS, KEYS, DIM], ROWS)
     weights = gl.allocate_shared_memory(gl.bfloat16, [HEADS, KEYS], ROWS)
     masks = gl.allocate_shared_memory(gl.float32, [BUFFERS, KEYS], PLAIN)
-    full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    for buffer in gl.static_range(BUFFERS):
-        mbarrier.init(full.index(buffer), count=1)
-        mbarrier.init(empty.index(buffer), count=1)
-    fence_async_shared()
+    full, empty = buffer_barriers(BUFFERS)
 
     where = (position, start, row - position, slot * RING)
     tables = (page_table + slot.to(gl.int64) * num_pages, chosen + row.to(gl.int64) * num_chosen, num_chosen)
