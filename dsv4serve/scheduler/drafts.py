@@ -4,6 +4,10 @@ A draft costs a pass of the MTP block and a row of the main model. What that is 
 batch (a row is nearly free where reading the weights dominates, and dear where computing does), so both are measured.
 Numbers of drafts often differ by a few per cent, less than a machine's speed drifts within seconds. So their costs are
 kept as ratios to the steps around them, and remembered for long; the machine's pace is one number, soon forgotten.
+
+While a step runs, the host digests the one before it and plans the one behind it. Where that takes about as long as the
+step, a single step of another number takes as long as its neighbours make it. So a step counts only behind one with the
+same number, and a number is tried in several steps in a row.
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ TRIES = 3  # steps whose middle one shows how long a number of drafts takes: the
 COST_MEMORY = 64.0  # steps after which the cost of a number of drafts has lost two thirds of its weight
 PACE_MEMORY = 8.0  # the same of the machine's pace
 LONGEST = 1.5  # of what was expected: a step that takes longer was interrupted, and counts as this
-PROBE_STEPS = 32  # after so many steps another number than the best is tried, or its numbers would grow old,
+PROBE_STEPS = 96  # after so many steps another number than the best is tried, or its numbers would grow old,
+PROBE_RUN = 3  # in so many steps, of which the first does not count,
 PROBE_SHARE = 0.01  # but tries lose no more than this share of the time,
 MOST_SPARE = 8.0  # which is saved up for so many steps of the usual length at most
 
@@ -42,6 +47,7 @@ class DraftPolicy:
         self._rates = [PRIOR] * most  # of first, second, .. drafts, given that those before were accepted
         self._counts = [PRIOR_WEIGHT] * most
         self._costs: dict[int, _Costs] = {}  # by size class of the batch
+        self._before: tuple[_Costs, int] | None = None  # class and drafts of the last step of decodes alone
 
     def observe(self, num_drafts: int, num_accepted: int) -> None:
         """A verify with `num_drafts` drafts of which the first `num_accepted` were accepted."""
@@ -55,7 +61,10 @@ class DraftPolicy:
 
         So what the host does between two steps counts for those that are not submitted ahead.
         """
-        self._class(num_requests).add(num_drafts, seconds)
+        costs = self._class(num_requests)
+        if self._before == (costs, num_drafts):
+            costs.add(num_drafts, seconds)
+        self._before = costs, num_drafts
 
     def choose(self, num_requests: int) -> int:
         """Drafts per request, 0 to `most`, of a step with so many decoding requests."""
@@ -89,18 +98,23 @@ class _Costs:
         self.ratios = [1.0] * (most + 1)
         self._pace = 0.0
         self._next, self._num_steps, self._spare = 0, 0, 0.0  # of tries; what they may still lose, in ratios
+        self._num_left = 0  # steps of the present try
 
     def probe(self, best: int, losses: list[float]) -> int:
         """The best number, or the one whose turn it is to be tried; `losses`: what a step of each loses, in ratios."""
         self._num_steps += 1
         self._spare = min(self._spare + PROBE_SHARE * self.ratios[best], MOST_SPARE)
-        if self._next == best:
-            self._next = (self._next + 1) % len(self.ratios)
-        loss = losses[self._next]
-        if self._num_steps < PROBE_STEPS or loss > self._spare:
-            return best
-        tried, self._next = self._next, (self._next + 1) % len(self.ratios)
-        self._num_steps, self._spare = 0, self._spare - loss
+        if self._num_left == 0:
+            if self._next == best:
+                self._next = (self._next + 1) % len(self.ratios)
+            loss = PROBE_RUN * losses[self._next]
+            if self._num_steps < PROBE_STEPS or loss > self._spare:
+                return best
+            self._num_steps, self._spare, self._num_left = 0, self._spare - loss, PROBE_RUN
+        self._num_left -= 1
+        tried = self._next
+        if self._num_left == 0:
+            self._next = (tried + 1) % len(self.ratios)
         return tried
 
     def add(self, num_drafts: int, seconds: float) -> None:

@@ -157,7 +157,7 @@ def test_adaptive_drafts_are_those_that_give_the_most_tokens_per_second(
     run = machine(*costs, rates)
     run(1, 600)
     chosen = run(1, 640)
-    assert chosen[best] >= 620
+    assert chosen[best] >= 619  # seven tries of three steps
 
 
 @pytest.mark.parametrize("late", [0, 1, 2])
@@ -174,20 +174,36 @@ def test_one_long_step_among_the_first_of_the_best_number_does_not_hide_it(best:
         steps[num] += 1
         for _ in range(4):
             policy.observe(3, best)
-    assert chosen[12:].count(best) >= 100
+    assert chosen[16:].count(best) >= 96
+
+
+def test_steps_whose_neighbours_make_them_longer_do_not_count() -> None:
+    """As on a small model: a step takes at least what the host does meanwhile, which is for its neighbours."""
+    policy, before, draw, chosen = DraftPolicy(3, adaptive=True), 3, random.Random(0), []
+    seconds = [0.3, 0.45, 0.57, 0.7]
+    for rates in (0.8, 0.75, 1.0), (0.8, 0.75, 0.67):  # three drafts are best, then two by a twentieth
+        for _ in range(3000):
+            num = policy.choose(4)
+            chosen.append(num)
+            policy.took(4, num, max(seconds[num], seconds[before]))
+            before = num
+            for _ in range(4):
+                policy.observe(num, next((place for place in range(num) if draw.random() > rates[place]), num))
+    assert chosen[1000:3000].count(3) > 1900
+    assert chosen[4000:].count(2) > 1850
 
 
 def test_adaptive_drafts_depend_on_the_batch_and_each_number_is_tried_now_and_then() -> None:
     run = machine(1.0, 0.02, 0.05, [0.6] * 4)
     for num_requests in (1, 8, 200):
         run(num_requests, 600)
-    chosen = {num_requests: run(num_requests, 320) for num_requests in (1, 8, 200)}
+    chosen = {num_requests: run(num_requests, 3000) for num_requests in (1, 8, 200)}
     best = [counts.index(max(counts)) for counts in chosen.values()]
     assert best == sorted(best, reverse=True)
     assert best[0] >= 2
     assert best[-1] == 0
     assert all(count > 0 for count in chosen[200])
-    assert sum(chosen[200][1:]) <= 10
+    assert sum(chosen[200][1:]) <= 93
 
 
 def test_adaptive_drafts_notice_that_drafts_have_become_good_or_bad() -> None:
@@ -257,4 +273,5 @@ def test_only_steps_without_chunks_tell_what_drafts_cost() -> None:
     while bench.step() and bench.last_step is not None:
         before = policy._class(1).counts.copy()
         bench.scheduler.took(bench.last_step, 1.0)
+        bench.scheduler.took(bench.last_step, 1.0)  # as one behind another of its kind
         assert (policy._class(1).counts == before) == bool(bench.last_step.chunks)
