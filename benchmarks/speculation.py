@@ -50,7 +50,7 @@ from tools.demo_model.offline import prompt_ids
 from tools.demo_model.probing import held_out
 
 SUITES = ("stories", "arithmetic", "tools", "json")  # recall is nothing but prefill
-NUM_PER_CATEGORY = 80
+NUM_PER_CATEGORY = 40
 REQUESTS = {1: 16, 4: 32, 16: 80, 64: 320}  # concurrency: prompts of one run
 CPU_CONCURRENCY = [1, 4, 16]
 FORCED_STEPS = 32  # of all requests, in one run
