@@ -5,7 +5,7 @@ Equal to `mhc_post`, `mhc_pre`, `rms_norm` and `quantize_rows` of the references
 `_mix` adds up the parts of a sublayer's output and forms the new streams, slice by slice of the hidden size, and the
 partial sums of their mix logits. What follows needs whole rows (`finish_token`): it adds the slices, runs Sinkhorn,
 merges the streams, applies the RMSNorm and quantises. What it reads of the streams was just written: 57 KB a token on
-Pro, from L2. For one or two tokens the last program of a token's `_mix` does it; for more a second launch
+Pro, from L2. For one or two tokens the last program of a token does it (`one.py`); for more a second launch
 with a program for each token, because the last program of a tile would do its tokens one after the other.
 
 Many tokens do the first half in another way (`many.py`). Tiles depend on the number of tokens and the hidden size; with
@@ -21,13 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4_kernels.arrival import counters, is_last
+from dsv4_kernels.arrival import counters
 from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows
 from dsv4_kernels.gemm.quantize import empty_rows
-from dsv4_kernels.mhc.finish import finish_token, finish_tokens
+from dsv4_kernels.mhc.finish import finish_tokens
 from dsv4_kernels.mhc.many import LANES, mix_many
+from dsv4_kernels.mhc.one import mix_one
 
 STREAMS = 4  # c of every released model; the kernels are written out for it
 BLOCK_D = 32  # hidden dims of one product
@@ -37,7 +38,7 @@ MANY = 256  # tokens from which on the other way is faster
 
 
 # By tokens of a tile; what keeps everything in registers (tests/kernels/test_compile_gate.py).
-WARPS_STAGES = {1: (8, 3), 16: (8, 3), 64: (8, 2)}
+WARPS_STAGES = {16: (8, 3), 64: (8, 2)}
 
 
 class Tiles(NamedTuple):
@@ -88,7 +89,7 @@ def _add(s0, s1, s2, s3, output, post, comb, token, inside, J: tl.constexpr):
 
 
 # Not compiled anew for other numbers of tokens.
-@triton.jit(do_not_specialize=["num_tokens", "exponent_step"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def _mix(
     streams,  # [tokens, 4, hidden]
     output,  # [tokens, PARTS, hidden], with PARTS > 0
@@ -99,38 +100,21 @@ def _mix(
     num_tokens,
     fn_row,
     fn_column,
-    counts,  # int32 [tiles], zero
-    partials,  # from here on of `finish_token`
-    base,
-    scale,
-    norm,
-    x,
-    codes,
-    exponents,
-    row_scales,
-    post,
-    comb,
+    partials,  # f32 [tokens, slices, 32]; lane 24 is a sum of squares
     hidden,
-    exponent_step,
-    hc_eps,
-    norm_eps,
     PARTS: tl.constexpr,
+    MIXES: tl.constexpr,
     TOKENS: tl.constexpr,
     DIMS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-    SLICES: tl.constexpr,
-    GROUPS: tl.constexpr,
 ):
     wait_for_previous()
-    ROWS: tl.constexpr = max(TOKENS, 16)  # of a product, at least
-    row = tl.arange(0, ROWS)
-    token = tl.program_id(0).to(tl.int64) * TOKENS + row
-    inside = (row < TOKENS) & (token < num_tokens)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    inside = token < num_tokens
     part, num_slices = tl.program_id(1), tl.num_programs(1)
     lane = tl.arange(0, 32)
-    sums = tl.zeros([ROWS, 32], tl.float32)
-    squares = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([TOKENS, 32], tl.float32)
+    squares = tl.zeros([TOKENS], tl.float32)
     for block in range(DIMS // BLOCK_D):
         dim = part * DIMS + block * BLOCK_D + tl.arange(0, BLOCK_D)
         keep = inside[:, None] & (dim < hidden)[None, :]
@@ -140,7 +124,7 @@ def _mix(
             s1 = tl.load(streams + at + hidden, mask=keep, other=0.0).to(tl.float32)
             s2 = tl.load(streams + at + 2 * hidden, mask=keep, other=0.0).to(tl.float32)
             s3 = tl.load(streams + at + 3 * hidden, mask=keep, other=0.0).to(tl.float32)
-            added = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            added = tl.zeros([TOKENS, BLOCK_D], tl.float32)
             for n in tl.static_range(PARTS):
                 part_at = (token * PARTS + n)[:, None] * hidden + dim[None, :]
                 added += tl.load(output + part_at, mask=keep, other=0.0).to(tl.float32)
@@ -157,7 +141,7 @@ def _mix(
             column = (j * hidden + dim).to(tl.int64)
             weights = tl.load(
                 fn + lane[None, :] * fn_row + column[:, None] * fn_column,
-                mask=(dim < hidden)[:, None] & (lane < (24 if ITERATIONS > 0 else 4))[None, :],
+                mask=(dim < hidden)[:, None] & (lane < MIXES)[None, :],
                 other=0.0,
             )
             if value.dtype == tl.bfloat16:
@@ -170,13 +154,6 @@ def _mix(
                 sums = tl.dot(value, weights, sums, input_precision="tf32x3")
     sums = tl.where((lane == 24)[None, :], squares[:, None], sums)
     tl.store(partials + (token * num_slices + part)[:, None] * 32 + lane[None, :], sums, mask=inside[:, None])
-    if TOKENS == 1:  # noqa: SIM102  # `and` would count where nobody shall
-        if is_last(counts + tl.program_id(0), num_slices):
-            finish_token(
-                tl.program_id(0).to(tl.int64), new_streams, partials, partials, base, scale, norm, x, codes, exponents,
-                row_scales, post, comb, hidden, num_slices, exponent_step, hc_eps, norm_eps, ITERATIONS, SLICES,
-                GROUPS, False,
-            )  # fmt: skip
 
 
 def mhc_boundary(
@@ -282,40 +259,39 @@ def _launch(
         num_tiles, num_slices = triton.cdiv(num_tokens, tiles.tokens), triton.cdiv(hidden, tiles.dims)
         partials = squares = torch.empty(num_tokens, num_slices, LANES, device=streams.device, dtype=torch.float32)
         sizes["SLICES"] = triton.next_power_of_2(num_slices)
-        num_warps, num_stages = WARPS_STAGES[tiles.tokens]
-        _mix[(num_tiles, num_slices)](
+        given = (
             streams,
             streams if output is None else output,
             streams if post is None else post,
             streams if comb is None else comb,
             fn,
             new_streams,
+        )
+        num_parts = 0 if output is None else output.numel() // (num_tokens * hidden)
+        if tiles.tokens == 1:
+            mix_one[(num_tiles, num_slices)](
+                *given, *fn.stride(), counters(streams.device, num_tiles), partials, base, scale, norm, x, *outs,
+                hidden, num_tokens, hc_eps, norm_eps, PARTS=num_parts, DIMS=tiles.dims, **sizes, num_warps=8,
+                launch_pdl=launches_early(streams.device),
+            )  # fmt: skip
+            return new_streams, x
+        num_warps, num_stages = WARPS_STAGES[tiles.tokens]
+        _mix[(num_tiles, num_slices)](
+            *given,
             num_tokens,
-            fn.stride(0),
-            fn.stride(1),
-            counters(streams.device, num_tiles) if tiles.tokens == 1 else partials,
+            *fn.stride(),
             partials,
-            base,
-            scale,
-            norm,
-            x,
-            *outs,
             hidden,
-            num_tokens,
-            hc_eps,
-            norm_eps,
-            PARTS=0 if output is None else output.numel() // (num_tokens * hidden),
+            PARTS=num_parts,
+            MIXES=24 if sinkhorn_iters else 4,
             TOKENS=tiles.tokens,
             DIMS=tiles.dims,
             BLOCK_D=BLOCK_D,
-            **sizes,
             num_warps=num_warps,
             num_stages=num_stages,
             maxnreg=255,  # left alone, the assembler spills to let more programs run side by side than there are
             launch_pdl=launches_early(streams.device),
         )
-        if tiles.tokens == 1:
-            return new_streams, x
         sizes["HAS_SQUARES"] = False
     finish_tokens[(num_tokens,)](
         new_streams, partials, squares, base, scale, norm, x, *outs, hidden, partials.shape[1], num_tokens, hc_eps,
