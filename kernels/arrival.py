@@ -2,6 +2,7 @@
 
 Programs that share a result (splits of a sum along K, slices of a row) store their parts and count themselves. The last
 one sees that all have arrived and reads the parts in a fixed order: which program is last does not change the bits.
+Where two things are left to do then, a program that has waited for the last one does the other.
 Why: docs/adr/0007-the-last-program-finishes.md.
 """
 
@@ -41,3 +42,21 @@ def is_last(counter, total):
     if last:
         tl.store(counter, 0)
     return last
+
+
+@triton.jit
+def announce(flag):
+    """Let a program go on that waits at `flag`: what this one has read or stored is there for it."""
+    tl.atomic_xchg(flag, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait_for(flag):
+    """Wait until another program announces itself at `flag`, int32, zero before and afterwards.
+
+    It waits in its place on a multiprocessor. So its number is higher than those of all that it waits for: they have
+    places already.
+    """
+    while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") == 0:
+        pass
+    tl.store(flag, 0)

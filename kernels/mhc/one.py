@@ -1,11 +1,15 @@
-"""The mixes of one token a program: sums over registers, where tensor cores would multiply fifteen rows of nothing."""
+"""The boundary of one or two tokens in one launch. A program has a slice of one token: it adds over registers, where
+tensor cores would multiply fifteen rows of nothing.
+
+The last program of a token goes on to x. Meanwhile another one, which has waited for it, makes post and comb.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from dsv4_kernels.arrival import is_last
+from dsv4_kernels.arrival import announce, is_last, wait_for
 from dsv4_kernels.dependent import wait_for_previous
 from dsv4_kernels.mhc.finish import finish_token
 
@@ -21,7 +25,7 @@ def mix_one(
     new_streams,  # like streams, with PARTS > 0
     fn_row,
     fn_column,
-    counts,  # int32 [tokens], zero
+    counts,  # int32 [2, tokens], zero: of slices; with ITERATIONS, flags
     partials,  # from here on of `finish_token`
     base,
     scale,
@@ -42,9 +46,19 @@ def mix_one(
     SLICES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """A slice of DIMS hidden dims of one token each program: `_mix`, and the last one goes on."""
+    """A slice of DIMS hidden dims of one token each program, and with ITERATIONS one more program a token."""
     wait_for_previous()
-    token, part, num_slices = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    num_slices = tl.num_programs(1) - (1 if ITERATIONS > 0 else 0)
+    flag = counts + tl.num_programs(0) + tl.program_id(0)
+    if ITERATIONS > 0:  # noqa: SIM102  # a constant, then a value
+        if part == num_slices:
+            wait_for(flag)
+            finish_token(
+                token, new_streams, partials, partials, base, scale, norm, x, codes, exponents, row_scales, post, comb,
+                hidden, num_slices, exponent_step, hc_eps, norm_eps, ITERATIONS, SLICES, GROUPS, False, False, True,
+            )  # fmt: skip
+            return
     dim, stream, lane = part * DIMS + tl.arange(0, DIMS), tl.arange(0, 4), tl.arange(0, 32)
     inside = dim < hidden
     column = stream[:, None] * hidden + dim[None, :]
@@ -72,7 +86,9 @@ def mix_one(
     sums = tl.sum(tl.sum(weights * exact, axis=2), axis=1)
     tl.store(partials + (token * num_slices + part) * 32 + lane, sums)
     if is_last(counts + tl.program_id(0), num_slices):
+        if ITERATIONS > 0:
+            announce(flag)
         finish_token(
             token, new_streams, partials, partials, base, scale, norm, x, codes, exponents, row_scales, post, comb,
-            hidden, num_slices, exponent_step, hc_eps, norm_eps, ITERATIONS, SLICES, GROUPS, False,
+            hidden, num_slices, exponent_step, hc_eps, norm_eps, ITERATIONS, SLICES, GROUPS, False, True, False,
         )  # fmt: skip

@@ -5,7 +5,7 @@ Equal to `mhc_post`, `mhc_pre`, `rms_norm` and `quantize_rows` of the references
 `_mix` adds up the parts of a sublayer's output and forms the new streams, slice by slice of the hidden size, and the
 partial sums of their mix logits. What follows needs whole rows (`finish_token`): it adds the slices, runs Sinkhorn,
 merges the streams, applies the RMSNorm and quantises. What it reads of the streams was just written: 57 KB a token on
-Pro, from L2. For one or two tokens the last program of a token does it (`one.py`); for more a second launch
+Pro, from L2. For one or two tokens two programs of the same launch do it (`one.py`); for more a second launch
 with a program for each token, because the last program of a tile would do its tokens one after the other.
 
 Many tokens do the first half in another way (`many.py`). Tiles depend on the number of tokens and the hidden size; with
@@ -269,8 +269,8 @@ def _launch(
         )
         num_parts = 0 if output is None else output.numel() // (num_tokens * hidden)
         if tiles.tokens == 1:
-            mix_one[(num_tiles, num_slices)](
-                *given, *fn.stride(), counters(streams.device, num_tiles), partials, base, scale, norm, x, *outs,
+            mix_one[(num_tiles, num_slices + (sinkhorn_iters > 0))](
+                *given, *fn.stride(), counters(streams.device, 2 * num_tiles), partials, base, scale, norm, x, *outs,
                 hidden, num_tokens, hc_eps, norm_eps, PARTS=num_parts, DIMS=tiles.dims, **sizes, num_warps=8,
                 launch_pdl=launches_early(streams.device),
             )  # fmt: skip

@@ -95,6 +95,21 @@ def test_a_tile_has_the_bits_of_the_triton_kernels(layer, monkeypatch):
     assert torch.equal(found, mega_moe(**given, **layer[3], **stored, **options))
 
 
+@pytest.mark.parametrize("tile_tokens", [16, 64])
+def test_outputs_go_where_their_tokens_live(layer, tile_tokens):
+    """Two ranks, here two pieces of this GPU's memory, with half of the tokens each, behind eight other values."""
+    stored = [relayout(codes.clone(), scale, form="fp8") for codes, scale in layer[2].values()]
+    x, expert_ids, weights = tokens(layer, 150).values()
+    given = *moe.rounded_inputs(x, "fp8", "fp8"), expert_ids, weights, *stored
+    options = {"limit": layer[0].swiglu_limit, "activations": "fp8", "tile_tokens": tile_tokens}
+    size = 75 * expert_ids.shape[1] * x.shape[1]
+    ranks = [torch.full((8 + size,), 7.0, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    addresses = torch.tensor([rank.data_ptr() for rank in ranks], device="cuda")
+    moe.send_outputs(moe.Homes(addresses, 16, 75), *given, **options)
+    assert torch.equal(torch.cat([rank[8:] for rank in ranks]), moe.pair_outputs(*given, **options).flatten())
+    assert all((rank[:8] == 7.0).all() for rank in ranks)
+
+
 def test_bf16_experts_without_the_shared_one(layer):
     """What is left when the only FP8 values in it are zero."""
     options = {"limit": layer[0].swiglu_limit, "activations": "bf16"}
