@@ -182,7 +182,7 @@ def _route(
 ):  # fmt: skip
     wait_for_previous()
     if SHARED_SPLITS > 0:  # noqa: SIM102  # a constant, then a value
-        if tl.program_id(2) >= SLICES:  # programs that start behind the others, whose way is longer
+        if tl.program_id(2) >= SLICES:  # the last programs, because the way of the others is longer
             number = (tl.program_id(2) - SLICES) * tl.num_programs(0) + tl.program_id(0)
             if number < shared_width // 128 * SHARED_SPLITS:
                 shared_tile(
@@ -266,7 +266,7 @@ def route(
         positions: int32 [T]; rows with -1 are padding, get experts -1 and weights 0, and nothing else of them is read.
         tiles: empty, of T * K pairs; filled, for up to FEW_PAIRS pairs in the same launch.
         rounded: bfloat16 [T, D], D a multiple of 128; gets the values that FP8 makes of x, not in padding rows.
-        shared: of T rows; its hidden values are made in the same launch, those of padding rows, too.
+        shared: of x; its hidden values are made in the same launch, those of padding rows, too.
 
     Raises ValueError for anything else.
     """
@@ -282,7 +282,7 @@ def route(
     for name, tensor in ({"x": x, "gate_weight": gate_weight, "token_ids": token_ids} | optional).items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"route: {name} has strides {tensor.stride()}; expected a contiguous tensor")
-    if shared is not None and len(shared.rows.codes) != num_tokens:
+    if shared is not None and shared.rows.codes.shape != x.shape:
         raise ValueError(f"route: x is {list(x.shape)}, rows of the shared expert {list(shared.rows.codes.shape)}")
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=x.device)
     expert_ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=x.device)
@@ -295,7 +295,6 @@ def route(
     slices = triton.cdiv(hidden, slice_size)
     if given:
         slice_size = triton.cdiv(hidden, 128 * grid[0]) * 128
-    if given:
         partials = library.linear_bf16(x, gate_weight)
     else:
         partials = torch.empty(slices, num_tokens, num_experts, dtype=torch.float32, device=x.device)
