@@ -252,13 +252,12 @@ def _moe(replace: Replace, separate: bool, bf16: bool, others: dict[int, Experts
     fused_route, fused_parts = device.route, device.expert_parts
     seen: dict[str, Tensor] = {}  # of the layer that runs
 
-    def route(x: Tensor, gate_weight: Tensor, *, tiles: Any, rounded: Tensor | None, shared: Any, **rest: Any) -> Any:
+    def route(x: Tensor, gate_weight: Tensor, *, tiles: Any, rounded: Tensor | None, **rest: Any) -> Any:
         if separate:
-            tiles = shared = None
+            tiles = None
             if rounded is not None and not bf16:
                 quantize(x, rounded, None, GROUP, fp4=False)
-        rest |= {"tiles": tiles, "rounded": None if separate or bf16 else rounded, "shared": shared}
-        weights, ids = fused_route(x, gate_weight, **rest)
+        weights, ids = fused_route(x, gate_weight, tiles=tiles, rounded=None if separate or bf16 else rounded, **rest)
         seen.update(x=x, ids=ids)
         return weights, ids
 
@@ -275,15 +274,13 @@ def _moe(replace: Replace, separate: bool, bf16: bool, others: dict[int, Experts
         *,
         limit: float,
         activations: Any,
-        shared_hidden: Fp8Rows | None,
     ) -> Tensor:
         if bf16:
             inputs, scales, activations = seen["x"], seen["x"], "bf16"
             w13, w2 = others.get(id(w13), (w13, w2))
         rest = {"limit": limit, "activations": activations}
         if not separate:
-            given = (rows, weights, tiles, w13, w2, shared_w13, shared_w2)
-            return fused_parts(inputs, scales, *given, **rest, shared_hidden=shared_hidden)
+            return fused_parts(inputs, scales, rows, weights, tiles, w13, w2, shared_w13, shared_w2, **rest)
         parts = pair_outputs(inputs, scales, seen["ids"], weights, w13, w2, **rest, tile_tokens=tiles.tile_tokens)
         shared = shared_expert(rows, shared_w13, shared_w2, limit=limit)
         return combine(parts.unflatten(0, weights.shape), shared, seen["ids"])

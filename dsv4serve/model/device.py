@@ -18,7 +18,7 @@ from torch import Tensor
 from dsv4_kernels.gemm.fp8 import GROUP, Fp8Rows, Fp8Weight
 from dsv4_kernels.gemm.library import linear_bf16, linear_fp8, linear_pair
 from dsv4_kernels.mega_moe.tiles import empty_tiles
-from dsv4_kernels.mega_moe.triton import choose_tile, expert_parts, up_beside_router
+from dsv4_kernels.mega_moe.triton import choose_tile, expert_parts
 from dsv4_kernels.mega_moe.weights import Fp4Weight
 from dsv4_kernels.mhc.triton import mhc_boundary, mhc_head
 from dsv4_kernels.norm.embed import embed_and_norm_fp8
@@ -145,7 +145,6 @@ class DeviceMoE:
         tile_tokens = choose_tile(num_tokens, top_k, self.w13.num_experts, self.w13.form)
         tiles = empty_tiles(num_tokens * top_k, self.w13.num_experts, tile_tokens, x.device)
         rounded = torch.empty_like(x) if self.w13.form == "bf16" else None
-        shared = up_beside_router(x_fp8, self.shared_w13, tiles, config.swiglu_limit)
         weights, _ = route(
             x,
             self.gate_weight,
@@ -157,7 +156,6 @@ class DeviceMoE:
             positions=step.positions,
             tiles=tiles,
             rounded=rounded,
-            shared=shared,
         )
         return expert_parts(
             *((x_fp8.codes, x_fp8.exponents) if rounded is None else (rounded, rounded)),
@@ -170,7 +168,6 @@ class DeviceMoE:
             self.shared_w2,
             limit=config.swiglu_limit,
             activations="fp8",
-            shared_hidden=None if shared is None else shared.hidden,
         )
 
 

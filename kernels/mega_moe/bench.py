@@ -1,8 +1,7 @@
 """Time of the experts against their floor, on a GPU: `python -m dsv4_kernels.mega_moe.bench OUT.jsonl`.
 
 What is timed is what a layer of the engine launches behind the router: both products of the routed experts and of the
-shared one (`expert_parts`), from x that is rounded and tiles that are filled to parts that are not added. Of up to 16
-tokens the engine has the shared expert's first product in the router's launch; here it is behind it, as of more.
+shared one (`expert_parts`), from x that is rounded and tiles that are filled to parts that are not added.
 Bytes: the FP4 weights of the experts that are hit, with their scales (17/32 byte a value), the shared expert's FP8
 ones, x read in BF16 and in FP8, K + 1 parts a token written, BF16.
 FLOPs: 6 D I for each expert of a token, and for the shared one. Below some hundred tokens on Pro the bytes decide.

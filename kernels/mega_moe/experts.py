@@ -2,8 +2,7 @@
 
 A launch has a program for each tile of a product (product.py): some rows of one expert's weight times up to BLOCK_N
 tokens, gathered by index. Which tokens an expert has is in `Tiles`. With SHARED_N the shared expert is one more expert
-that all tokens have: its tiles are the first programs, because they read most. Of few tokens `gate_up` has none of
-them: they were beside the router's (shared_up.py).
+that all tokens have: its tiles are the first programs, because they read most.
 
 A tile of `gate_up` holds 128 gate rows and the 128 up rows that belong to them: the group of 128 hidden values that
 shares an FP8 scale is then in one program, and is rounded there.
@@ -34,24 +33,6 @@ def _swiglu_tile(acc, limit):
     both = tl.reshape(acc.to(tl.bfloat16), (2, acc.shape[0] // 2, acc.shape[1]))
     gate, up = tl.split(tl.permute(both, (2, 1, 0)))
     return swiglu(gate, up, limit)
-
-
-@triton.jit
-def rows_of(column, width, BLOCK_M: tl.constexpr):
-    """Rows [BLOCK_M] of w13: gate rows from `column` on, and behind them the up rows that belong to them."""
-    HALF: tl.constexpr = BLOCK_M // 2
-    lane = tl.arange(0, BLOCK_M)
-    return column + lane % HALF + (lane // HALF) * width
-
-
-@triton.jit
-def store_shared(values, hidden, exponents, token, keep, column, width):
-    """Round hidden values of the shared expert, f32 [tokens, 128] from `column` on, to bf16 and E4M3, and store them.
-
-    hidden: e4m3 [.., width]; exponents: uint8 [.., width / 128]; of the rows `token` int64 where `keep`.
-    """
-    values = values.to(tl.bfloat16).to(tl.float32)
-    store_quantized(values, hidden, exponents, token, keep, column, width, width // 128, 1, 128, False, True)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "exponent_step", "scale_step"])
@@ -95,7 +76,8 @@ def gate_up(
     wait_for_previous()
     HALF: tl.constexpr = BLOCK_M // 2
     column = tl.program_id(0) * HALF
-    row = rows_of(column, width, BLOCK_M)
+    lane = tl.arange(0, BLOCK_M)
+    row = column + lane % HALF + (lane // HALF) * width
     tile = tl.program_id(1)
     if SHARED_N > 0:
         tile -= tl.cdiv(num_tokens, SHARED_N)
@@ -103,10 +85,13 @@ def gate_up(
             token = tl.program_id(1).to(tl.int64) * SHARED_N + tl.arange(0, SHARED_N)
             acc = multiply_fp8(
                 shared_weights, shared_exponents, row, shared_inputs, shared_input_exponents, exponent_row,
-                exponent_step, tl.minimum(token, num_tokens - 1), DEPTH, DEPTH // 128, BLOCK_M, SHARED_N, SHARED_STAGES,
+                exponent_step, tl.minimum(token, num_tokens - 1), DEPTH, BLOCK_M, SHARED_N, SHARED_STAGES,
             )  # fmt: skip
-            value = _swiglu_tile(acc, limit)
-            store_shared(value, shared_hidden, shared_hidden_exponents, token, token < num_tokens, column, width)
+            value = _swiglu_tile(acc, limit).to(tl.bfloat16).to(tl.float32)
+            store_quantized(
+                value, shared_hidden, shared_hidden_exponents, token, token < num_tokens, column, width,
+                width // 128, 1, 128, False, True,
+            )  # fmt: skip
             return
     expert = tl.load(tile_experts + tile).to(tl.int64)
     if expert < 0:
@@ -177,7 +162,7 @@ def down(
             token = tl.program_id(1).to(tl.int64) * SHARED_N + tl.arange(0, SHARED_N)
             acc = multiply_fp8(
                 shared_weights, shared_exponents, row, shared_hidden, shared_hidden_exponents, DEPTH // 128, 1,
-                tl.minimum(token, num_tokens - 1), DEPTH, DEPTH // 128, BLOCK_M, SHARED_N, SHARED_STAGES,
+                tl.minimum(token, num_tokens - 1), DEPTH, BLOCK_M, SHARED_N, SHARED_STAGES,
             )  # fmt: skip
             at = (token * PARTS + TOP_K)[None, :] * num_rows + row[:, None]
             tl.store(parts + at, acc.to(tl.bfloat16), mask=(token < num_tokens)[None, :])

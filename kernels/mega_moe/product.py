@@ -16,8 +16,8 @@ The shared expert's weights are E4M3 with a scale per 128 x 128, its inputs E4M3
 128 is a sum of its own on Hopper).
 The order of the sums over K inside a tensor core is its own; everything before and after is as in the reference.
 
-DEPTH and BLOCKS are constants so that no loop may be empty: a way around it, on which sums are zero, makes the compiler
-wait for each product of Hopper's (tests/kernels/test_compile_gate.py).
+DEPTH is a constant so that no loop may be empty: a way around it, on which sums are zero, makes the compiler wait for
+each product of Hopper's (tests/kernels/test_compile_gate.py).
 """
 
 from __future__ import annotations
@@ -185,20 +185,20 @@ def multiply_fp8(
     exponent_step,
     input_row,  # int64 [BLOCK_N]
     DEPTH: tl.constexpr,
-    BLOCKS: tl.constexpr,  # of 128 inputs, from where the pointers are on; of all DEPTH // 128
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """f32 [BLOCK_M, BLOCK_N]: rows of an FP8 weight times rows of the inputs."""
     k = tl.arange(0, 128)
+    blocks: tl.constexpr = DEPTH // 128
     weights += row.to(tl.int64)[:, None] * DEPTH + k[None, :]
     inputs += input_row[None, :] * DEPTH + k[:, None]
-    exponents += row // 128 * (DEPTH // 128)
+    exponents += row // 128 * blocks
     input_exponents += input_row * exponent_row
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     scale, input_scale = _fp8_scales(exponents, input_exponents, 0, exponent_step)
-    for block in tl.range(0, BLOCKS, num_stages=NUM_STAGES):
+    for block in tl.range(0, blocks, num_stages=NUM_STAGES):
         weight = tl.load(weights)
         values = tl.load(inputs)
         if cuda_capability_geq(10):
@@ -208,7 +208,7 @@ def multiply_fp8(
             acc = tl.dot_scaled(weight, weight_scale, "e4m3", values, value_scale, "e4m3", acc)
         else:
             # Bytes are not copied ahead by the pipeline: the next scales are on their way while this block multiplies.
-            following = _fp8_scales(exponents, input_exponents, tl.minimum(block + 1, BLOCKS - 1), exponent_step)
+            following = _fp8_scales(exponents, input_exponents, tl.minimum(block + 1, blocks - 1), exponent_step)
             acc += tl.dot(weight, values) * scale[:, None] * input_scale[None, :]
             scale, input_scale = following
         weights += 128

@@ -1,7 +1,6 @@
 """The experts of a layer in two launches: `gate_up` and `down` (experts.py, of large tiles on Hopper hopper.py).
 
-Equal to `mega_moe` of the reference at every rounding point. In decode the shared expert stands in the same launches,
-of few tokens its first product in the router's, which comes before them (shared_up.py);
+Equal to `mega_moe` of the reference at every rounding point. In decode the shared expert stands in the same launches;
 in prefill its products have tiles of their own, so they are launches of their own (shared.py). In deterministic mode
 they always are.
 
@@ -28,7 +27,6 @@ from dsv4_kernels.mega_moe.experts import down, gate_up
 from dsv4_kernels.mega_moe.hopper import TOKENS, down_specialized, gate_up_specialized
 from dsv4_kernels.mega_moe.reference import Activations
 from dsv4_kernels.mega_moe.shared import shared_expert
-from dsv4_kernels.mega_moe.shared_up import SHARED_STAGES, SHARED_TOKENS, SharedUp, empty_hidden
 from dsv4_kernels.mega_moe.tiles import Tiles, make_tiles
 from dsv4_kernels.mega_moe.weights import Form, Fp4Weight
 from dsv4_kernels.quant import triton as quant
@@ -39,6 +37,7 @@ ACTIVATIONS: dict[Form, tuple[Activations, ...]] = {
     "fp8": ("fp8",),
     "bf16": get_args(Activations),
 }
+SHARED_TOKENS = 16  # of a tile of the shared expert, where it stands beside tiles of TILES[0] pairs
 
 
 @dataclass(frozen=True)
@@ -94,16 +93,6 @@ def mega_moe(
     return combine(parts[:, :top_k], parts[:, top_k], expert_ids)
 
 
-def is_beside(tiles: Tiles) -> bool:
-    """Whether the shared expert stands in the launches of the routed ones."""
-    return tiles.tile_tokens == TILES[0] and not is_deterministic()
-
-
-def up_beside_router(rows: Fp8Rows, w13: Fp8Weight, tiles: Tiles, limit: float) -> SharedUp | None:
-    """The shared expert's first product for `route`; None where `expert_parts` has it. Arguments as there."""
-    return SharedUp.build(rows, w13, limit) if is_beside(tiles) and len(rows.codes) <= SHARED_TOKENS.value else None
-
-
 def expert_parts(
     inputs: Tensor,
     input_scales: Tensor,
@@ -117,7 +106,6 @@ def expert_parts(
     *,
     limit: float,
     activations: Activations,
-    shared_hidden: Fp8Rows | None = None,
 ) -> Tensor:
     """What each expert of a token says, then the shared expert: bfloat16 [T, K + 1, D], to be added.
 
@@ -127,7 +115,6 @@ def expert_parts(
             strides.
         rows: x as the shared expert reads it.
         weights: float32 [T, K]. tiles: of the expert ids [T, K]. The rest as in `mega_moe`; nothing is checked.
-        shared_hidden: of `up_beside_router`, if that gave anything.
 
     Part k is that of the token's expert k, and unset where that is -1. To have the sum of the reference, add a token's
     parts in float32 in the order of expert ids, the shared one last, and round once: in the order of k, if `route` made
@@ -135,8 +122,8 @@ def expert_parts(
     """
     num_tokens, top_k = weights.shape
     parts = torch.empty(num_tokens, top_k + 1, w13.depth, dtype=torch.bfloat16, device=inputs.device)
-    beside = is_beside(tiles)
-    shared = (rows, shared_w13, shared_w2, shared_hidden) if beside else None
+    beside = tiles.tile_tokens == TILES[0] and not is_deterministic()
+    shared = (rows, shared_w13, shared_w2) if beside else None
     _products(inputs, input_scales, shared, weights, tiles, w13, w2, parts, limit, activations)
     if not beside:
         parts[:, top_k] = shared_expert(rows, shared_w13, shared_w2, limit=limit)
@@ -192,7 +179,7 @@ def send_outputs(
 def _products(
     inputs: Tensor,
     input_scales: Tensor,
-    shared: tuple[Fp8Rows, Fp8Weight, Fp8Weight, Fp8Rows | None] | None,
+    shared: tuple[Fp8Rows, Fp8Weight, Fp8Weight] | None,
     weights: Tensor,
     tiles: Tiles,
     w13: Fp4Weight,
@@ -201,8 +188,7 @@ def _products(
     limit: float,
     activations: Activations,
 ) -> None:
-    """Both launches, into parts [T, K or K + 1, D]; with the shared expert's rows and weights, and its hidden values if
-    they are made already, it is the last part."""
+    """Both launches, into parts [T, K or K + 1, D]; with the shared expert's rows and weights it is the last part."""
     (num_tokens, top_k), hidden, width = weights.shape, w13.depth, w2.depth
     if num_tokens == 0:
         return
@@ -217,15 +203,16 @@ def _products(
     # no way to do with as many registers.
     shared_middle = unread = inputs.view(torch.float8_e4m3fn), inputs.view(torch.uint8)
     shared_up = shared_down = unread * 2
-    exponent_steps, up_tokens, down_tokens = (0, 0), 0, 0
+    exponent_steps, shared_tokens = (0, 0), 0
     if shared is not None:
-        rows, shared_w13, shared_w2, made = shared
-        hidden_rows = empty_hidden(num_tokens, width, inputs.device) if made is None else made
-        shared_middle = hidden_rows.codes, hidden_rows.exponents
+        rows, shared_w13, shared_w2 = shared
+        shared_middle = quantized = (
+            torch.empty(num_tokens, width, dtype=torch.float8_e4m3fn, device=inputs.device),
+            torch.empty(num_tokens, width // 128, dtype=torch.uint8, device=inputs.device),
+        )
         shared_up = (shared_w13.codes, shared_w13.exponents, rows.codes, rows.exponents)
-        shared_down = (shared_w2.codes, shared_w2.exponents, *shared_middle)
-        exponent_steps, down_tokens = rows.exponents.stride(), num_tokens
-        up_tokens = num_tokens if made is None else 0
+        shared_down = (shared_w2.codes, shared_w2.exponents, *quantized)
+        exponent_steps, shared_tokens = rows.exponents.stride(), num_tokens
     tile_tokens, table = tiles.tile_tokens, (tiles.pairs, tiles.experts, tiles.firsts, tiles.counts)
     if isinstance(parts, Homes):
         target, rank_tokens, places = parts.addresses, parts.rank_tokens, {"PARTS": top_k, "PARTS_AT": parts.offset}
@@ -244,29 +231,27 @@ def _products(
         )  # fmt: skip
         return
     # What keeps everything in registers (tests/kernels/test_compile_gate.py). Native FP4 needs 4 or 8 warps.
-    up_tiles, down_tiles = (
-        triton.cdiv(tokens, SHARED_TOKENS.value) + len(tiles.experts) for tokens in (up_tokens, down_tokens)
-    )
+    num_tiles = triton.cdiv(shared_tokens, SHARED_TOKENS) + len(tiles.experts)
     blocks = {
         "TOP_K": top_k,
         "FORM": w13.form,
         "FORMAT": format_,
         "BLOCK_N": tile_tokens,
-        "SHARED_N": SHARED_TOKENS.value if tile_tokens == TILES[0] else 0,
-        "SHARED_STAGES": SHARED_STAGES.value,
+        "SHARED_N": SHARED_TOKENS if tile_tokens == TILES[0] else 0,
+        "SHARED_STAGES": 3,
         "num_stages": 4 if tile_tokens < 64 else 3,
     }
-    gate_up[(width // 128, up_tiles)](
+    gate_up[(width // 128, num_tiles)](
         w13.values, w13.scales, w13.row_scales, inputs, input_scales, *table, weights, middle, middle_scales,
-        *shared_up, *shared_middle, width, limit, up_tokens, *input_scales.stride(), *exponent_steps,
+        *shared_up, *shared_middle, width, limit, shared_tokens, *input_scales.stride(), *exponent_steps,
         DEPTH=hidden, ROUND=activations, BLOCK_M=256, num_warps=8,
         maxnreg=128 if tile_tokens == TILES[0] else None,  # two programs on a multiprocessor
         **blocks,
         launch_pdl=launches_early(inputs.device),
     )  # fmt: skip
-    down[(hidden // 128, down_tiles)](
+    down[(hidden // 128, num_tiles)](
         w2.values, w2.scales, w2.row_scales, middle, middle_scales, *table, *shared_down, target, hidden,
-        down_tokens, scale_row, rank_tokens,
+        shared_tokens, scale_row, rank_tokens,
         DEPTH=width, BLOCK_M=128, num_warps=8 if tile_tokens == TILES[-1] else 4, **places, **blocks,
         launch_pdl=launches_early(inputs.device),
     )  # fmt: skip

@@ -2,8 +2,6 @@
 
 As the engine calls it: x is rounded and the tiles of the experts are filled too.
 Bytes: the gate's weight (BF16) and x once, rounded x; 12 bytes for each choice. FLOPs: 2 E D a token.
-Few tokens also have lines "triton, shared": with the shared expert's first product in the launch, as the engine has it.
-Bytes more: its weight, x and the hidden values in E4M3; FLOPs more: 4 D I a token.
 """
 
 from __future__ import annotations
@@ -16,12 +14,8 @@ import torch
 
 from dsv4_kernels.benching import Measured, measure, num_copies, relative_error, write_lines
 from dsv4_kernels.cases import MODELS, Shapes, released
-from dsv4_kernels.gemm.fp8 import Fp8Weight
-from dsv4_kernels.gemm.quantize import quantize_rows
-from dsv4_kernels.mega_moe.shared_up import SHARED_TOKENS, SharedUp
 from dsv4_kernels.mega_moe.tiles import empty_tiles
 from dsv4_kernels.mega_moe.triton import choose_tile
-from dsv4_kernels.quant import quantize_fp8_blocks
 from dsv4_kernels.router import reference
 from dsv4_kernels.router.triton import route
 
@@ -63,22 +57,6 @@ def extras(shapes: Shapes, num_tokens: int) -> dict[str, Any]:
     }
 
 
-def shared_up(shapes: Shapes, x: torch.Tensor) -> SharedUp:
-    """The shared expert's first product of x."""
-    size = 2 * shapes.moe_intermediate_size, shapes.hidden_size
-    weight = Fp8Weight.from_checkpoint(*quantize_fp8_blocks(torch.randn(size, device=x.device)))
-    return SharedUp.build(quantize_rows(x), weight, shapes.swiglu_limit)
-
-
-def shared_line(shapes: Shapes, num_tokens: int, measure: Callable[..., Measured]) -> Measured:
-    """The launch with the shared expert's first product in it."""
-    hidden, width = shapes.hidden_size, shapes.moe_intermediate_size
-    moved = floor_bytes(shapes, num_tokens) + 2 * hidden * width + num_tokens * (hidden + width)
-    some = [make(shapes, num_tokens) for _ in range(num_copies(moved))]
-    calls = [partial(route, **one, **extras(shapes, num_tokens), shared=shared_up(shapes, one["x"])) for one in some]
-    return measure(calls, moved, flops(shapes, num_tokens) + 4 * num_tokens * hidden * width)
-
-
 def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = measure) -> Iterator[dict[str, Any]]:
     """One line for each implementation, model and number of tokens."""
     for name, shapes in released(models):
@@ -95,10 +73,6 @@ def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = m
             ):
                 yield measure(calls, moved, work).as_line(
                     op="route", implementation=label, shapes=name, num_tokens=num_tokens, **extra
-                )
-            if num_tokens <= SHARED_TOKENS.value:
-                yield shared_line(shapes, num_tokens, measure).as_line(
-                    op="route", implementation="triton, shared", shapes=name, num_tokens=num_tokens
                 )
 
 

@@ -5,8 +5,7 @@ Many tokens get their logits from the library's product, where that is faster (g
 Equal to `route` of the reference, with a token's experts in the order of their ids. Three times the last of several
 programs goes on (ADR 7): of the slices of a tile of logits, to add them and make scores of them; of the tiles of the
 same tokens, to choose for these; and of all, to put the pairs of few tokens into the tiles of the expert products.
-Meanwhile the programs of the first experts round x for those products, if they are asked to, and behind all of the
-router's stand those of the shared expert's first product, if it is asked for (mega_moe/shared_up.py).
+Meanwhile the programs of the first experts round x for those products, if they are asked to.
 
 Accuracy of the logits: a bfloat16 weight (the checkpoint's type) times a bfloat16 x is exact in float32, and only the
 sum rounds; a float32 weight is multiplied as three TF32 products. Relative norm of the error against float64 below 1e-5
@@ -25,7 +24,6 @@ from dsv4_kernels.arrival import counters, is_last
 from dsv4_kernels.dependent import launches_early, wait_for_previous
 from dsv4_kernels.deterministic import is_deterministic
 from dsv4_kernels.gemm import library
-from dsv4_kernels.mega_moe.shared_up import SharedUp, shared_tile
 from dsv4_kernels.mega_moe.tiles import FEW_PAIRS, Tiles, fill_few, fill_tiles
 from dsv4_kernels.quant.triton import store_quantized
 
@@ -134,7 +132,7 @@ def _choose(
     tl.store(weights + at, tl.where(mine, picked, 0.0), mask=written)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "shared_exponent_step"])
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
 def _route(
     x,  # [tokens, hidden]
     gate_weight,  # [experts, hidden]
@@ -158,9 +156,6 @@ def _route(
     num_tiles,
     hidden,
     slice_size,
-    # as of `shared_tile` from `weights` on, with SHARED_SPLITS; else None
-    shared_weights, shared_exponents, shared_inputs, shared_input_exponents, shared_arrived, shared_parts,
-    shared_hidden, shared_hidden_exponents, shared_width, shared_limit, shared_exponent_row, shared_exponent_step,
     TOP_K: tl.constexpr,
     LANES: tl.constexpr,  # TOP_K padded to a power of two
     BLOCK: tl.constexpr,  # num_experts padded to a power of two
@@ -177,20 +172,8 @@ def _route(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,  # tokens that are chosen for together
-    SHARED_DEPTH: tl.constexpr,
-    SHARED_SPLITS: tl.constexpr,  # 0 = the shared expert is not here
-):  # fmt: skip
+):
     wait_for_previous()
-    if SHARED_SPLITS > 0:  # noqa: SIM102  # a constant, then a value
-        if tl.program_id(2) >= SLICES:  # the last programs, because the way of the others is longer
-            number = (tl.program_id(2) - SLICES) * tl.num_programs(0) + tl.program_id(0)
-            if number < shared_width // 128 * SHARED_SPLITS:
-                shared_tile(
-                    number, num_tokens, shared_weights, shared_exponents, shared_inputs, shared_input_exponents,
-                    shared_arrived, shared_parts, shared_hidden, shared_hidden_exponents, shared_width, shared_limit,
-                    shared_exponent_row, shared_exponent_step, SHARED_DEPTH, SHARED_SPLITS,
-                )  # fmt: skip
-            return
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     real = expert < num_experts
     first_token = tl.program_id(1).to(tl.int64) * BLOCK_T
@@ -256,7 +239,6 @@ def route(
     positions: Tensor | None = None,
     tiles: Tiles | None = None,
     rounded: Tensor | None = None,
-    shared: SharedUp | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.route`: weights float32 [T, K] and expert ids int64 [T, K], of each token in the order of the ids.
 
@@ -266,7 +248,6 @@ def route(
         positions: int32 [T]; rows with -1 are padding, get experts -1 and weights 0, and nothing else of them is read.
         tiles: empty, of T * K pairs; filled, for up to FEW_PAIRS pairs in the same launch.
         rounded: bfloat16 [T, D], D a multiple of 128; gets the values that FP8 makes of x, not in padding rows.
-        shared: of x; its hidden values are made in the same launch, those of padding rows, too.
 
     Raises ValueError for anything else.
     """
@@ -282,8 +263,6 @@ def route(
     for name, tensor in ({"x": x, "gate_weight": gate_weight, "token_ids": token_ids} | optional).items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"route: {name} has strides {tensor.stride()}; expected a contiguous tensor")
-    if shared is not None and shared.rows.codes.shape != x.shape:
-        raise ValueError(f"route: x is {list(x.shape)}, rows of the shared expert {list(shared.rows.codes.shape)}")
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=x.device)
     expert_ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=x.device)
     if num_tokens == 0:
@@ -291,26 +270,23 @@ def route(
     exact = x.dtype is torch.bfloat16 and gate_weight.dtype is torch.bfloat16
     given = exact and library.is_for_library(x)
     block_t, slice_size = (ROWS, hidden) if given else tile_of(num_tokens, hidden)
-    grid = triton.cdiv(num_experts, BLOCK_E), triton.cdiv(num_tokens, block_t)
-    slices = triton.cdiv(hidden, slice_size)
+    grid = triton.cdiv(num_experts, BLOCK_E), triton.cdiv(num_tokens, block_t), triton.cdiv(hidden, slice_size)
     if given:
         slice_size = triton.cdiv(hidden, 128 * grid[0]) * 128
+    if given:
         partials = library.linear_bf16(x, gate_weight)
     else:
-        partials = torch.empty(slices, num_tokens, num_experts, dtype=torch.float32, device=x.device)
+        partials = torch.empty(grid[2], num_tokens, num_experts, dtype=torch.float32, device=x.device)
     few = tiles is not None and num_tokens * top_k <= FEW_PAIRS
     table = (tiles.pairs, tiles.experts, tiles.firsts, tiles.counts) if few else (expert_ids,) * 4
-    num_results = 1 + grid[1] + grid[0] * grid[1]
-    splits, shared_tiles = (0, 0) if shared is None else (shared.num_splits, shared.num_tiles)
-    arrived = counters(x.device, num_results + shared_tiles)
-    _route[(*grid, slices + triton.cdiv(shared_tiles * splits, grid[0]))](
+    _route[grid](
         x,
         gate_weight,
         partials if bias is None else bias,
         expert_ids if tid2eid is None else tid2eid,
         token_ids,
         expert_ids if positions is None else positions,
-        arrived,
+        counters(x.device, 1 + grid[1] + grid[0] * grid[1]),
         partials,
         torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device),
         weights,
@@ -323,7 +299,6 @@ def route(
         len(table[1]),
         hidden,
         slice_size,
-        *((None,) * 12 if shared is None else shared.arguments(arrived[num_results:])),
         TOP_K=top_k,
         LANES=triton.next_power_of_2(top_k),
         BLOCK=triton.next_power_of_2(num_experts),
@@ -335,13 +310,11 @@ def route(
         BINS=triton.next_power_of_2(num_experts + 1),
         PAIRS=max(128, triton.next_power_of_2(num_tokens * top_k)) if few else 1,
         GIVEN=given,
-        SLICES=slices,
+        SLICES=grid[2],
         BLOCK_E=BLOCK_E,
         BLOCK_T=block_t,
         BLOCK_D=64 if exact else 32,  # three products need more registers (tests/kernels/test_compile_gate.py)
         ROWS=ROWS,
-        SHARED_DEPTH=hidden,
-        SHARED_SPLITS=splits,
         num_warps=8,
         num_stages=4 if exact else 3,
         maxnreg=128,  # two programs on a multiprocessor

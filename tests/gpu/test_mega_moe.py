@@ -8,15 +8,13 @@ import torch
 from dsv4_kernels.capability import is_hopper
 from dsv4_kernels.cases import DEMO, FLASH, PRO
 from dsv4_kernels.gemm.fp8 import Fp8Weight
-from dsv4_kernels.gemm.quantize import quantize_rows
 from dsv4_kernels.mega_moe import triton as moe
 from dsv4_kernels.mega_moe.cases import packed_weight, routed_tokens
 from dsv4_kernels.mega_moe.reference import mega_moe as expected_of
-from dsv4_kernels.mega_moe.tiles import empty_tiles, make_tiles
+from dsv4_kernels.mega_moe.tiles import make_tiles
 from dsv4_kernels.mega_moe.triton import TILES, mega_moe
 from dsv4_kernels.mega_moe.weights import form_for, relayout
 from dsv4_kernels.quant import dequantize_fp4_weight, dequantize_fp8_blocks, quantize_fp8_blocks
-from dsv4_kernels.router.triton import route
 
 NUM_EXPERTS = 12
 SHAPES = {name: dataclasses.replace(sizes, n_routed_experts=NUM_EXPERTS) for name, sizes in
@@ -168,36 +166,3 @@ def test_tiles_of_many_pairs():
         (counts + 127) // 128))  # fmt: skip
     assert int(tiles.counts[active].sum()) == len(order)
     assert torch.equal(tiles.firsts[active], tiles.counts[active].cumsum(0, dtype=torch.int32) - tiles.counts[active])
-
-
-@pytest.mark.parametrize("num_tokens", [1, 5, 16])
-def test_the_shared_expert_may_begin_beside_the_router(layer, num_tokens):
-    """In a graph, launch behind launch: all have the same bits, the routed parts are those of the other way, and the
-    shared one is, but for float32 sums in another order."""
-    sizes, _, stored, shared = layer
-    form, top_k, limit = form_for("fp8", torch.cuda.get_device_capability()[0]), 3, sizes.swiglu_limit
-    weights = shared | {name: relayout(codes.clone(), scale, form=form) for name, (codes, scale) in stored.items()}
-    x = tokens(layer, num_tokens)["x"]
-    rows, gate = quantize_rows(x), torch.randn(NUM_EXPERTS, sizes.hidden_size, device="cuda").bfloat16()
-    ids = torch.zeros(num_tokens, dtype=torch.int64, device="cuda")
-
-    def run(beside):
-        tiles = empty_tiles(num_tokens * top_k, NUM_EXPERTS, 16, x.device)
-        up = moe.up_beside_router(rows, shared["shared_w13"], tiles, limit) if beside else None
-        routing, _ = route(
-            x, gate, bias=None, tid2eid=None, token_ids=ids, top_k=top_k, scale=1.0, tiles=tiles, shared=up
-        )
-        made = None if up is None else up.hidden
-        given = (rows.codes, rows.exponents, rows, routing, tiles)
-        return moe.expert_parts(*given, **weights, limit=limit, activations="fp8", shared_hidden=made)
-
-    expected, first = run(False), run(True)
-    assert torch.equal(first[:, :top_k], expected[:, :top_k])
-    error = first[:, top_k].double() - expected[:, top_k].double()
-    assert error.norm() <= BOUND["fp8"] * expected[:, top_k].double().norm()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = [run(True) for _ in range(20)]
-    for _ in range(5):
-        graph.replay()
-        assert all(torch.equal(one, first) for one in found)

@@ -20,7 +20,6 @@ from dsv4_kernels.metadata import Rows
 from dsv4serve.config import Numerics
 from dsv4serve.memory import CacheLayout, CachePools
 from dsv4serve.memory.activations import SCORE_BYTES, row_bytes, step_bytes
-from dsv4serve.model import device
 from dsv4serve.model.device import Streams
 from dsv4serve.runner.device_batch import DeviceForward, empty_inputs
 from dsv4serve.runner.device_step import PagedDeviceStep
@@ -103,24 +102,6 @@ def test_a_layer_of_a_decode_step_has_few_launches(network, monkeypatch, ratio, 
     with deterministic():
         launches = run_layer(network, monkeypatch, ratio, [1] * num_requests)
     assert sum(launches.names.values()) <= DETERMINISTIC[ratio], launches.names
-
-
-@pytest.mark.parametrize(("num_rows", "is_deterministic", "is_beside"), [
-    (1, False, True), (16, False, True), (17, False, False), (1, True, False),
-])  # fmt: skip
-def test_few_rows_have_the_shared_expert_begin_beside_the_router(
-    network, monkeypatch, num_rows, is_deterministic, is_beside
-):
-    made, given = [], []
-    route, expert_parts = device.route, device.expert_parts
-    monkeypatch.setattr(device, "route", lambda *args, **more: (made.append(more["shared"]), route(*args, **more))[1])
-    monkeypatch.setattr(device, "expert_parts", lambda *args, **more: (
-        given.append(more["shared_hidden"]), expert_parts(*args, **more))[1])  # fmt: skip
-    with deterministic(is_deterministic):
-        run_layer(network, monkeypatch, 4, [1] * num_rows)
-    assert len(made) == len(given) == 2
-    assert [shared and shared.hidden for shared in made] == given
-    assert all((shared is not None) == is_beside for shared in made)
 
 
 @pytest.mark.parametrize("is_deterministic", [False, True])
