@@ -8,6 +8,9 @@ kept as ratios to the steps around them, and remembered for long; the machine's 
 While a step runs, the host digests the one before it and plans the one behind it. Where that takes about as long as the
 step, a single step of another number takes as long as its neighbours make it. So a step counts only behind one with the
 same number, and a number is tried in several steps in a row.
+
+What is known from few steps may be wrong by their noise. So numbers are compared by the least that each may cost: one
+that seems dear is tried again as long as it could be the best, one that seems cheap is chosen, and seen.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ from dsv4serve.types import SamplingParams
 MEMORY = 128.0  # judged drafts after which an observation has lost two thirds of its weight
 PRIOR = 0.7  # accept rate of a draft, given that those before it were accepted, before anything was seen,
 PRIOR_WEIGHT = 4.0  # and of how many drafts that counts as
-TRIES = 3  # steps whose middle one shows how long a number of drafts takes: the first one may take many times as long
+TRIES = 5  # steps whose middle one shows how long a number of drafts takes at first: some take many times as long
+FIRST_VARIANCE = 0.04  # of a step's time over what was expected, before any was seen
 COST_MEMORY = 64.0  # steps after which the cost of a number of drafts has lost two thirds of its weight
 PACE_MEMORY = 8.0  # the same of the machine's pace
-LONGEST = 1.5  # of what was expected: a step that takes longer was interrupted, and counts as this
+LONGEST = 1.25  # of what was expected: a step that takes longer was interrupted, and counts as this
 PROBE_STEPS = 96  # after so many steps another number than the best is tried, or its numbers would grow old,
 PROBE_RUN = 3  # in so many steps, of which the first does not count,
 PROBE_SHARE = 0.01  # but tries lose no more than this share of the time,
@@ -75,12 +79,13 @@ class DraftPolicy:
             if len(costs.tries[num]) < TRIES:
                 return num
         best, best_speed, tokens, chance = 0, 0.0, [1.0], 1.0
-        for num, cost in enumerate(costs.ratios):
+        for num, cost in enumerate(costs.least()):
             if tokens[num] / cost > best_speed:
                 best, best_speed = num, tokens[num] / cost
             if num < self.most:
                 chance *= self._rates[num]
                 tokens.append(tokens[num] + chance)
+        best_speed = tokens[best] / costs.ratios[best]
         losses = [cost - made / best_speed for cost, made in zip(costs.ratios, tokens, strict=True)]
         return costs.probe(best, losses)
 
@@ -96,9 +101,16 @@ class _Costs:
         self.tries: list[list[float]] = [[] for _ in range(most + 1)]  # seconds of the first steps
         self.counts = [0] * (most + 1)
         self.ratios = [1.0] * (most + 1)
-        self._pace = 0.0
+        self._pace, self._variance = 0.0, FIRST_VARIANCE
         self._next, self._num_steps, self._spare = 0, 0, 0.0  # of tries; what they may still lose, in ratios
         self._num_left = 0  # steps of the present try
+
+    def least(self) -> list[float]:
+        """What each may cost at least: its ratio less its standard error."""
+        return [
+            ratio * (1 - (self._variance / min(count, COST_MEMORY)) ** 0.5)
+            for ratio, count in zip(self.ratios, self.counts, strict=True)
+        ]
 
     def probe(self, best: int, losses: list[float]) -> int:
         """The best number, or the one whose turn it is to be tried; `losses`: what a step of each loses, in ratios."""
@@ -128,5 +140,6 @@ class _Costs:
             return
         seconds = min(seconds, LONGEST * self._pace * self.ratios[num_drafts])
         weight = 1 / min(self.counts[num_drafts], COST_MEMORY)
+        self._variance += ((seconds / (self._pace * self.ratios[num_drafts]) - 1) ** 2 - self._variance) / COST_MEMORY
         self.ratios[num_drafts] += (seconds / self._pace - self.ratios[num_drafts]) * weight
         self._pace += (seconds / self.ratios[num_drafts] - self._pace) / PACE_MEMORY

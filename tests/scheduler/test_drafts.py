@@ -160,9 +160,9 @@ def test_adaptive_drafts_are_those_that_give_the_most_tokens_per_second(
     assert chosen[best] >= 619  # seven tries of three steps
 
 
-@pytest.mark.parametrize("late", [0, 1, 2])
+@pytest.mark.parametrize("late", [(0,), (1, 2), (3, 5)], ids=str)
 @pytest.mark.parametrize("best", [0, 1, 2, 3])
-def test_one_long_step_among_the_first_of_the_best_number_does_not_hide_it(best: int, late: int) -> None:
+def test_two_long_steps_among_the_first_of_the_best_number_do_not_hide_it(best: int, late: tuple[int, ...]) -> None:
     """A kernel is loaded, a graph uploaded: such a step takes ten times as long, and only this once."""
     policy, steps = DraftPolicy(3, adaptive=True), [0] * 4
     seconds = [1.0, 1.1, 1.2, 1.3]
@@ -170,11 +170,11 @@ def test_one_long_step_among_the_first_of_the_best_number_does_not_hide_it(best:
     for _ in range(120):
         num = policy.choose(4)
         chosen.append(num)
-        policy.took(4, num, seconds[num] * (10 if (num, steps[num]) == (best, late) else 1))
+        policy.took(4, num, seconds[num] * (10 if num == best and steps[num] in late else 1))
         steps[num] += 1
         for _ in range(4):
             policy.observe(3, best)
-    assert chosen[16:].count(best) >= 96
+    assert chosen[24:].count(best) >= 90
 
 
 def test_steps_whose_neighbours_make_them_longer_do_not_count() -> None:
