@@ -1,4 +1,4 @@
-"""The boundary of one or two tokens in one launch. A program has a slice of one token: it adds over registers, where
+"""The boundary of up to four tokens in one launch. A program has a slice of one token: it adds over registers, where
 tensor cores would multiply fifteen rows of nothing.
 
 The last program of a token goes on to x. Meanwhile another one, which has waited for it, makes post and comb.

@@ -5,7 +5,7 @@ Equal to `mhc_post`, `mhc_pre`, `rms_norm` and `quantize_rows` of the references
 `_mix` adds up the parts of a sublayer's output and forms the new streams, slice by slice of the hidden size, and the
 partial sums of their mix logits. What follows needs whole rows (`finish_token`): it adds the slices, runs Sinkhorn,
 merges the streams, applies the RMSNorm and quantises. What it reads of the streams was just written: 57 KB a token on
-Pro, from L2. For one or two tokens two programs of the same launch do it (`one.py`); for more a second launch
+Pro, from L2. For up to four tokens two programs of the same launch do it (`one.py`); for more a second launch
 with a program for each token, because the last program of a tile would do its tokens one after the other.
 
 Many tokens do the first half in another way (`many.py`). Tiles depend on the number of tokens and the hidden size; with
@@ -32,8 +32,9 @@ from dsv4_kernels.mhc.one import mix_one
 
 STREAMS = 4  # c of every released model; the kernels are written out for it
 BLOCK_D = 32  # hidden dims of one product
-PROGRAMS = 132  # programs of `_mix`, at most, while its slices can grow: one for each multiprocessor
+PROGRAMS = 132  # at most, while slices can grow: one for each multiprocessor
 MAX_SLICE = 512
+FEW = 4  # most tokens whose tiles have one token; 3 and 4 have two programs for each multiprocessor
 MANY = 256  # tokens from which on the other way is faster
 
 
@@ -44,7 +45,7 @@ WARPS_STAGES = {16: (8, 3), 64: (8, 2)}
 class Tiles(NamedTuple):
     """What one program of `_mix` takes; all results of equal tiles are equal in their bits."""
 
-    tokens: int  # 1, 16 or 64; 1: the last program of a token finishes it, without a second launch
+    tokens: int  # 1, 16 or 64; 1: without a second launch
     dims: int  # of the hidden size, a multiple of 32
 
 
@@ -54,12 +55,13 @@ FIXED = Tiles(16, 128)
 
 
 def tiles_for(num_tokens: int, hidden: int) -> Tiles:
-    """The smallest slices with which each multiprocessor has no more than one program."""
+    """The smallest slices with which each multiprocessor has no more than one program, or two of some tokens."""
     if is_deterministic():
         return FIXED
-    tokens = 1 if num_tokens <= 2 else 16 if num_tokens <= 64 else 64
+    tokens = 1 if num_tokens <= FEW else 16 if num_tokens <= 64 else 64
+    most = 2 * PROGRAMS if 2 < num_tokens <= FEW else PROGRAMS
     dims = BLOCK_D
-    while dims < MAX_SLICE and triton.cdiv(num_tokens, tokens) * triton.cdiv(hidden, dims) > PROGRAMS:
+    while dims < MAX_SLICE and triton.cdiv(num_tokens, tokens) * triton.cdiv(hidden, dims) > most:
         dims *= 2
     return Tiles(tokens, dims)
 

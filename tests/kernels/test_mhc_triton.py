@@ -17,7 +17,7 @@ BOUND = {
     torch.float32: 1e-6,
     torch.bfloat16: 1e-3,
 }  # relative norm; float32 sums decide a bfloat16 rounding now and then
-SIZES = [(0, 128), (1, 128), (2, 1152), (17, 384), (3, 1152), (65, 128)]  # tokens, hidden; all three tiles
+SIZES = [(0, 128), (1, 128), (2, 1152), (17, 384), (4, 384), (5, 1152), (65, 128)]  # tokens, hidden; all three tiles
 
 
 def make(num_tokens, hidden, dtype, num_parts=None):
@@ -142,9 +142,10 @@ def test_the_last_program_leaves_its_counter_at_zero():
 
 
 def test_slices_are_as_small_as_one_program_for_each_multiprocessor_allows():
-    sizes = [1, 2, 3, 16, 17, 64, 65, 256, 512, 8192]
-    expected = [(1, 64), (1, 128), (16, 64), (16, 64), (16, 128), (16, 256), (64, 128), (64, 256), (64, 512), (64, 512)]
-    assert [triton.tiles_for(num_tokens, 7168) for num_tokens in sizes] == expected
+    few = {1: (1, 64), 2: (1, 128), 3: (1, 128), 4: (1, 128)}  # two programs of three and four tokens
+    some = {5: (16, 64), 16: (16, 64), 17: (16, 128), 64: (16, 256), 65: (64, 128), 256: (64, 256), 512: (64, 512)}
+    expected = few | some | {8192: (64, 512)}
+    assert {num_tokens: triton.tiles_for(num_tokens, 7168) for num_tokens in expected} == expected
 
 
 @pytest.mark.parametrize("num_tokens", [2, 3])

@@ -11,13 +11,14 @@ from . import for_library
 
 RUNS = {
     "pro, 1 token": ("pro", PRO, 1),
+    "pro, 4 tokens": ("pro", PRO, 4),
     "flash, 1 token": ("flash", FLASH, 1),
     "pro, 64 tokens": ("pro", PRO, 64),
     "pro, 200 tokens": ("pro", PRO, 200),
     "pro, 256 tokens": ("pro", PRO, 256),
     "pro, 256 tokens, deterministic": ("pro", PRO, 256),
 }
-KERNELS = {"_mix", "finish_tokens", "_add_output", "_take_apart", "_product"}
+KERNELS = {"mix_one", "_mix", "finish_tokens", "_add_output", "_take_apart", "_product"}
 
 
 def launch(run: str) -> None:
