@@ -38,10 +38,12 @@ def chat_constraint(body: ChatBody, prompt: ChatPrompt, tokenizer: ChatTokenizer
     return _constraint(body, asked, after)
 
 
-def has_client_grammar(body: Sampling) -> bool:
-    """Whether a part of the constraint was written by the client, so that compiling it may fail."""
-    is_schema_of_tool = isinstance(body, ChatBody) and (bool(_strict_names(body)) or _requires_call(body))
-    return is_schema_of_tool or _asked(body) not in (None, _json_object(True, ""))
+def client_grammars(body: Sampling) -> list[str]:
+    """Fields with parts of the constraint that the client wrote, so that compiling them may fail."""
+    fields = [name for name, form in _asked_in(body).items() if form != _json_object(True, "")]
+    if isinstance(body, ChatBody) and (_strict_names(body) or _requires_call(body)):
+        fields.append("tools")
+    return fields
 
 
 def _constraint(body: Sampling, form: Format | None, after_id: int | None) -> Constraint | None:
@@ -58,6 +60,11 @@ def _constraint(body: Sampling, form: Format | None, after_id: int | None) -> Co
 
 
 def _asked(body: Sampling) -> Format | None:
+    return next(iter(_asked_in(body).values()), None)
+
+
+def _asked_in(body: Sampling) -> dict[str, Format]:
+    """The format by the field that asks for it, of which there is at most one."""
     formats: dict[str, Format] = {}
     response_format = body.response_format if isinstance(body, ChatBody) else None
     if response_format is not None and response_format.get("type") != "text":
@@ -70,7 +77,7 @@ def _asked(body: Sampling) -> Format | None:
         formats["structured_outputs"] = _structured_outputs(body.structured_outputs)
     if len(formats) > 1:
         raise InvalidRequest(f"{' and '.join(formats)} cannot be combined; give one of them", list(formats)[1])
-    return next(iter(formats.values()), None)
+    return formats
 
 
 def _response_format(raw: dict[str, Any]) -> Format:

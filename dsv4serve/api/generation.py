@@ -284,7 +284,7 @@ def _timeout(header: str | None, limit_s: float) -> float | None:
     if header is None:
         return limit
     try:
-        wanted = float(header)
+        wanted = float(header) if "_" not in header else 0.0  # which Python reads as digits are read
     except ValueError:
         wanted = 0.0
     if not 0 < wanted < MAX_TIMEOUT_S:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import sys
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
@@ -31,12 +32,15 @@ class GrammarCheck:
         self._known: OrderedDict[str, str | None] = OrderedDict()
         self._lock = asyncio.Lock()
 
-    async def check(self, constraint: Constraint, vocab_size: int) -> None:
-        """Raise InvalidRequest when the engine could not or should not serve `constraint`."""
+    async def check(self, constraint: Constraint, vocab_size: int, fields: Sequence[str]) -> None:
+        """Raise InvalidRequest when the engine could not or should not serve `constraint`.
+
+        fields: of the body, where the client wrote what is in it; the error names the field if there is one only.
+        """
         # Shielded: a client that goes away must not leave an answer of the process behind for the next one.
         wrong = await asyncio.shield(asyncio.create_task(self._checked(constraint.text, vocab_size)))
         if wrong is not None:
-            raise InvalidRequest(wrong)
+            raise InvalidRequest(wrong, fields[0] if len(fields) == 1 else None)
 
     async def _checked(self, text: str, vocab_size: int) -> str | None:
         async with self._lock:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from dsv4serve.api.body import read_body
 from dsv4serve.api.chat_prompt import ChatPrompt, build_prompt
-from dsv4serve.api.constraints import chat_constraint, has_client_grammar
+from dsv4serve.api.constraints import chat_constraint, client_grammars
 from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.generation import Call, Choice, Event, build_call
 from dsv4serve.api.logprobs import Token, chat_logprobs
@@ -96,14 +96,14 @@ async def chat_call(frontend: Frontend, body: ChatBody, prefix: str, headers: Ma
     frontend.check_model(body.model)
     info = frontend.ready_info()
 
-    def work() -> tuple[ChatPrompt, list[int], Constraint | None, bool]:
+    def work() -> tuple[ChatPrompt, list[int], Constraint | None, list[str]]:
         prompt, ids = chat_ids(frontend, body.messages, body, info.max_model_len)
         constraint = chat_constraint(body, prompt, frontend.tokenizer)
-        return prompt, ids, constraint, constraint is not None and has_client_grammar(body)
+        return prompt, ids, constraint, [] if constraint is None else client_grammars(body)
 
-    prompt, ids, constraint, has_grammar = await frontend.in_thread(work)
-    if constraint is not None and has_grammar:
-        await frontend.grammar_check.check(constraint, info.vocab_size)
+    prompt, ids, constraint, fields = await frontend.in_thread(work)
+    if constraint is not None and fields:
+        await frontend.grammar_check.check(constraint, info.vocab_size, fields)
     limit = body.max_completion_tokens or body.max_tokens
     start, tools = prompt.start, prompt.tools
     return build_call(

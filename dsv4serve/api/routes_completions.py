@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from dsv4serve.api.body import read_body
-from dsv4serve.api.constraints import body_constraint
+from dsv4serve.api.constraints import body_constraint, client_grammars
 from dsv4serve.api.frontend import Frontend
 from dsv4serve.api.generation import Call, Choice, Event, build_call
 from dsv4serve.api.logprobs import CompletionLogprobs, Token
@@ -82,12 +82,14 @@ async def completion_call(frontend: Frontend, body: CompletionBody, prefix: str,
     """The call that answers `body`, whose response id starts with `prefix`. Raises InvalidRequest."""
     frontend.check_model(body.model)
     info = frontend.ready_info()
-    prompts, constraint = await frontend.in_thread(lambda: (_prompts(frontend, info, body), body_constraint(body)))
+    prompts, constraint, fields = await frontend.in_thread(
+        lambda: (_prompts(frontend, info, body), body_constraint(body), client_grammars(body))
+    )
     if len(prompts) * (body.n or 1) > MAX_PROMPTS:
         raise InvalidRequest(f"{len(prompts)} prompts x n {body.n} is above {MAX_PROMPTS} choices", "n")
     limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if constraint is not None:
-        await frontend.grammar_check.check(constraint, info.vocab_size)
+        await frontend.grammar_check.check(constraint, info.vocab_size, fields)
     return build_call(
         *(frontend, info, body, prompts, limit), prefix=prefix, start=None, headers=headers, constraint=constraint
     )

@@ -180,6 +180,7 @@ def test_wrong_and_hostile_grammars_are_refused_at_once(module_server, fields):
     response = module_server.chat(**fields)
     assert response.status_code == 400, response.text
     assert time.monotonic() - begin < 2
+    assert response.json()["error"]["param"].partition(".")[0] in fields
     assert module_server.chat().status_code == 200
 
 

@@ -28,7 +28,7 @@ def threads(server, monkeypatch):
 
     watch(routes_chat, "build_prompt")
     watch(routes_chat, "chat_constraint")
-    watch(routes_chat, "has_client_grammar")
+    watch(routes_chat, "client_grammars")
     watch(routes_completions, "body_constraint")
     watch(routes_messages, "chat_body")
     watch(routes_responses, "chat_body")
@@ -55,12 +55,12 @@ def test_prompts_are_made_in_threads(server, threads, path, body, functions):
 
 
 def test_schemas_are_checked_in_threads(server, threads, monkeypatch):
-    async def accepts(constraint, vocab_size):
+    async def accepts(constraint, vocab_size, fields):
         pass
 
     monkeypatch.setattr(server.app.state.frontend.grammar_check, "check", accepts)
     assert server.chat(response_format=FORMAT).status_code == 200
-    assert threads["chat_constraint"] == threads["has_client_grammar"] == {"tokenize"}
+    assert threads["chat_constraint"] == threads["client_grammars"] == {"tokenize"}
 
 
 @pytest.mark.parametrize("large", [False, True])
