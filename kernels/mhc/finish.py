@@ -138,9 +138,8 @@ def finish_token(
         tl.store(comb + token * 16 + index - 8, mixing, mask=in_comb)
 
     if X:
-        weight = tl.load(
-            norm + dim, mask=inside, other=0.0
-        )  # comes while rows are merged; earlier it would cost registers
+        # Comes while rows are merged; earlier it would cost registers.
+        weight = tl.load(norm + dim, mask=inside, other=0.0)
         merged = (_entry(gates, index, 0) + hc_eps) * s0.to(tl.float32)
         merged += (_entry(gates, index, 1) + hc_eps) * s1.to(tl.float32)
         merged += (_entry(gates, index, 2) + hc_eps) * s2.to(tl.float32)
