@@ -111,9 +111,7 @@ def _make_operands(
             following = gl.minimum(turn + 1, total - 1)
             block = following % BLOCKS
             if block == 0:
-                at, row = _start_part(
-                    following // BLOCKS, num_rows * BLOCKS, pairs, tiles, columns, LOW_ROWS, TOP_K
-                )
+                at, row = _start_part(following // BLOCKS, num_rows * BLOCKS, pairs, tiles, columns, LOW_ROWS, TOP_K)
             buffer = (2 * turn + HALF) % BUFFERS
             # At once when nobody has used it yet.
             mbarrier.wait(empty.index(buffer), ((2 * turn + HALF) // BUFFERS + 1) & 1)
@@ -161,9 +159,7 @@ def _start_part(number, expert_rows, pairs, tiles, columns, LOW_ROWS: gl.constex
 
 
 @gluon.jit
-def _multiply(
-    first_turn, made, tokens, full, empty, BLOCKS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr
-):
+def _multiply(first_turn, made, tokens, full, empty, BLOCKS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
     """f32 [ROWS, COLUMNS] of both halves of a part's rows, whose first half block is number `first_turn`."""
     low = gl.zeros([ROWS, COLUMNS], gl.float32, layout=LAYOUT)
     high = gl.zeros([ROWS, COLUMNS], gl.float32, layout=LAYOUT)

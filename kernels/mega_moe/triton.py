@@ -52,9 +52,9 @@ class Homes:
 def choose_tile(num_tokens: int, top_k: int, num_experts: int, form: Form) -> int:
     """Half as many pairs again as an expert has on average, so that most experts fit into one tile.
 
-    A weight in registers leaves no room for the sums of the largest. The form "fp8", Hopper's, has them in other kernels
-    (hopper.py), which multiply 64 columns where a tile has no more pairs; a row of theirs has other bits than one of
-    smaller tiles, so not in deterministic mode.
+    A weight in registers leaves no room for the sums of the largest. The form "fp8", that of Hopper, has them in other
+    kernels (hopper.py), which multiply 64 columns where a tile has no more pairs; a row of theirs has other bits than
+    one of smaller tiles, so not in deterministic mode.
     """
     tiles = TILES if form == "fp4" else TILES[:-1]
     if form == "fp8" and not is_deterministic():

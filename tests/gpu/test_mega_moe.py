@@ -72,7 +72,7 @@ def test_equals_the_reference(layer, activations):
 
 @pytest.mark.parametrize("num_tokens", [1, 40, 160, 500])
 def test_warps_with_roles_equal_the_reference_and_have_the_same_bits_each_time(layer, num_tokens):
-    """Whoever is ahead; with one part of a tile for a program, and with several; of few columns, of all, and of both."""
+    """Whoever is ahead; with one part of a tile for a program, and with several; of few columns, and of all."""
     if not is_hopper(torch.device("cuda", 0)):
         pytest.skip("a kernel of Hopper")
     options = {"limit": layer[0].swiglu_limit, "activations": "fp8"}
