@@ -6,8 +6,7 @@ Bytes: the FP4 weights of the experts that are hit, with their scales (17/32 byt
 ones, x read in BF16 and in FP8, K + 1 parts a token written, BF16.
 FLOPs: 6 D I for each expert of a token, and for the shared one. Below some hundred tokens on Pro the bytes decide.
 
-On Hopper large tiles of FP8 activations have two lines, "gluon" of hopper.py and "triton" of experts.py, whose tiles
-are half as large.
+On Hopper large tiles of FP8 activations have two lines, "gluon" of hopper.py and "triton" of experts.py.
 
 The floor of the FLOPs is the rate of what the weights' form multiplies: "bf16", else FP8's. Lines before 27 November
 have the bf16 rate and form for FP8 activations on Hopper, too.
@@ -18,11 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, get_args
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from dsv4_kernels.benching import Measured, measure, num_copies, relative_error, write_lines
+from dsv4_kernels.capability import is_hopper
 from dsv4_kernels.cases import MODELS, Shapes, released
 from dsv4_kernels.gemm.fp8 import Fp8Weight
 from dsv4_kernels.gemm.quantize import quantize_rows
@@ -78,15 +79,18 @@ def layer(random: torch.Generator, shapes: Shapes, form: Form) -> tuple[dict[str
     return weights, values
 
 
-def prepared(tokens: dict[str, Tensor], weights: dict[str, Any], activations: Activations, tile: int) -> dict[str, Any]:
+def prepared(tokens: dict[str, Tensor], weights: dict[str, Any], activations: Activations) -> dict[str, Any]:
     """Arguments of `expert_parts`."""
+    (num_tokens, top_k), num_experts = tokens["expert_ids"].shape, weights["w13"].num_experts
     inputs, scales = rounded_inputs(tokens["x"], activations, weights["w13"].form)
     return weights | {
         "inputs": inputs,
         "input_scales": scales,
         "rows": quantize_rows(tokens["x"]),
         "weights": tokens["weights"],
-        "tiles": make_tiles(tokens["expert_ids"], weights["w13"].num_experts, tile),
+        "tiles": make_tiles(
+            tokens["expert_ids"], num_experts, choose_tile(num_tokens, top_k, num_experts, weights["w13"].form)
+        ),
         "activations": activations,
     }
 
@@ -109,15 +113,12 @@ def lines(models: Collection[str] = MODELS, measure: Callable[..., Measured] = m
                 hit = len(some[0]["expert_ids"].unique())
                 moved = floor_bytes(shapes, num_tokens, hit)
                 some += [tokens_of(random, num_tokens, shapes) for _ in range(1, num_copies(moved))]
-                sizes = num_tokens, shapes.num_experts_per_tok, shapes.n_routed_experts
-                tile = choose_tile(*sizes, weights["w13"].form)
-                forms = {"triton": tile}
-                if weights["w13"].form == "fp8" and tile == hopper.TOKENS.value:
-                    forms = {"gluon": tile, "triton": triton.TILES[-2]}
-                for label, tile in forms.items():
-                    given = [prepared(one, weights, activations, tile) for one in some]
-                    calls = [partial(expert_parts, **one, limit=limit) for one in given]
-                    measured = measure(calls, moved, flops(shapes, num_tokens), peak=peak)
+                given = [prepared(one, weights, activations) for one in some]
+                calls = [partial(expert_parts, **one, limit=limit) for one in given]
+                two = given[0]["tiles"].tile_tokens == hopper.TOKENS.value and weights["w13"].form == "fp8"
+                for label in ("gluon", "triton") if two and is_hopper(random.device) else ("triton",):
+                    with mock.patch.object(triton, "is_hopper", lambda device, label=label: label == "gluon"):
+                        measured = measure(calls, moved, flops(shapes, num_tokens), peak=peak)
                     yield measured.as_line(
                         op="mega_moe",
                         implementation=f"{label} {activations}",

@@ -32,7 +32,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def times(words, factor):
+def _times(words, factor):
     """Both bf16 halves of int32 words times those of `factor`: one instruction, of which Triton alone makes four."""
     if INTERPRETED:
         low = words.to(tl.uint16).to(tl.bfloat16, bitcast=True) * factor.to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -56,10 +56,10 @@ def _unpack(words, scale, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     factor = tl.broadcast_to(factor[:, :, None], (BLOCK_M, BLOCK_K // 32, 4))
     turned = words.to(tl.uint32, bitcast=True)
     turned = ((turned >> 4) | (turned << 28)).to(tl.int32, bitcast=True)
-    first = times(words & -2118090304, factor)  # bits 15, 8, 7, 6 of both halves
-    second = times((words << 6) & -2118090304, factor)
-    third = times(turned & -2118090304, factor)
-    fourth = times(((words << 2) & -2134867776) | ((words >> 6) & 0x01000100), factor)
+    first = _times(words & -2118090304, factor)  # bits 15, 8, 7, 6 of both halves
+    second = _times((words << 6) & -2118090304, factor)
+    third = _times(turned & -2118090304, factor)
+    fourth = _times(((words << 2) & -2134867776) | ((words >> 6) & 0x01000100), factor)
     four = tl.join(tl.join(first, third), tl.join(second, fourth))  # [rows, groups, 4, 2, 2]
     low = four.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     high = (four >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -91,42 +91,6 @@ def e4m3_words(words, steps):
     selectors = words & 0x77777777
     first = _look_up(low, high, selectors) | (words & -2139062144)  # signs at bits 7, 15, 23, 31
     return first, _look_up(low, high, selectors >> 16) | ((words << 4) & -2139062144)
-
-
-@triton.jit
-def bf16_words(words, steps):
-    """The same weights as pairs of bf16 in an int32, exactly: (k, k + 1) and (k + 2, k + 3) of h = 0, then of h = 1."""
-    factor = ((steps + 122) << 7) * 65537  # 2^(steps - 5) twice
-    nothing = words & 0
-    tables = nothing + 0x3F3F3F00, nothing + 0x40404040, nothing - 1065353216, nothing - 1065336832
-    selectors = words & 0x77777777
-    first = _bf16_pairs(selectors, words, tables, factor)
-    return first + _bf16_pairs(selectors >> 16, words << 4, tables, factor)
-
-
-@triton.jit
-def _bf16_pairs(selectors, signs, tables, factor):
-    """Two words of bf16 pairs, times `factor`. `tables`: high and low bytes of 0, 0.5, 1, 1.5; 2, 3, 4, 6 in bf16."""
-    high = _look_up(tables[0], tables[1], selectors) | (signs & -2139062144)
-    low = _look_up(tables[2], tables[3], selectors)
-    left, right = _look_up(low, high, (selectors & 0) + 0x5140), _look_up(low, high, (selectors & 0) + 0x7362)
-    return times(left, factor), times(right, factor)
-
-
-@triton.jit
-def bf16_of_e4m3(codes, exponents):
-    """Pairs of bf16 in an int32, exactly, of the codes 0, 1 and 2, 3 in int32 `codes` times 2^(exponents - 127)."""
-    nothing = codes & 0
-    factor = (exponents << 7) * 65537
-    left, right = _look_up(codes, nothing, nothing + 0x1404), _look_up(codes, nothing, nothing + 0x3424)
-    return _placed(left, factor), _placed(right, factor)
-
-
-@triton.jit
-def _placed(codes, factor):
-    """A pair of E4M3 codes, each in the upper byte of a half. As a bf16 number the bits are 2^-120 times theirs."""
-    pair = ((codes >> 4) & 0x07F007F0) | (codes & -2147450880)
-    return times(times(pair, (codes & 0) + 0x7B807B80), factor)
 
 
 @triton.jit

@@ -50,15 +50,8 @@ class Homes:
 
 
 def choose_tile(num_tokens: int, top_k: int, num_experts: int, form: Form) -> int:
-    """Half as many pairs again as an expert has on average, so that most experts fit into one tile.
-
-    A weight in registers leaves no room for the sums of the largest. The form "fp8", that of Hopper, has them in other
-    kernels (hopper.py), which multiply 64 columns where a tile has no more pairs; a row of theirs has other bits than
-    one of smaller tiles, so not in deterministic mode.
-    """
-    tiles = TILES if form == "fp4" else TILES[:-1]
-    if form == "fp8" and not is_deterministic():
-        tiles = (*TILES[:2], TOKENS.value)
+    """Half as many pairs again as an expert has on average, so that most experts fit into one tile."""
+    tiles = TILES if form == "fp4" else TILES[:-1]  # a weight in registers leaves no room for the sums of the largest
     return next((tile for tile in tiles if 2 * tile * num_experts >= 3 * num_tokens * top_k), tiles[-1])
 
 
@@ -84,8 +77,8 @@ def mega_moe(
         limit: swiglu clamp.
         activations: "bf16", "fp8" or "fp4" of the routed experts. Their weights must have a form for it: "bf16" takes
             all, "fp8" "fp8", "fp4" "fp8" and "fp4".
-        tile_tokens: 16, 32, 64 or (not for the form "bf16") 128 pairs a tile; by default chosen from the shapes. A
-            routed expert's sums have the same order with all of them but 128 of the form "fp8".
+        tile_tokens: 16, 32, 64 or (for the form "fp4") 128 pairs a tile; by default chosen from the shapes. A routed
+            expert's sums have the same order with all of them.
 
     Rows without any expert are padding and are not written. Raises ValueError for anything else.
     """
@@ -284,8 +277,8 @@ def _check(
 ) -> None:
     if activations not in get_args(Activations):
         raise ValueError(f"mega_moe: activations is {activations!r}; allowed: {', '.join(get_args(Activations))}")
-    if tile_tokens not in (None, *TILES) or (w13.form == "bf16" and tile_tokens == TILES[-1]):
-        raise ValueError(f"mega_moe: tile_tokens is {tile_tokens}; allowed: {TILES}, the last not for the form 'bf16'")
+    if tile_tokens not in (None, *TILES) or (w13.form != "fp4" and tile_tokens == TILES[-1]):
+        raise ValueError(f"mega_moe: tile_tokens is {tile_tokens}; allowed: {TILES}, the last for the form 'fp4' only")
     if w13.form != w2.form or activations not in ACTIVATIONS[w13.form]:
         raise ValueError(
             f"mega_moe: w13.form is {w13.form!r}, w2.form {w2.form!r}, activations {activations!r}; both weights have "

@@ -60,7 +60,7 @@ def test_equals_the_reference(layer, activations):
     options = {"limit": layer[0].swiglu_limit, "activations": activations}
     for weights in runs(layer, activations):
         for num_tokens, tile in ((0, None), (1, None), (7, None), (40, 16), *LARGER[activations]):
-            if tile == TILES[-1] and weights["w13"].form == "bf16":
+            if tile == TILES[-1] and weights["w13"].form != "fp4":
                 continue
             given = tokens(layer, num_tokens)
             found = mega_moe(**given, **weights, **options, tile_tokens=tile)
@@ -70,22 +70,32 @@ def test_equals_the_reference(layer, activations):
                 assert error <= BOUND[activations], (num_tokens, tile)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 40, 160, 500])
+@pytest.mark.parametrize("num_tokens", [1, 40, 500])
 def test_warps_with_roles_equal_the_reference_and_have_the_same_bits_each_time(layer, num_tokens):
-    """Whoever is ahead; with one part of a tile for a program, and with several; of few columns, and of all."""
+    """Whoever is ahead; with one part of a tile for a program, and with several."""
     if not is_hopper(torch.device("cuda", 0)):
         pytest.skip("a kernel of Hopper")
     options = {"limit": layer[0].swiglu_limit, "activations": "fp8"}
     stored = {name: relayout(codes.clone(), scale, form="fp8") for name, (codes, scale) in layer[2].items()}
     given = tokens(layer, num_tokens)
-    first = mega_moe(**given, **layer[3], **stored, **options, tile_tokens=128)
+    first = mega_moe(**given, **layer[3], **stored, **options, tile_tokens=64)
     expected = expected_of(**given, **layer[1], **options, quantize_shared=True)
     assert (first.double() - expected.double()).norm() / expected.double().norm() <= BOUND["fp8"]
     for _ in range(20):
-        assert torch.equal(mega_moe(**given, **layer[3], **stored, **options, tile_tokens=128), first)
+        assert torch.equal(mega_moe(**given, **layer[3], **stored, **options, tile_tokens=64), first)
 
 
-@pytest.mark.parametrize("tile_tokens", [16, 64, 128])
+def test_a_tile_has_the_bits_of_the_triton_kernels(layer, monkeypatch):
+    """So deterministic mode may take either."""
+    options = {"limit": layer[0].swiglu_limit, "activations": "fp8", "tile_tokens": 64}
+    stored = {name: relayout(codes.clone(), scale, form="fp8") for name, (codes, scale) in layer[2].items()}
+    given = tokens(layer, 150)
+    found = mega_moe(**given, **layer[3], **stored, **options)
+    monkeypatch.setattr(moe, "is_hopper", lambda device: False)
+    assert torch.equal(found, mega_moe(**given, **layer[3], **stored, **options))
+
+
+@pytest.mark.parametrize("tile_tokens", [16, 64])
 def test_outputs_go_where_their_tokens_live(layer, tile_tokens):
     """Two ranks, here two pieces of this GPU's memory, with half of the tokens each, behind eight other values."""
     stored = [relayout(codes.clone(), scale, form="fp8") for codes, scale in layer[2].values()]

@@ -1,4 +1,4 @@
-"""The Gluon kernels of the experts, emulated on the CPU, against the Triton kernels, whose roundings they have."""
+"""The Gluon kernels of the experts, emulated on the CPU, against the Triton kernels, whose sums they have."""
 
 import pytest
 import torch
@@ -47,8 +47,7 @@ def crowded(num_tokens, experts):
 def of_triton(monkeypatch):
     """`mega_moe` by the Triton kernels."""
 
-    def run(inputs, tile_tokens=128):
-        """With the largest tiles that these have."""
+    def run(inputs, tile_tokens=64):
         with monkeypatch.context() as patched:
             patched.setattr(moe, "is_hopper", lambda device: False)
             return moe.mega_moe(**inputs, tile_tokens=tile_tokens)
@@ -56,21 +55,18 @@ def of_triton(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("num_tokens", [1, 64, 100, 150])
+@pytest.mark.parametrize("num_tokens", [1, 64, 150])
 def test_has_the_bits_of_the_triton_kernels(emulated, of_triton, num_tokens):
-    """One pair, half of a full tile, and two tiles of an expert of which the last is not full.
-
-    Sums in another order than theirs are rounded to the same bfloat16 numbers in these cases.
-    """
+    """One pair, a full tile, three tiles of an expert of which the last is not full."""
     inputs = crowded(num_tokens, [7, 2])
-    assert torch.equal(moe.mega_moe(**inputs, tile_tokens=128), of_triton(inputs))
+    assert torch.equal(moe.mega_moe(**inputs, tile_tokens=64), of_triton(inputs))
     assert emulated["launches"] == ["gate_up_specialized", "down_specialized"]
 
 
 def test_tokens_have_experts_of_their_own_or_none(emulated, of_triton):
     inputs, _ = make(30, activations="fp8", form="fp8")
     inputs["expert_ids"][[3, 29]] = -1
-    found, expected = moe.mega_moe(**inputs, tile_tokens=128), of_triton(inputs)
+    found, expected = moe.mega_moe(**inputs, tile_tokens=64), of_triton(inputs)
     kept = [row for row in range(30) if row not in (3, 29)]
     assert torch.equal(found[kept], expected[kept])
     assert found[[3, 29]].isnan().all()  # nothing was written
@@ -85,7 +81,7 @@ def test_other_tiles_are_those_of_triton(emulated, of_triton):
 def test_more_programs_than_parts(emulated, of_triton, monkeypatch):
     inputs = crowded(5, [1, 4])
     monkeypatch.setattr(moe, "num_multiprocessors", lambda device: 9)
-    assert torch.equal(moe.mega_moe(**inputs, tile_tokens=128), of_triton(inputs))
+    assert torch.equal(moe.mega_moe(**inputs, tile_tokens=64), of_triton(inputs))
 
 
 def test_outputs_go_where_their_tokens_live(emulated, monkeypatch):
@@ -93,7 +89,7 @@ def test_outputs_go_where_their_tokens_live(emulated, monkeypatch):
     inputs = crowded(80, [4, 1])
     given = [*moe.rounded_inputs(inputs["x"], "fp8", "fp8"), *(inputs[name] for name in ("expert_ids", "weights"))]
     given += [inputs["w13"], inputs["w2"]]
-    options = {"limit": inputs["limit"], "activations": "fp8", "tile_tokens": 128}
+    options = {"limit": inputs["limit"], "activations": "fp8", "tile_tokens": 64}
     hidden = inputs["x"].shape[1]
     ranks = [torch.full((8 + 40 * 2 * hidden,), 7.0, dtype=torch.bfloat16) for _ in range(2)]
     addresses = torch.tensor([gluon_emulator.ELSEWHERE, gluon_emulator.ELSEWHERE + gluon_emulator.SPACE])
@@ -108,7 +104,7 @@ def test_outputs_go_where_their_tokens_live(emulated, monkeypatch):
 def test_roles_may_stop_anywhere(emulated):
     """The same bits whoever is ahead: what a role reads was written before, and is not written until it was read."""
     inputs = crowded(70, [5, 6])
-    first = moe.mega_moe(**inputs, tile_tokens=128)
+    first = moe.mega_moe(**inputs, tile_tokens=64)
     for seed in range(1, 6):
         emulated["seed"] = seed
-        assert torch.equal(moe.mega_moe(**inputs, tile_tokens=128), first)
+        assert torch.equal(moe.mega_moe(**inputs, tile_tokens=64), first)

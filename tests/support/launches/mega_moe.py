@@ -40,7 +40,7 @@ RUNS = runs()
 PLAIN = {"dispatch", "widen"}  # other streams and other GPUs take part: not launched early
 HOPPER = {"gate_up_specialized", "down_specialized"}  # not compiled for other targets
 KERNELS = {"_fill_tiles", "gate_up", "down", "_combine", "_quantize", "_swiglu", "_product"} | PLAIN | HOPPER
-STACK = {"gate_up_specialized": 64, "down_specialized": 24}  # Triton 3.9, not 3.6: addresses, outside of products
+STACK = {"gate_up_specialized": 8}  # Triton 3.9, not 3.6: two words of a maker's addresses
 UNCONVERTED = {"gate_up", "down"} | HOPPER  # operands go into the tensor cores without a change of format
 FEW = 256  # tokens; so many are sent between ranks too
 
@@ -113,10 +113,8 @@ def matrix_instructions(kernel: str, run: str, capability: int) -> set[str]:
     The shared expert, FP8 by FP8, is in the same kernels where tiles are small.
     """
     shared = "QGMMA" if capability == 90 else "UTCQMMA"
-    if kernel == "_product":
+    if kernel == "_product" or kernel in HOPPER:
         return {shared}
-    if kernel in HOPPER:
-        return {"HGMMA"}
     if kernel not in ("gate_up", "down"):
         return set()
     shapes, num_tokens, activations = RUNS[run]
