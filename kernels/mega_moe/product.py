@@ -113,9 +113,9 @@ def _unpack_fp8(words, steps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
 def _first_block(split, DEPTH: tl.constexpr, SPLITS: tl.constexpr):
     """Block of 128 inputs where the split begins, and how many of its first blocks those before have."""
     TOTAL: tl.constexpr = DEPTH // 128
-    own = split * tl.cdiv(TOTAL, SPLITS)
-    first = tl.minimum(own, TOTAL - tl.cdiv(TOTAL, SPLITS))
-    return first, own - first
+    BLOCKS: tl.constexpr = (TOTAL + SPLITS - 1) // SPLITS
+    first = tl.minimum(split * BLOCKS, TOTAL - BLOCKS)
+    return first, split * BLOCKS - first
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def multiply_fp4(
     elif FORMAT == "e2m1":
         input_scales += input_row[:, None] * scale_row + group[None, :] * scale_step
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for done in range(0, tl.cdiv(DEPTH // BLOCK_K, SPLITS) * BLOCK_K, BLOCK_K):
+    for done in range(0, (DEPTH // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K, BLOCK_K):
         weight = tl.load(weights)
         scale = tl.load(scales)
         mine = keep & (done >= repeated * BLOCK_K) if DEPTH // BLOCK_K % SPLITS else keep
@@ -217,7 +217,7 @@ def multiply_fp8(
     """f32 [BLOCK_M, BLOCK_N]: rows of an FP8 weight times rows of the inputs, or one split of that."""
     k = tl.arange(0, 128)
     blocks: tl.constexpr = DEPTH // 128
-    own: tl.constexpr = tl.cdiv(blocks, SPLITS)
+    own: tl.constexpr = (blocks + SPLITS - 1) // SPLITS
     if SPLITS > 1:
         first, repeated = _first_block(split, DEPTH, SPLITS)
         weights += first * 128

@@ -1,12 +1,14 @@
 """Tiles of `gate_up` that several programs share, by the interpreter on the CPU."""
 
 import dataclasses
+import random
 
 import pytest
 import torch
 from support import triton_interpreter  # noqa: F401  # before any kernel
 from support.experts import make
 from support.poison import poisoned  # noqa: F401
+from triton.runtime import interpreter
 
 from dsv4_kernels.arrival import NUM_COUNTERS, counters
 from dsv4_kernels.cases import EDGE, FLASH, PRO
@@ -95,6 +97,23 @@ def test_padding_and_nan_change_no_other_row(monkeypatch, activations, form):
     found = moe.mega_moe(**inputs)
     assert found[[1, 3, 5]].isnan().all()  # 1 and 5 as poisoned: nothing was written
     assert torch.equal(found[[0, 2, 4]], complete[[0, 2, 4]])
+    assert not counters(inputs["x"].device, NUM_COUNTERS).any()
+
+
+@pytest.mark.parametrize(("activations", "form"), [("fp8", "fp8"), ("fp4", "fp4")])
+def test_bits_do_not_depend_on_which_program_comes_when(monkeypatch, activations, form):
+    """Splits of all tiles in turn, and some last that are not the last of K."""
+    force(monkeypatch, 3)
+    inputs, _ = make(3, SMALL_PRO, activations, form)
+    expected, original = moe.mega_moe(**inputs), interpreter.InterpreterBuilder.set_grid_idx
+
+    def shuffled(builder, x, y, z):
+        order = list(range(builder.grid_dim[1]))
+        random.Random(len(order)).shuffle(order)
+        original(builder, x, order[y], z)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", shuffled)
+    assert torch.equal(moe.mega_moe(**inputs), expected)
     assert not counters(inputs["x"].device, NUM_COUNTERS).any()
 
 
