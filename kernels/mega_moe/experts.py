@@ -2,8 +2,7 @@
 
 A launch has a program for each tile of a product (product.py): some rows of one expert's weight times up to BLOCK_N
 tokens, gathered by index. Which tokens an expert has is in `Tiles`. With SHARED_N the shared expert is one more expert
-that all tokens have: its tiles are the first programs, because they read most. Few tiles of `gate_up` are split along
-K, because one program takes longer for a tile than memory for all; the last split to come ends the tile (ADR 7).
+that all tokens have: its tiles are the first programs, because they read most.
 
 A tile of `gate_up` holds 128 gate rows and the 128 up rows that belong to them: the group of 128 hidden values that
 shares an FP8 scale is then in one program, and is rounded there.
@@ -14,10 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dsv4_kernels.arrival import is_last
 from dsv4_kernels.dependent import wait_for_previous
 from dsv4_kernels.mega_moe.product import multiply_fp4, multiply_fp8
-from dsv4_kernels.quant.device import power_of_two
 from dsv4_kernels.quant.triton import store_quantized
 
 
@@ -36,31 +33,6 @@ def _swiglu_tile(acc, limit):
     both = tl.reshape(acc.to(tl.bfloat16), (2, acc.shape[0] // 2, acc.shape[1]))
     gate, up = tl.split(tl.permute(both, (2, 1, 0)))
     return swiglu(gate, up, limit)
-
-
-@triton.jit
-def _store_part(acc, parts, size, split, place, keep, row, width):
-    """A split of a tile, f32 [rows, tokens], to parts f32 [splits, size, 2 * width]."""
-    at = (split * size + place)[None, :] * (2 * width) + row[:, None]
-    tl.store(parts + at, acc, mask=keep[None, :])
-
-
-@triton.jit
-def _add_parts(
-    parts, size, place, keep, row_scales, column, width, limit,
-    SCALED: tl.constexpr, SPLITS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """`_swiglu_tile` of the splits, which are added in their order; SCALED: times `row_scales`."""
-    lane = column + tl.arange(0, HALF)
-    gate, up = tl.zeros([place.shape[0], HALF], tl.float32), tl.zeros([place.shape[0], HALF], tl.float32)
-    for split in tl.static_range(SPLITS):  # all loads are under way together
-        at = parts + (split * size + place)[:, None] * (2 * width) + lane[None, :]
-        gate += tl.load(at, mask=keep[:, None], other=0.0)
-        up += tl.load(at + width, mask=keep[:, None], other=0.0)
-    if SCALED:
-        gate *= power_of_two(tl.load(row_scales + lane))[None, :]
-        up *= power_of_two(tl.load(row_scales + width + lane))[None, :]
-    return swiglu(gate.to(tl.bfloat16), up.to(tl.bfloat16), limit)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "exponent_step", "scale_step"])
@@ -90,8 +62,6 @@ def gate_up(
     scale_step,
     exponent_row,
     exponent_step,
-    arrived,  # int32, zero: of each tile
-    parts,  # f32 [SPLITS, num_tokens * (TOP_K + 1), 2 * width]: of the shared expert's tokens, then of pairs
     DEPTH: tl.constexpr,
     TOP_K: tl.constexpr,
     FORM: tl.constexpr,  # of the weights
@@ -101,38 +71,23 @@ def gate_up(
     BLOCK_N: tl.constexpr,
     SHARED_N: tl.constexpr,  # tokens of a tile of the shared expert, 0 = it is not here
     SHARED_STAGES: tl.constexpr,
-    SPLITS: tl.constexpr,  # of K; several only where num_tokens is that of the routed experts
 ):
-    """SwiGLU of one tile of pairs, or of tokens for the shared expert; BLOCK_M / 2 hidden values each.
-
-    Splits of a tile are programs of their own, one after the other on axis 1; the last one to come goes on.
-    """
+    """SwiGLU of one tile of pairs, or of tokens for the shared expert; BLOCK_M / 2 hidden values each."""
     wait_for_previous()
     HALF: tl.constexpr = BLOCK_M // 2
     column = tl.program_id(0) * HALF
     lane = tl.arange(0, BLOCK_M)
     row = column + lane % HALF + (lane // HALF) * width
-    tile, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
-    arrived += tile * tl.num_programs(0) + tl.program_id(0)
-    size = num_tokens * (TOP_K + 1)
+    tile = tl.program_id(1)
     if SHARED_N > 0:
         tile -= tl.cdiv(num_tokens, SHARED_N)
         if tile < 0:
-            token = (tl.program_id(1) // SPLITS).to(tl.int64) * SHARED_N + tl.arange(0, SHARED_N)
+            token = tl.program_id(1).to(tl.int64) * SHARED_N + tl.arange(0, SHARED_N)
             acc = multiply_fp8(
                 shared_weights, shared_exponents, row, shared_inputs, shared_input_exponents, exponent_row,
-                exponent_step, tl.minimum(token, num_tokens - 1), split, DEPTH, SPLITS, BLOCK_M, SHARED_N,
-                SHARED_STAGES,
+                exponent_step, tl.minimum(token, num_tokens - 1), DEPTH, BLOCK_M, SHARED_N, SHARED_STAGES,
             )  # fmt: skip
-            if SPLITS > 1:
-                keep = token < num_tokens
-                _store_part(acc, parts, size, split, token, keep, row, width)
-                if not is_last(arrived, SPLITS):
-                    return
-                value = _add_parts(parts, size, token, keep, row_scales, column, width, limit, False, SPLITS, HALF)
-            else:
-                value = _swiglu_tile(acc, limit)
-            value = value.to(tl.bfloat16).to(tl.float32)
+            value = _swiglu_tile(acc, limit).to(tl.bfloat16).to(tl.float32)
             store_quantized(
                 value, shared_hidden, shared_hidden_exponents, token, token < num_tokens, column, width,
                 width // 128, 1, 128, False, True,
@@ -145,22 +100,14 @@ def gate_up(
     pair_in_tile = tl.arange(0, BLOCK_N)
     keep = pair_in_tile < tl.load(tile_counts + tile)
     pair = tl.load(pairs + first + pair_in_tile, mask=keep, other=0)
-    row_scales += expert * width * 2
     acc = multiply_fp4(
         weights + expert * width * (DEPTH // (1 if FORM == "fp4" else 4)),
         scales + expert * width * (DEPTH // 16),
-        row_scales, row, 2 * width, inputs, input_scales, scale_row, scale_step, (pair // TOP_K).to(tl.int64), keep,
-        split, DEPTH, SPLITS, FORM, FORMAT, BLOCK_M, BLOCK_N,
+        row_scales + expert * width * 2,
+        row, 2 * width, inputs, input_scales, scale_row, scale_step, (pair // TOP_K).to(tl.int64), keep, DEPTH,
+        FORM, FORMAT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    if SPLITS > 1:
-        part = num_tokens + (first + pair_in_tile).to(tl.int64)
-        _store_part(acc, parts, size, split, part, keep, row, width)
-        if not is_last(arrived, SPLITS):
-            return
-        value = _add_parts(parts, size, part, keep, row_scales, column, width, limit, FORM == "fp8", SPLITS, HALF)
-    else:
-        value = _swiglu_tile(acc, limit)
-    value *= tl.load(routing + pair, mask=keep, other=0.0)[:, None]
+    value = _swiglu_tile(acc, limit) * tl.load(routing + pair, mask=keep, other=0.0)[:, None]
     value = value.to(tl.bfloat16)
     place = (first + pair_in_tile).to(tl.int64)
     if ROUND == "bf16":
@@ -215,7 +162,7 @@ def down(
             token = tl.program_id(1).to(tl.int64) * SHARED_N + tl.arange(0, SHARED_N)
             acc = multiply_fp8(
                 shared_weights, shared_exponents, row, shared_hidden, shared_hidden_exponents, DEPTH // 128, 1,
-                tl.minimum(token, num_tokens - 1), 0, DEPTH, 1, BLOCK_M, SHARED_N, SHARED_STAGES,
+                tl.minimum(token, num_tokens - 1), DEPTH, BLOCK_M, SHARED_N, SHARED_STAGES,
             )  # fmt: skip
             at = (token * PARTS + TOP_K)[None, :] * num_rows + row[:, None]
             tl.store(parts + at, acc.to(tl.bfloat16), mask=(token < num_tokens)[None, :])
@@ -230,8 +177,8 @@ def down(
         weights + expert * num_rows * (DEPTH // (2 if FORM == "fp4" else 8)),
         scales + expert * num_rows * (DEPTH // 32),
         row_scales + expert * num_rows,
-        row, num_rows, hidden, hidden_scales, scale_row, 1, (first + pair_in_tile).to(tl.int64), keep, 0,
-        DEPTH, 1, FORM, FORMAT, BLOCK_M, BLOCK_N,
+        row, num_rows, hidden, hidden_scales, scale_row, 1, (first + pair_in_tile).to(tl.int64), keep, DEPTH,
+        FORM, FORMAT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     pair = tl.load(pairs + first + pair_in_tile, mask=keep, other=0).to(tl.int64)
     token = pair // TOP_K

@@ -16,10 +16,8 @@ The shared expert's weights are E4M3 with a scale per 128 x 128, its inputs E4M3
 128 is a sum of its own on Hopper).
 The order of the sums over K inside a tensor core is its own; everything before and after is as in the reference.
 
-A product may be one of SPLITS along K. DEPTH and SPLITS are constants and all splits have as many blocks, so that no
-loop may be empty: a way around it, on which sums are zero, makes the compiler wait for each product of Hopper's
-(tests/kernels/test_compile_gate.py). Where SPLITS does not divide the blocks, the last split begins earlier, and inputs
-that a split before it has are zeros in it.
+DEPTH is a constant so that no loop may be empty: a way around it, on which sums are zero, makes the compiler wait for
+each product of Hopper's (tests/kernels/test_compile_gate.py).
 """
 
 from __future__ import annotations
@@ -110,15 +108,6 @@ def _unpack_fp8(words, steps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _first_block(split, DEPTH: tl.constexpr, SPLITS: tl.constexpr):
-    """Block of 128 inputs where the split begins, and how many of its first blocks those before have."""
-    TOTAL: tl.constexpr = DEPTH // 128
-    BLOCKS: tl.constexpr = (TOTAL + SPLITS - 1) // SPLITS
-    first = tl.minimum(split * BLOCKS, TOTAL - BLOCKS)
-    return first, split * BLOCKS - first
-
-
-@triton.jit
 def multiply_fp4(
     weights,  # of this expert, as weights.py has them
     scales,
@@ -131,18 +120,13 @@ def multiply_fp4(
     scale_step,
     input_row,  # int64 [BLOCK_N]
     keep,  # bool [BLOCK_N]
-    split,
     DEPTH: tl.constexpr,
-    SPLITS: tl.constexpr,  # of K
     FORM: tl.constexpr,  # of the weights
     FORMAT: tl.constexpr,  # of inputs: "bf16", "e4m3", "e2m1"
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """f32 [BLOCK_M, BLOCK_N]: rows of the weight times rows of the inputs, or one split of that.
-
-    Splits are not yet multiplied by `row_scales`.
-    """
+    """f32 [BLOCK_M, BLOCK_N]: rows of the weight times rows of the inputs."""
     BLOCK_K: tl.constexpr = 128
     ZERO: tl.constexpr = 0 if FORMAT == "e2m1" else 0.0
     PACK: tl.constexpr = 2 if FORMAT == "e2m1" else 1
@@ -150,12 +134,6 @@ def multiply_fp4(
     word = tl.arange(0, BLOCK_K // WORD)
     column = tl.arange(0, BLOCK_K // PACK)
     group = tl.arange(0, BLOCK_K // 32)
-    if SPLITS > 1:
-        first, repeated = _first_block(split, DEPTH, SPLITS)
-        weights += first * num_rows * (128 // WORD)
-        scales += first * num_rows * 4
-        inputs += first * (BLOCK_K // PACK)
-        input_scales += first * scale_step * (4 if FORMAT == "e2m1" else 1)
     weights += row[:, None] * (128 // WORD) + word[None, :]
     scales += row[:, None] * 4 + group[None, :]
     inputs += input_row[None, :] * (DEPTH // PACK) + column[:, None]
@@ -166,11 +144,10 @@ def multiply_fp4(
     elif FORMAT == "e2m1":
         input_scales += input_row[:, None] * scale_row + group[None, :] * scale_step
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for done in range(0, (DEPTH // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K, BLOCK_K):
+    for _ in range(0, DEPTH, BLOCK_K):
         weight = tl.load(weights)
         scale = tl.load(scales)
-        mine = keep & (done >= repeated * BLOCK_K) if DEPTH // BLOCK_K % SPLITS else keep
-        values = tl.load(inputs, mask=mine[None, :], other=ZERO)
+        values = tl.load(inputs, mask=keep[None, :], other=ZERO)
         if FORM == "bf16":
             acc = tl.dot(_unpack(weight, scale, BLOCK_M, BLOCK_K), values, acc)
         elif FORM == "fp8":
@@ -186,7 +163,7 @@ def multiply_fp4(
         inputs += BLOCK_K // PACK
     if FORM == "bf16":
         acc *= 4294967296.0  # 2^32, see _unpack
-    elif FORM == "fp8" and SPLITS == 1:
+    elif FORM == "fp8":
         acc *= power_of_two(tl.load(row_scales + row))[:, None]
     return acc
 
@@ -207,32 +184,23 @@ def multiply_fp8(
     exponent_row,
     exponent_step,
     input_row,  # int64 [BLOCK_N]
-    split,
     DEPTH: tl.constexpr,
-    SPLITS: tl.constexpr,  # of K
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """f32 [BLOCK_M, BLOCK_N]: rows of an FP8 weight times rows of the inputs, or one split of that."""
+    """f32 [BLOCK_M, BLOCK_N]: rows of an FP8 weight times rows of the inputs."""
     k = tl.arange(0, 128)
     blocks: tl.constexpr = DEPTH // 128
-    own: tl.constexpr = (blocks + SPLITS - 1) // SPLITS
-    if SPLITS > 1:
-        first, repeated = _first_block(split, DEPTH, SPLITS)
-        weights += first * 128
-        exponents += first
-        inputs += first * 128
-        input_exponents += first * exponent_step
     weights += row.to(tl.int64)[:, None] * DEPTH + k[None, :]
     inputs += input_row[None, :] * DEPTH + k[:, None]
     exponents += row // 128 * blocks
     input_exponents += input_row * exponent_row
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     scale, input_scale = _fp8_scales(exponents, input_exponents, 0, exponent_step)
-    for block in tl.range(0, own, num_stages=NUM_STAGES):
+    for block in tl.range(0, blocks, num_stages=NUM_STAGES):
         weight = tl.load(weights)
-        values = tl.load(inputs, mask=block >= repeated, other=0.0) if blocks % SPLITS else tl.load(inputs)
+        values = tl.load(inputs)
         if cuda_capability_geq(10):
             group = tl.zeros([1, 4], tl.int32)
             weight_scale = tl.load(exponents[:, None] + block + group)
@@ -240,7 +208,7 @@ def multiply_fp8(
             acc = tl.dot_scaled(weight, weight_scale, "e4m3", values, value_scale, "e4m3", acc)
         else:
             # Bytes are not copied ahead by the pipeline: the next scales are on their way while this block multiplies.
-            following = _fp8_scales(exponents, input_exponents, tl.minimum(block + 1, own - 1), exponent_step)
+            following = _fp8_scales(exponents, input_exponents, tl.minimum(block + 1, blocks - 1), exponent_step)
             acc += tl.dot(weight, values) * scale[:, None] * input_scale[None, :]
             scale, input_scale = following
         weights += 128

@@ -17,7 +17,6 @@ import torch
 import triton
 from torch import Tensor
 
-from dsv4_kernels.arrival import counters
 from dsv4_kernels.capability import is_hopper, num_multiprocessors
 from dsv4_kernels.dependent import launches_early
 from dsv4_kernels.deterministic import is_deterministic
@@ -39,7 +38,6 @@ ACTIVATIONS: dict[Form, tuple[Activations, ...]] = {
     "bf16": get_args(Activations),
 }
 SHARED_TOKENS = 16  # of a tile of the shared expert, where it stands beside tiles of TILES[0] pairs
-PROGRAMS, MOST_SPLITS = 400, 4  # of `gate_up` with splits
 
 
 @dataclass(frozen=True)
@@ -55,17 +53,6 @@ def choose_tile(num_tokens: int, top_k: int, num_experts: int, form: Form) -> in
     """Half as many pairs again as an expert has on average, so that most experts fit into one tile."""
     tiles = TILES if form == "fp4" else TILES[:-1]  # a weight in registers leaves no room for the sums of the largest
     return next((tile for tile in tiles if 2 * tile * num_experts >= 3 * num_tokens * top_k), tiles[-1])
-
-
-def splits_for(form: Form, num_programs: int, num_blocks: int) -> int:
-    """Programs that share a tile of `gate_up` along K, `num_blocks` of 128, where it has `num_programs` without splits.
-
-    So many that there are PROGRAMS, one and a half times what fits onto 132 multiprocessors. On an H200 one request of
-    Pro, 168 programs, takes 66.6 us with or without the shared expert's tiles: what one program needs for its 56 blocks
-    decides, not the bytes. Expected of three splits of 19 blocks: 45 us there, 62 of 70 on an H100. Not timed; for
-    other numbers put another function in this place. The form "bf16" has no register left for it.
-    """
-    return 1 if form == "bf16" else min(triton.cdiv(PROGRAMS, num_programs), MOST_SPLITS, num_blocks)
 
 
 def mega_moe(
@@ -91,7 +78,7 @@ def mega_moe(
         activations: "bf16", "fp8" or "fp4" of the routed experts. Their weights must have a form for it: "bf16" takes
             all, "fp8" "fp8", "fp4" "fp8" and "fp4".
         tile_tokens: 16, 32, 64 or (for the form "fp4") 128 pairs a tile; by default chosen from the shapes. A routed
-            expert's sums have the same order with all of them, but for those of few tiles of 16 (`expert_parts`).
+            expert's sums have the same order with all of them.
 
     Rows without any expert are padding and are not written. Raises ValueError for anything else.
     """
@@ -129,9 +116,6 @@ def expert_parts(
         rows: x as the shared expert reads it.
         weights: float32 [T, K]. tiles: of the expert ids [T, K]. The rest as in `mega_moe`; nothing is checked.
 
-    Few tiles of 16 pairs are split along K (`splits_for`), not in deterministic mode: so a token's last bits depend on
-    how many tokens there are.
-
     Part k is that of the token's expert k, and unset where that is -1. To have the sum of the reference, add a token's
     parts in float32 in the order of expert ids, the shared one last, and round once: in the order of k, if `route` made
     the ids, which it gives in ascending order.
@@ -160,8 +144,7 @@ def pair_outputs(
 ) -> Tensor:
     """The parts of the routed experts alone: bfloat16 [T * K, D] by the number of the pair, unset without an expert.
 
-    For ranks that hold some of the experts; not split along K, so that it does not show which rank has which.
-    Arguments as in `expert_parts` and `mega_moe`; nothing is checked.
+    For ranks that hold some of the experts. Arguments as in `expert_parts` and `mega_moe`; nothing is checked.
     """
     num_tokens, top_k = expert_ids.shape
     tile_tokens = tile_tokens or choose_tile(num_tokens, top_k, w13.num_experts, w13.form)
@@ -221,7 +204,6 @@ def _products(
     shared_middle = unread = inputs.view(torch.float8_e4m3fn), inputs.view(torch.uint8)
     shared_up = shared_down = unread * 2
     exponent_steps, shared_tokens = (0, 0), 0
-    columns, splits, (arrived, sums) = width // 128, 1, unread
     if shared is not None:
         rows, shared_w13, shared_w2 = shared
         shared_middle = quantized = (
@@ -248,14 +230,8 @@ def _products(
             target, hidden, num_tiles, scale_row, rank_tokens, DEPTH=width, **places, **options,
         )  # fmt: skip
         return
-    num_tiles = triton.cdiv(shared_tokens, SHARED_TOKENS) + len(tiles.experts)
-    if shared is not None:
-        splits = splits_for(w13.form, columns * num_tiles, hidden // 128)
-    if splits > 1:  # for one request of Pro 0.5 MB of sums
-        arrived = counters(inputs.device, columns * num_tiles)
-        size = splits, num_tokens * (top_k + 1), 2 * width
-        sums = torch.empty(size, dtype=torch.float32, device=inputs.device)
     # What keeps everything in registers (tests/kernels/test_compile_gate.py). Native FP4 needs 4 or 8 warps.
+    num_tiles = triton.cdiv(shared_tokens, SHARED_TOKENS) + len(tiles.experts)
     blocks = {
         "TOP_K": top_k,
         "FORM": w13.form,
@@ -265,10 +241,10 @@ def _products(
         "SHARED_STAGES": 3,
         "num_stages": 4 if tile_tokens < 64 else 3,
     }
-    gate_up[(columns, num_tiles * splits)](
+    gate_up[(width // 128, num_tiles)](
         w13.values, w13.scales, w13.row_scales, inputs, input_scales, *table, weights, middle, middle_scales,
         *shared_up, *shared_middle, width, limit, shared_tokens, *input_scales.stride(), *exponent_steps,
-        arrived, sums, DEPTH=hidden, ROUND=activations, BLOCK_M=256, SPLITS=splits, num_warps=8,
+        DEPTH=hidden, ROUND=activations, BLOCK_M=256, num_warps=8,
         maxnreg=128 if tile_tokens == TILES[0] else None,  # two programs on a multiprocessor
         **blocks,
         launch_pdl=launches_early(inputs.device),

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from dsv4_kernels.arrival import NUM_COUNTERS, counters
 from dsv4_kernels.capability import is_hopper
 from dsv4_kernels.cases import DEMO, FLASH, PRO
 from dsv4_kernels.gemm.fp8 import Fp8Weight
@@ -71,24 +70,6 @@ def test_equals_the_reference(layer, activations):
                 assert error <= BOUND[activations], (num_tokens, tile)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 4])
-@pytest.mark.parametrize("activations", ["bf16", "fp8", "fp4"])
-def test_splits_of_a_tile_equal_the_reference_and_have_the_same_bits_each_time(layer, activations, splits, monkeypatch):
-    """Whichever comes last."""
-    monkeypatch.setattr(moe, "splits_for", lambda form, num_programs, num_blocks: splits)
-    options = {"limit": layer[0].swiglu_limit, "activations": activations}
-    for weights in runs(layer, activations):
-        for num_tokens in (1, 3, 40):
-            given = tokens(layer, num_tokens)
-            first = mega_moe(**given, **weights, **options, tile_tokens=16)
-            expected = expected_of(**given, **layer[1], **options, quantize_shared=True)
-            error = (first.double() - expected.double()).norm() / expected.double().norm()
-            assert error <= BOUND[activations], num_tokens
-            for _ in range(20):
-                assert torch.equal(mega_moe(**given, **weights, **options, tile_tokens=16), first), num_tokens
-    assert not counters(torch.device("cuda", 0), NUM_COUNTERS).any()
-
-
 @pytest.mark.parametrize("num_tokens", [1, 40, 500])
 def test_warps_with_roles_equal_the_reference_and_have_the_same_bits_each_time(layer, num_tokens):
     """Whoever is ahead; with one part of a tile for a program, and with several."""
@@ -144,9 +125,7 @@ def test_bf16_experts_without_the_shared_one(layer):
 
 
 @pytest.mark.parametrize("activations", ["bf16", "fp8", "fp4"])
-def test_padding_nan_and_batches(layer, activations, monkeypatch):
-    """As many splits alone as in a batch: by default few tiles have more, and then other last bits."""
-    monkeypatch.setattr(moe, "splits_for", lambda form, num_programs, num_blocks: min(2, num_blocks))
+def test_padding_nan_and_batches(layer, activations):
     options = {"limit": layer[0].swiglu_limit, "activations": activations, "tile_tokens": 16}
     for weights in runs(layer, activations):
         given = tokens(layer, 40)

@@ -18,12 +18,10 @@ from dsv4_kernels.mega_moe.reference import Activations
 from dsv4_kernels.mega_moe.weights import Form, Fp4Weight, empty_experts, form_for
 
 BATCHES = (1, 8, 64, 256, 1024, 2048, 8192)  # tokens
-SPLIT = (1, 2)  # tokens, few enough for splits of `gate_up`: two, three and four of them
 
 
 def runs() -> dict[str, tuple[Shapes, int, Activations]]:
-    """Of the batches the largest of each tile, and those with splits: a kernel depends on the number of tokens through
-    these alone."""
+    """Of the batches the largest of each tile: a kernel depends on the number of tokens through its tile alone."""
     found = {}
     for name, shapes in (("pro", PRO), ("flash", FLASH)):
         for activations in get_args(Activations):
@@ -32,8 +30,9 @@ def runs() -> dict[str, tuple[Shapes, int, Activations]]:
                 form = form_for(activations, 10)  # on Hopper the largest two batches have one tile
                 tile = moe.choose_tile(num_tokens, shapes.num_experts_per_tok, shapes.n_routed_experts, form)
                 largest[tile] = num_tokens
-            for batch in (*SPLIT, *largest.values()):
-                found[f"{name}, {batch} tokens, {activations}"] = shapes, batch, activations
+            found |= {
+                f"{name}, {batch} tokens, {activations}": (shapes, batch, activations) for batch in largest.values()
+            }
     return found
 
 
