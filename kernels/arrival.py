@@ -54,8 +54,8 @@ def announce(flag):
 def wait_for(flag):
     """Wait until another program announces itself at `flag`, int32, zero before and afterwards.
 
-    It waits in its place on a multiprocessor. So its number is higher than those of all that it waits for: they have
-    places already.
+    It keeps its place on a multiprocessor. So few programs of a launch may wait, fewer than there is room for, and none
+    that others wait for (docs/adr/0015).
     """
     while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") == 0:
         pass

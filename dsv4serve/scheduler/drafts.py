@@ -63,7 +63,8 @@ class DraftPolicy:
     def took(self, num_requests: int, num_drafts: int, seconds: float) -> None:
         """A step of nothing but `num_requests` decodes, with so many drafts each, ended `seconds` after the last one.
 
-        So what the host does between two steps counts for those that are not submitted ahead.
+        So what the host does between two steps counts for those that are not submitted ahead. The first step of another
+        number or class counts for nothing.
         """
         costs = self._class(num_requests)
         if self._before == (costs, num_drafts):
