@@ -1,16 +1,17 @@
-"""The products of routed experts on Hopper, in Gluon: some warps make E4M3 weights while the others multiply.
+"""The products of routed experts on Hopper, in Gluon: weights go from registers into the tensor cores.
 
 The same sums as `gate_up` and `down` of experts.py, for tiles of 64 pairs and weights of the form "fp8": that of a
 prefill, whose time is that of the tensor cores and not of memory. In one program of experts.py a weight is read,
-unpacked and multiplied in turn. Here two groups of four warps take turns: each reads a block of 128 inputs, packed
-weights and tokens, into registers while the other unpacks its own into one of BUFFERS buffers, and says so at a
-barrier. Eight warps multiply, and say when a buffer is free. They have two products of 128 rows in a block: the second
-runs while the sum of the first, which the unit keeps to about 14 bits, is scaled and added in float32.
+unpacked and multiplied in turn. Here two groups of four warps multiply, each its own half of a tile's rows: a thread
+unpacks packed weights into exactly the registers that the instruction reads. Each group has two products of ROWS rows in
+a block of 128 inputs: weights of the second are unpacked while the first runs, and the second runs while the sum of the
+first, which the unit keeps to about 14 bits, is scaled and added in float32.
 
-Copies ahead into shared memory in place of registers were slower, with four makers or eight (docs/adr/0014).
+A third group has packed weights and tokens copied into BUFFERS buffers of shared memory, AHEAD blocks ahead, and says at
+a barrier when one is full; the others say when it is free (docs/adr/0016).
 
-A program stays on its multiprocessor and takes one tile after the other, so that weights of the next one are made while
-the last one is rounded and stored.
+A program stays on its multiprocessor and takes one tile after the other, so that buffers for the next one are filled
+while the last one is rounded and stored.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -28,30 +30,41 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from dsv4_kernels.dependent import wait_for_previous
 from dsv4_kernels.mega_moe.experts import swiglu
 from dsv4_kernels.mega_moe.product import e4m3_words
-from dsv4_kernels.quant.device import inverse_power_of_two, power_of_two, scale_exponent
-from dsv4_kernels.roles import buffer_barriers, meet, seen_as
+from dsv4_kernels.quant.device import exponent_of, inverse_power_of_two, most_bits, power_of_two
+from dsv4_kernels.roles import buffer_barriers, copy_ahead, meet, seen_as
 
-ROWS = gl.constexpr(128)  # of a weight in one product; a tile has twice as many
+ROWS = gl.constexpr(64)  # of a weight in one product
 TOKENS = gl.constexpr(64)  # of a tile
-BLOCK = gl.constexpr(128)  # inputs of a block
+BLOCK = gl.constexpr(128)  # inputs of a buffer, whose scales lie together
 WORDS = gl.constexpr(16)  # int32 words of a row's packed weights in a block
-BUFFERS = gl.constexpr(4)
-MAKERS = gl.constexpr(2)  # groups of four warps
-MAKER_REGISTERS = gl.constexpr(96)  # of a thread; the warps that multiply get 160
-PIECE = gl.constexpr(32)  # rows of which a maker has packed weights in one register of each thread
-PIECES = gl.constexpr(128 // 32)  # in ROWS
+BUFFERS = gl.constexpr(8)
+AHEAD = gl.constexpr(5)  # at most BUFFERS - 1
+GROUPS = gl.constexpr(2)  # that multiply; a tile has 2 x ROWS rows for each
+MULTIPLYING_REGISTERS = gl.constexpr(216)  # of a thread
+FILLING_REGISTERS = gl.constexpr(80)
 COUNTED = gl.constexpr(1024)  # tiles that are looked at together
 
-SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, 64, 32]))
-PACKED = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # words of packed weights
-GATHERED = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))  # words of four codes of tokens
-ONE_EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # tokens, of the warps that make weights
-OF_TILE = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))  # of the others
-CODES_OUT = gl.constexpr(gl.BlockedLayout([16, 1], [8, 4], [1, 8], [0, 1]))  # what a row of a token has is contiguous
-VALUES_OUT = gl.constexpr(gl.BlockedLayout([8, 1], [16, 2], [1, 8], [0, 1]))
+SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32]))
+OPERAND = gl.constexpr(gl.DotOperandLayout(0, SUMS, 4))
+# Packed words [ROWS, WORDS] where their weights are in OPERAND.
+PACKED = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[8, 0], [0, 4], [0, 8]],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 16],
+    )
+)
+WORDS_COPIED = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # 16 bytes at once, of a row all
+CODES_COPIED = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
+OF_TILE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # tokens
+CODES_OUT = gl.constexpr(gl.BlockedLayout([16, 1], [4, 8], [1, 4], [0, 1]))  # what a row of a token has is contiguous
+VALUES_OUT = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
 CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 CODE_WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+APART = gl.constexpr(gl.SwizzledSharedLayout(4, 2, 4, [1, 0]))  # words that a warp reads are in banks of their own
 
 
 @gluon.jit
@@ -86,83 +99,90 @@ def _row_of(first, count, pairs, TOP_K: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _make_weights(
-    num_mine, columns, high_rows, num_rows, weights, scales, inputs, input_scales, scale_row, scale_step, pairs, tiles,
-    made, tokens, token_scales, full, empty,
-    FIRST: gl.constexpr, BLOCKS: gl.constexpr, LOW_ROWS: gl.constexpr, TOP_K: gl.constexpr,
+def _start_part(number, expert_rows, scale_row, pairs, tiles, columns, LOW_ROWS: gl.constexpr, TOP_K: gl.constexpr):
+    """Of a part its first row in the weight's first block; the tokens' rows, the places of their scales, their count."""
+    column, expert, first, count = _part(number, tiles, columns)
+    row = _row_of(first, count, pairs, TOP_K, gl.SliceLayout(1, CODES_COPIED)).to(gl.int64)
+    scale_of = _row_of(first, count, pairs, TOP_K, OF_TILE) * scale_row
+    return expert.to(gl.int64) * expert_rows + column * LOW_ROWS, row, scale_of, count
+
+
+@gluon.jit
+def _fill(
+    num_mine, columns, group_rows, high_rows, num_rows, weights, scales, inputs, input_scales, scale_row, scale_step,
+    pairs, tiles, buffers, BLOCKS: gl.constexpr, LOW_ROWS: gl.constexpr, TOP_K: gl.constexpr,
 ):  # fmt: skip
-    """One of the MAKERS: blocks FIRST, FIRST + MAKERS, .. of all parts. Each register gets its value of the next block
-    as soon as that of this one is stored."""
-    lane = gl.arange(0, PIECE, layout=gl.SliceLayout(1, PACKED))
-    word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, PACKED))[None, :]
-    packed, group = lane[:, None] * WORDS + word, word // 4
-    code = gl.arange(0, BLOCK // 4, layout=gl.SliceLayout(0, GATHERED))[None, :]
+    """The group that fills buffers, with all blocks of all parts. A part's rows begin LOW_ROWS behind those of the one
+    before; rows of the second group are `group_rows`, high ones `high_rows` behind the others."""
+    words, steps, codes, token_scales, full, empty = buffers
+    code = gl.arange(0, BLOCK // 4, layout=gl.SliceLayout(0, CODES_COPIED))[None, :]
+    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, CODES_COPIED))
+    lane = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WORDS_COPIED))
+    word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, WORDS_COPIED))[None, :]
+    packed = lane[:, None] * WORDS + word
+    of_both = gl.arange(0, 2 * ROWS, layout=OF_TILE)
+    of_both = of_both % ROWS + of_both // ROWS * high_rows
     total = num_mine * BLOCKS
     if total > 0:
-        block = gl.minimum(FIRST, total - 1) % BLOCKS
-        at, row, scale_of = _start_part(
-            gl.minimum(FIRST, total - 1) // BLOCKS, num_rows * BLOCKS, scale_row, pairs, tiles, columns, LOW_ROWS, TOP_K
+        at, row, scale_of, count = _start_part(
+            0, num_rows * BLOCKS, scale_row, pairs, tiles, columns, LOW_ROWS, TOP_K
         )
-        words, steps = (), ()
-        for piece in gl.static_range(2 * ROWS // PIECE):
-            of_piece, its_steps = _read_piece(piece, at + block * num_rows, high_rows, weights, scales, packed, lane)
-            words, steps = words + (of_piece,), steps + (its_steps,)  # noqa: RUF005  # Gluon has no starred
-        of_token = row.to(gl.int64)[:, None] * (BLOCKS * BLOCK // 4) + (block * (BLOCK // 4) + code)
-        codes, exponents = gl.load(inputs + of_token), gl.load(input_scales + scale_of + block * scale_step)
-        for turn in tl.range(FIRST, total, MAKERS, disable_licm=True):
-            following = gl.minimum(turn + MAKERS, total - 1)
+        exponents = gl.load(input_scales + scale_of)
+        for turn in tl.range(0, total + AHEAD, disable_licm=True):
+            if turn < total:
+                block, buffer = turn % BLOCKS, turn % BUFFERS
+                mbarrier.wait(empty.index(buffer), (turn // BUFFERS + 1) & 1)  # at once when nobody has used it yet
+                for group in gl.static_range(GROUPS):
+                    first = at + (block * num_rows + group * group_rows)
+                    for half in gl.static_range(2):
+                        target = words.index(2 * (GROUPS * buffer + group) + half)
+                        copy_ahead(target, weights + ((first + half * high_rows) * WORDS + packed))
+                    copy_ahead(steps.index(GROUPS * buffer + group), scales + (first + of_both))
+                of_token = row[:, None] * (BLOCKS * BLOCK // 4) + (block * (BLOCK // 4) + code)
+                # What is behind the last pair is multiplied into columns that nobody reads.
+                copy_ahead(codes.index(buffer), inputs + of_token, mask=(token < count)[:, None])
+                token_scales.index(buffer).store(power_of_two(exponents))
+            async_copy.commit_group()
+            following = gl.minimum(turn + 1, total - 1)
             block = following % BLOCKS
-            if block < MAKERS:
-                at, row, scale_of = _start_part(
+            if block == 0:
+                at, row, scale_of, count = _start_part(
                     following // BLOCKS, num_rows * BLOCKS, scale_row, pairs, tiles, columns, LOW_ROWS, TOP_K
                 )
-            buffer = turn % BUFFERS
-            mbarrier.wait(empty.index(buffer), (turn // BUFFERS + 1) & 1)  # at once when nobody has used it yet
-            next_words, next_steps = (), ()
-            for piece in gl.static_range(2 * ROWS // PIECE):
-                target = made.index(buffer).slice(piece * PIECE, PIECE, dim=0)
-                _store_weights(words[piece], (steps[piece][:, None] >> (8 * group)) & 255, target)
-                of_piece, its_steps = _read_piece(
-                    piece, at + block * num_rows, high_rows, weights, scales, packed, lane
-                )
-                next_words, next_steps = next_words + (of_piece,), next_steps + (its_steps,)  # noqa: RUF005
-            words, steps = next_words, next_steps
-            tokens.index(buffer).store(codes)
-            token_scales.index(buffer).store(power_of_two(exponents))
-            of_token = row.to(gl.int64)[:, None] * (BLOCKS * BLOCK // 4) + (block * (BLOCK // 4) + code)
-            codes, exponents = gl.load(inputs + of_token), gl.load(input_scales + scale_of + block * scale_step)
-            fence_async_shared()
-            meet()
-            mbarrier.arrive(full.index(buffer), count=1)
+            exponents = gl.load(input_scales + scale_of + block * scale_step)
+            if turn >= AHEAD:
+                async_copy.wait_group(AHEAD)
+                fence_async_shared()
+                meet()
+                mbarrier.arrive(full.index((turn - AHEAD) % BUFFERS), count=1)
 
 
 @gluon.jit
-def _read_piece(piece: gl.constexpr, first_row, high_rows, weights, scales, packed, lane):
-    """Packed words int32 [PIECE, WORDS] and steps int32 [PIECE] of some rows of a block whose first is `first_row`."""
-    row = first_row + piece % PIECES * PIECE + piece // PIECES * high_rows
-    return gl.load(weights + row * WORDS + packed), gl.load(scales + row + lane)
+def _made(buffer, words, steps, GROUP: gl.constexpr, HALF: gl.constexpr):
+    """A group's low (HALF 0) or high rows in a block, over the scales of their rows: E4M3, four in an int32
+    [ROWS, BLOCK / 4]."""
+    place = GROUPS * buffer + GROUP
+    group = gl.arange(0, WORDS, layout=gl.SliceLayout(0, PACKED)) // 4
+    of_row = steps.index(place).slice(HALF * ROWS, ROWS, dim=0).load(gl.SliceLayout(1, PACKED))
+    packed = words.index(2 * place + HALF).load(PACKED)
+    first, second = e4m3_words(packed, (of_row[:, None] >> (8 * group)[None, :]) & 255)
+    both = gl.reshape(gl.join(first, second), [ROWS, 4, 4, 2])  # [rows, group, word, half]
+    return gl.reshape(gl.permute(both, [0, 1, 3, 2]), [ROWS, 2 * WORDS])
 
 
 @gluon.jit
-def _store_weights(words, steps, target):
-    """Weights of packed words and their steps, int32 [PIECE, WORDS], as E4M3, four in a word."""
-    first, second = e4m3_words(words, steps)
-    both = gl.reshape(gl.join(first, second), [PIECE, 4, 4, 2])  # [rows, group, word, half]
-    target.store(gl.reshape(gl.permute(both, [0, 1, 3, 2]), [PIECE, 2 * WORDS]))
+def _as_operand(made):
+    """The same as E4M3 [ROWS, BLOCK], in the same registers."""
+    even = gl.join(made.to(gl.uint8), (made >> 16).to(gl.uint8))
+    odd = gl.join((made >> 8).to(gl.uint8), (made >> 24).to(gl.uint8))
+    values = gl.reshape(gl.join(even, odd), [ROWS, BLOCK]).to(gl.float8e4nv, bitcast=True)
+    return gl.convert_layout(values, OPERAND)
 
 
 @gluon.jit
-def _start_part(number, expert_rows, scale_row, pairs, tiles, columns, LOW_ROWS: gl.constexpr, TOP_K: gl.constexpr):
-    """Of a part its first row in the weight's first block, and the tokens' rows and the places of their scales."""
-    column, expert, first, count = _part(number, tiles, columns)
-    row = _row_of(first, count, pairs, TOP_K, gl.SliceLayout(1, GATHERED))
-    scale_of = _row_of(first, count, pairs, TOP_K, ONE_EACH) * scale_row
-    return expert.to(gl.int64) * expert_rows + column * LOW_ROWS, row, scale_of
-
-
-@gluon.jit
-def _multiply(first_turn, made, tokens, token_scales, full, empty, BLOCKS: gl.constexpr):
-    """f32 [ROWS, TOKENS] of both halves of a part's rows, whose first block is number `first_turn`."""
+def _multiply(first_turn, buffers, GROUP: gl.constexpr, BLOCKS: gl.constexpr):
+    """f32 [ROWS, TOKENS] of low and high rows of a group in a part whose first block is number `first_turn`."""
+    words, steps, tokens, token_scales, full, empty = buffers
     zeros = gl.zeros([ROWS, TOKENS], gl.float32, layout=SUMS)
     low_sum, high_sum = zeros, zeros
     for block in tl.range(0, BLOCKS, disable_licm=True):  # constants, so that no loop may be empty
@@ -170,17 +190,18 @@ def _multiply(first_turn, made, tokens, token_scales, full, empty, BLOCKS: gl.co
         buffer = turn % BUFFERS
         mbarrier.wait(full.index(buffer), (turn // BUFFERS) & 1)
         columns = tokens.index(buffer).permute([1, 0])
-        rows = made.index(buffer)
-        low = warpgroup_mma(rows.slice(0, ROWS, dim=0), columns, zeros, use_acc=False, is_async=True)
-        high = warpgroup_mma(rows.slice(ROWS, ROWS, dim=0), columns, zeros, use_acc=False, is_async=True)
+        left = _made(buffer, words, steps, GROUP, 0)
+        low = warpgroup_mma(_as_operand(left), columns, zeros, use_acc=False, is_async=True)
+        right = _made(buffer, words, steps, GROUP, 1)
+        high = warpgroup_mma(_as_operand(right), columns, zeros, use_acc=False, is_async=True)
         scale = token_scales.index(buffer).load(gl.SliceLayout(0, SUMS))[None, :]
-        # All warps are through with the block before when they have begun this one: they meet while it is multiplied.
+        # What is multiplied stays in its registers until then only if it is waited for, too.
+        low, left = warpgroup_mma_wait(1, deps=[low, left])
+        low_sum += low * scale
+        high, right = warpgroup_mma_wait(0, deps=[high, right])
         meet()
-        mbarrier.arrive(empty.index((turn + BUFFERS - 1) % BUFFERS), count=1, pred=block > 0)
-        low_sum += warpgroup_mma_wait(1, deps=[low]) * scale
-        high_sum += warpgroup_mma_wait(0, deps=[high]) * scale
-    meet()
-    mbarrier.arrive(empty.index((first_turn + BLOCKS - 1) % BUFFERS), count=1)
+        mbarrier.arrive(empty.index(buffer), count=1)
+        high_sum += high * scale
     return low_sum, high_sum
 
 
@@ -194,30 +215,43 @@ def _scaled(low, high, row_scales, high_rows):
 
 @gluon.jit
 def _hidden_values(
-    num_mine, columns, width, limit, row_scales, pairs, tiles, routing, hidden, hidden_scales,
-    made, tokens, token_scales, full, empty, BLOCKS: gl.constexpr,
+    num_mine, columns, width, limit, row_scales, pairs, tiles, routing, hidden, hidden_scales, buffers, maxima, met,
+    GROUP: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
-    """The other warps of `gate_up`: SwiGLU of one part after the other, E4M3 with a scale per 128."""
-    lane = gl.arange(0, TOKENS, layout=OF_TILE)
+    """A group of `gate_up` that multiplies: SwiGLU of one part after the other, E4M3 with a scale per 128."""
+    of_token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, SUMS))
     for number in tl.range(0, num_mine, disable_licm=True):
         column, expert, first, count = _part(number, tiles, columns)
-        pair = gl.load(pairs + first + lane, mask=lane < count, other=0)
-        share = gl.load(routing + pair, mask=lane < count, other=0.0)
-        low, high = _multiply(number * BLOCKS, made, tokens, token_scales, full, empty, BLOCKS)
-        low, high = _scaled(low, high, row_scales + expert.to(gl.int64) * (2 * width) + column * ROWS, width)
-        value = swiglu(low.to(gl.bfloat16), high.to(gl.bfloat16), limit)
-        value = value * gl.convert_layout(share, gl.SliceLayout(0, SUMS))[None, :]
+        row = column * (GROUPS * ROWS) + GROUP * ROWS
+        low, high = _multiply(number * BLOCKS, buffers, GROUP, BLOCKS)
+        low, high = _scaled(low, high, row_scales + expert.to(gl.int64) * (2 * width) + row, width)
+        pair = gl.load(pairs + first + of_token, mask=of_token < count, other=0)
+        share = gl.load(routing + pair, mask=of_token < count, other=0.0)
+        value = swiglu(low.to(gl.bfloat16), high.to(gl.bfloat16), limit) * share[None, :]
         value = value.to(gl.bfloat16).to(gl.float32)
-        exponent = scale_exponent(value, 0, False)
+        exponent = exponent_of(_of_both_groups(most_bits(value, 0), number, maxima, met, GROUP), False)
         codes = (value * inverse_power_of_two(exponent)[None, :]).to(gl.float8e4nv)
         codes = gl.convert_layout(codes, CODES_OUT)
-        place = (first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, CODES_OUT))).to(gl.int64)[None, :] * width
-        at = column * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, CODES_OUT))[:, None]
-        keep = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, CODES_OUT)) < count
-        gl.store(hidden + place + at, codes, mask=keep[None, :])
-        of_token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, SUMS))
-        at = (first + of_token) * (width // ROWS) + column
-        gl.store(hidden_scales + at, exponent.to(gl.uint8), mask=of_token < count)
+        lane = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, CODES_OUT))
+        at = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, CODES_OUT))[:, None]
+        gl.store(hidden + (first + lane).to(gl.int64)[None, :] * width + at, codes, mask=(lane < count)[None, :])
+        if GROUP == 0:
+            at = (first + of_token) * (width // (GROUPS * ROWS)) + column
+            gl.store(hidden_scales + at, exponent.to(gl.uint8), mask=of_token < count)
+
+
+@gluon.jit
+def _of_both_groups(most, number, maxima, met, GROUP: gl.constexpr):
+    """int32 [TOKENS]: the larger ones of both groups' `most`.
+
+    Neither group is two parts ahead of the other, so two places for each are enough.
+    """
+    place = GROUPS * (number % 2)
+    maxima.index(place + GROUP).store(most)
+    meet()
+    mbarrier.arrive(met, count=1)
+    mbarrier.wait(met, number & 1)
+    return gl.maximum(most, maxima.index(place + 1 - GROUP).load(gl.SliceLayout(0, SUMS)))
 
 
 @gluon.jit
@@ -230,18 +264,18 @@ def _store_parts(values, first_row, num_rows, part, keep, parts):
 
 @gluon.jit
 def _outputs(
-    num_mine, columns, num_rows, row_scales, pairs, tiles, parts, rank_tokens,
-    made, tokens, token_scales, full, empty,
-    BLOCKS: gl.constexpr, TOP_K: gl.constexpr, PARTS: gl.constexpr, PARTS_AT: gl.constexpr,
+    num_mine, columns, num_rows, row_scales, pairs, tiles, parts, rank_tokens, buffers,
+    GROUP: gl.constexpr, BLOCKS: gl.constexpr, TOP_K: gl.constexpr, PARTS: gl.constexpr, PARTS_AT: gl.constexpr,
 ):  # fmt: skip
-    """The other warps of `down`: outputs of one part after the other, each where its token's parts are."""
+    """A group of `down` that multiplies: outputs of one part after the other, each where its token's parts are."""
     lane = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, VALUES_OUT))
     for number in tl.range(0, num_mine, disable_licm=True):
         column, expert, first, count = _part(number, tiles, columns)
+        row = (GROUPS * column + GROUP) * (2 * ROWS)
+        low, high = _multiply(number * BLOCKS, buffers, GROUP, BLOCKS)
+        low, high = _scaled(low, high, row_scales + expert.to(gl.int64) * num_rows + row, ROWS)
         keep = lane < count
         pair = gl.load(pairs + first + lane, mask=keep, other=0).to(gl.int64)
-        low, high = _multiply(number * BLOCKS, made, tokens, token_scales, full, empty, BLOCKS)
-        low, high = _scaled(low, high, row_scales + expert.to(gl.int64) * num_rows + column * (2 * ROWS), ROWS)
         token = pair // TOP_K
         if PARTS_AT >= 0:
             rank = token // rank_tokens
@@ -251,25 +285,21 @@ def _outputs(
         else:
             target = parts + lane * 0
         part = token * PARTS + pair % TOP_K
-        _store_parts(low, column * (2 * ROWS), num_rows, part, keep, target)
-        _store_parts(high, column * (2 * ROWS) + ROWS, num_rows, part, keep, target)
+        _store_parts(low, row, num_rows, part, keep, target)
+        _store_parts(high, row + ROWS, num_rows, part, keep, target)
 
 
 @gluon.jit
 def _memory():
-    """Shared memory of a program, its barriers ready: weights and tokens in words of four codes, and so on."""
-    made = gl.allocate_shared_memory(gl.int32, [BUFFERS, 2 * ROWS, BLOCK // 4], CODE_WORDS)
-    tokens = gl.allocate_shared_memory(gl.int32, [BUFFERS, TOKENS, BLOCK // 4], CODE_WORDS)
+    """Shared memory of a program, its barriers ready, as it is read and as it is filled: packed weights, their steps,
+    tokens as E4M3 or in words of four codes, their scales; barriers."""
+    words = gl.allocate_shared_memory(gl.int32, [2 * GROUPS * BUFFERS, ROWS, WORDS], APART)
+    steps = gl.allocate_shared_memory(gl.int32, [GROUPS * BUFFERS, 2 * ROWS], PLAIN)
+    codes = gl.allocate_shared_memory(gl.int32, [BUFFERS, TOKENS, BLOCK // 4], CODE_WORDS)
     token_scales = gl.allocate_shared_memory(gl.float32, [BUFFERS, TOKENS], PLAIN)
-    full, empty = buffer_barriers(BUFFERS)
-    return made, tokens, token_scales, full, empty
-
-
-@gluon.jit
-def _as_operands(made, tokens):
-    """Both as E4M3."""
-    rows = seen_as(made, gl.float8e4nv, [BUFFERS, 2 * ROWS, BLOCK], CODES)
-    return rows, seen_as(tokens, gl.float8e4nv, [BUFFERS, TOKENS, BLOCK], CODES)
+    tokens = seen_as(codes, gl.float8e4nv, [BUFFERS, TOKENS, BLOCK], CODES)
+    full, empty = buffer_barriers(BUFFERS, GROUPS)
+    return (words, steps, tokens, token_scales, full, empty), (words, steps, codes, token_scales, full, empty)
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "scale_row", "scale_step"])
@@ -280,29 +310,32 @@ def gate_up_specialized(
 ):  # fmt: skip
     """As `gate_up` of experts.py without the shared expert; scales are int32, four of a row, and inputs four codes."""
     wait_for_previous()
-    made, tokens, token_scales, full, empty = _memory()
-    rows, values = _as_operands(made, tokens)
+    read, filled = _memory()
+    maxima = gl.allocate_shared_memory(gl.int32, [2 * GROUPS, TOKENS], PLAIN)
+    met = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(met, count=GROUPS)
+    fence_async_shared()
     blocks: gl.constexpr = DEPTH // BLOCK
-    columns = width // ROWS
+    columns = width // (GROUPS * ROWS)
     num_mine = _num_mine(tile_experts, num_tiles, columns)
     tiles = (tile_experts, tile_firsts, tile_counts)
     gl.warp_specialize(
         [
             (_hidden_values, (
-                num_mine, columns, width, limit, row_scales, pairs, tiles, routing, hidden, hidden_scales,
-                rows, values, token_scales, full, empty, blocks,
+                num_mine, columns, width, limit, row_scales, pairs, tiles, routing, hidden, hidden_scales, read, maxima,
+                met, 0, blocks,
             )),
-            (_make_weights, (
-                num_mine, columns, width, 2 * width, weights, scales, inputs, input_scales, scale_row, scale_step,
-                pairs, tiles, made, tokens, token_scales, full, empty, 0, blocks, ROWS, TOP_K,
+            (_hidden_values, (
+                num_mine, columns, width, limit, row_scales, pairs, tiles, routing, hidden, hidden_scales, read, maxima,
+                met, 1, blocks,
             )),
-            (_make_weights, (
-                num_mine, columns, width, 2 * width, weights, scales, inputs, input_scales, scale_row, scale_step,
-                pairs, tiles, made, tokens, token_scales, full, empty, 1, blocks, ROWS, TOP_K,
+            (_fill, (
+                num_mine, columns, ROWS, width, 2 * width, weights, scales, inputs, input_scales, scale_row, scale_step,
+                pairs, tiles, filled, blocks, GROUPS * ROWS, TOP_K,
             )),
         ],
         [4, 4],
-        [MAKER_REGISTERS, MAKER_REGISTERS],
+        [MULTIPLYING_REGISTERS, FILLING_REGISTERS],
     )  # fmt: skip
 
 
@@ -314,27 +347,26 @@ def down_specialized(
 ):  # fmt: skip
     """As `down` of experts.py without the shared expert; scales are int32, four of a row, and hidden four codes."""
     wait_for_previous()
-    made, tokens, token_scales, full, empty = _memory()
-    rows, values = _as_operands(made, tokens)
+    read, filled = _memory()
     blocks: gl.constexpr = DEPTH // BLOCK
-    columns = num_rows // (2 * ROWS)
+    columns = num_rows // (2 * GROUPS * ROWS)
     num_mine = _num_mine(tile_experts, num_tiles, columns)
     tiles = (tile_experts, tile_firsts, tile_counts)
     gl.warp_specialize(
         [
             (_outputs, (
-                num_mine, columns, num_rows, row_scales, pairs, tiles, parts, rank_tokens,
-                rows, values, token_scales, full, empty, blocks, TOP_K, PARTS, PARTS_AT,
+                num_mine, columns, num_rows, row_scales, pairs, tiles, parts, rank_tokens, read, 0, blocks, TOP_K,
+                PARTS, PARTS_AT,
             )),
-            (_make_weights, (
-                num_mine, columns, ROWS, num_rows, weights, scales, hidden, hidden_scales, scale_row, 1,
-                pairs, tiles, made, tokens, token_scales, full, empty, 0, blocks, 2 * ROWS, 0,
+            (_outputs, (
+                num_mine, columns, num_rows, row_scales, pairs, tiles, parts, rank_tokens, read, 1, blocks, TOP_K,
+                PARTS, PARTS_AT,
             )),
-            (_make_weights, (
-                num_mine, columns, ROWS, num_rows, weights, scales, hidden, hidden_scales, scale_row, 1,
-                pairs, tiles, made, tokens, token_scales, full, empty, 1, blocks, 2 * ROWS, 0,
+            (_fill, (
+                num_mine, columns, 2 * ROWS, ROWS, num_rows, weights, scales, hidden, hidden_scales, scale_row, 1,
+                pairs, tiles, filled, blocks, 2 * GROUPS * ROWS, 0,
             )),
         ],
         [4, 4],
-        [MAKER_REGISTERS, MAKER_REGISTERS],
+        [MULTIPLYING_REGISTERS, FILLING_REGISTERS],
     )  # fmt: skip

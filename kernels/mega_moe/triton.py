@@ -220,7 +220,7 @@ def _products(
         target, rank_tokens, places = parts, 0, {"PARTS": parts.shape[1], "PARTS_AT": -1}
     if w13.form == "fp8" and tile_tokens == TOKENS.value and hidden % 256 == 0 and is_hopper(inputs.device):
         grid, num_tiles = (num_multiprocessors(inputs.device),), len(tiles.experts)
-        options = {"TOP_K": top_k, "num_warps": 8, "launch_pdl": launches_early(inputs.device)}
+        options = {"TOP_K": top_k, "num_warps": 4, "launch_pdl": launches_early(inputs.device)}
         gate_up_specialized[grid](
             w13.values, w13.scales.view(torch.int32), w13.row_scales, inputs.view(torch.int32), input_scales, *table,
             weights, middle, middle_scales, width, limit, num_tiles, *input_scales.stride(), DEPTH=hidden, **options,

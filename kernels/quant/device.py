@@ -15,11 +15,22 @@ from dsv4_kernels.rope.device import split_pairs
 
 @triton.jit
 def scale_exponent(values, axis: tl.constexpr, FP4: tl.constexpr):
-    """Exponents of the power-of-two scales that FP8 or FP4 gives the groups along `axis` of f32 values.
+    """Exponents of the power-of-two scales that FP8 or FP4 gives the groups along `axis` of f32 values."""
+    return exponent_of(most_bits(values, axis), FP4)
+
+
+@triton.jit
+def most_bits(values, axis: tl.constexpr):
+    """int32 bits of the largest magnitudes along `axis` of f32 values.
 
     The maximum is taken over integers: the bits of magnitudes have their order, and NaN is above all.
     """
-    bits = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=axis)
+    return tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=axis)
+
+
+@triton.jit
+def exponent_of(bits, FP4: tl.constexpr):
+    """Exponents of the scales of groups whose `most_bits` are these."""
     if FP4:  # floors of reference.py as bits: 6 * 2^-126 and 1e-4
         least = tl.maximum(bits, 0x01C00000).to(tl.float32, bitcast=True) * (1.0 / 6.0)
     else:

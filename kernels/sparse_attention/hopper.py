@@ -257,7 +257,7 @@ def attend_specialized(
     keys = seen_as(words, gl.bfloat16, [BUFFERS, KEYS, DIM], ROWS)
     weights = gl.allocate_shared_memory(gl.bfloat16, [HEADS, KEYS], ROWS)
     masks = gl.allocate_shared_memory(gl.float32, [BUFFERS, KEYS], PLAIN)
-    full, empty = buffer_barriers(BUFFERS)
+    full, empty = buffer_barriers(BUFFERS, 1)
 
     where = (position, start, row - position, slot * RING)
     tables = (page_table + slot.to(gl.int64) * num_pages, chosen + row.to(gl.int64) * num_chosen, num_chosen)

@@ -23,7 +23,7 @@ def emulated(monkeypatch):
 
         def __getitem__(self, grid):
             def launch(*arguments, num_warps, launch_pdl, **constants):
-                assert num_warps == 8
+                assert num_warps == 4
                 state["launches"].append(self.name)
                 gluon_emulator.launch(self.kernel, grid, arguments, constants, {}, state["seed"], state["elsewhere"])
 

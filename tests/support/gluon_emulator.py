@@ -25,17 +25,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from dsv4_kernels.dependent import wait_for_previous
+from dsv4_kernels.roles import copy_ahead, meet
 
 SECONDS = 20.0
 SPACE = 1 << 44  # addresses of one argument
 ELSEWHERE = 1000 * SPACE  # address of the first tensor that no argument is
 PAUSE = 2e-4  # seconds
 DTYPES = {
-    tl.int1: torch.bool, tl.uint8: torch.uint8, tl.int32: torch.int32, tl.int64: torch.int64,
+    tl.int1: torch.bool, tl.uint8: torch.uint8, tl.uint16: torch.uint16, tl.int32: torch.int32, tl.int64: torch.int64,
     tl.float32: torch.float32, tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn,
 }  # fmt: skip
 
@@ -149,6 +151,7 @@ class Program:
         self.memory, self.ids, self.num_ids, self.assembler = memory, ids, num_ids, assembler
         self.random, self.failed = random.Random(seed), threading.Event()
         self.changed = threading.Condition()
+        self.copies = threading.local()  # of a role: groups, the last of which is open
         self.barriers: dict[int, list[int]] = {}  # by address: arrivals wanted, still missing, phases that ended
         names = {name: getattr(self, name) for name in dir(self) if not name.startswith("_")}
         self.language = Names(names)
@@ -162,7 +165,9 @@ class Program:
             (hopper.fence_async_shared, lambda: None),
             (hopper.warpgroup_mma, self._multiply),
             (hopper.warpgroup_mma_wait, lambda count, deps: deps[0] if len(deps) == 1 else tuple(deps)),
-            (getattr(gl, "barrier", None) or gl.thread_barrier, self._pause),
+            (meet, self._pause),
+            (copy_ahead, self._copy),
+            (async_copy, types.SimpleNamespace(commit_group=self._commit, wait_group=self._wait_copies)),
             (hopper.mbarrier, barriers),
         ]
         self.replaced = {id(value): other for value, other in replaced}  # a kernel's own hash compiles it
@@ -303,7 +308,25 @@ class Program:
         if self.random.random() < 0.05:
             time.sleep(PAUSE)
 
-    def _multiply(self, left: Any, right: Shared, sums: Value, use_acc: bool = True, is_async: bool = False) -> Value:
+    def _groups(self) -> list[list[Callable[[], None]]]:
+        if not hasattr(self.copies, "groups"):
+            self.copies.groups = [[]]
+        return self.copies.groups
+
+    def _copy(self, target: Shared, pointers: Value, mask: Any = None) -> None:
+        self._groups()[-1].append(lambda: target.store(self.load(pointers, mask)))
+
+    def _commit(self) -> None:
+        self._groups().append([])
+
+    def _wait_copies(self, num_outstanding: int) -> None:
+        """Until then nothing is there: no copy is as late on a GPU."""
+        groups = self._groups()
+        while len(groups) - 1 > num_outstanding:
+            for copy in groups.pop(0):
+                copy()
+
+    def _multiply(self, left: Shared | Value, right: Shared, sums: Value, use_acc: bool = True, is_async: bool = False) -> Value:
         product = (left.data.double() @ right.data.double()).float()
         return Value(product + sums.data if use_acc else product)
 
