@@ -40,7 +40,6 @@ RUNS = runs()
 PLAIN = {"dispatch", "widen"}  # other streams and other GPUs take part: not launched early
 HOPPER = {"gate_up_specialized", "down_specialized"}  # not compiled for other targets
 KERNELS = {"_fill_tiles", "gate_up", "down", "_combine", "_quantize", "_swiglu", "_product"} | PLAIN | HOPPER
-STACK = {"gate_up_specialized": 8}  # Triton 3.9, not 3.6: two words of a maker's addresses
 UNCONVERTED = {"gate_up", "down"} | HOPPER  # operands go into the tensor cores without a change of format
 FEW = 256  # tokens; so many are sent between ranks too
 
