@@ -14,11 +14,14 @@ forced: the acceptance does not come from the model: whatever it says, drafts ar
 (accepted / all drafts), each with the same probability once those before it were. Then the text is nonsense, but its
 cost is not. Measured are steps in which all requests decode, from the end of the step before, and the rate of tokens
 that (1 + rate x drafts) a step makes of them. Adaptive is told the rate of each draft, those before it accepted, and
-compared with the best fixed number at that.
+compared with the best fixed number at that, round by round. Its first round is longer, because that is when it tries
+all numbers at first.
 
 On a GPU one runner with room for MOST_DRAFTS drafts serves all modes, because a slice takes a minute to build and most
-of the memory; so no drafts there still costs the block's keys. Of the demo no drafts has a runner of its own. How to
-set up the GPU machine is in gpu_smoke.py beside this file; one of these commands takes 2 to 4 minutes.
+of the memory; so no drafts there still costs the block's keys. Of the demo no drafts has a runner of its own, and
+adaptive's no drafts still cost the keys; so forced measures no drafts in adaptive's runner as well, and compares with
+the best number of that one, too: what is lost to that is the policy's, the rest is the keys'. How to set up the GPU
+machine is in gpu_smoke.py beside this file; one of these commands takes 2 to 4 minutes.
 
 The clock on CPU is by default this process' processor time, which other programs on a busy machine disturb less.
 """
@@ -53,7 +56,8 @@ SUITES = ("stories", "arithmetic", "tools", "json")  # recall is nothing but pre
 NUM_PER_CATEGORY = 40
 REQUESTS = {1: 16, 4: 32, 16: 80, 64: 320}  # concurrency: prompts of one run
 CPU_CONCURRENCY = [1, 4, 16]
-FORCED_STEPS = 32  # of all requests, in one run
+FORCED_STEPS, FORCED_SLICE_STEPS = 64, 32  # of all requests, in one run
+FIRST_ROUND_STEPS = 128  # the same of adaptive's first round
 FORCED_TOKENS = 512  # of each request at most: enough for the last one to come while the first is still there
 SLICE_PROMPT = 1024  # random tokens, which are all that random weights need
 MODES = {"none": 0, "fixed 1": 1, "fixed 2": 2, "fixed 3": 3, "adaptive": 3}
@@ -74,9 +78,11 @@ class Engines:
         self._config, self._clock, self._shares, self._has_plain = config, clock, shares, has_plain
         self._runners: dict[int, Runner] = {}
 
-    def loop(self, num_drafts: int, is_adaptive: bool = False) -> Loop:
-        """A scheduler of its own, with nothing running, over the runner of `num_drafts`."""
-        room = MOST_DRAFTS if self._shares and (num_drafts or not self._has_plain) else num_drafts
+    def loop(self, num_drafts: int, is_adaptive: bool = False, room: int = 0) -> Loop:
+        """A scheduler of its own, with nothing running, over a runner with room for `num_drafts`, or for `room`."""
+        room = max(num_drafts, room)
+        if self._shares and (room or not self._has_plain):
+            room = MOST_DRAFTS
         if room not in self._runners:
             self._runners[room] = build_runner(self._config.model_copy(update={"num_draft_tokens": room}))
         mode = DraftMode.ADAPTIVE if is_adaptive else DraftMode.FIXED
@@ -146,6 +152,7 @@ class Forced(NamedTuple):
     num_drafts: int
     rate: float
     is_adaptive: bool = False
+    room: int = 0  # in the runner, if that is more
 
     @property
     def chance(self) -> float:
@@ -164,77 +171,111 @@ def forced(
 
     `most`: drafts. `set_chance` gives a loop's judge the probability of a draft and the number of the round.
     """
-    modes = [Forced(0, 0.0), *(Forced(num, rate) for num in range(1, most + 1) for rate in args.rates)]
+    none, none_with_room = Forced(0, 0.0), Forced(0, 0.0, room=most)
+    modes = [none, none_with_room, *(Forced(num, rate) for num in range(1, most + 1) for rate in args.rates)]
     modes += [Forced(most, rate, is_adaptive=True) for rate in args.rates]
-    loops = {mode: engines.loop(mode.num_drafts, mode.is_adaptive) for mode in modes}
+    loops = {mode: engines.loop(mode.num_drafts, mode.is_adaptive, mode.room) for mode in modes}
     for concurrency in args.concurrency:
-        costs: dict[int, list[float]] = {num: [] for num in range(most + 1)}
+        costs: dict[Forced, list[float]] = {mode: [] for mode in modes}  # milliseconds of each round's steps
         accepted: dict[Forced, list[int]] = {mode: [] for mode in modes}  # of each full verify
         adaptive: dict[Forced, list[list[tuple[int, float]]]] = {mode: [] for mode in modes if mode.is_adaptive}
         for number in range(args.rounds + 1):
             for mode in sorted(modes, key=lambda mode: random.Random(f"{number} {mode}").random()):
-                loop, num = loops[mode], mode.num_drafts
-                if num:
+                loop = loops[mode]
+                if mode.num_drafts:
                     set_chance(loop, mode.chance, number)
-                steps, verifies = full_steps(loop, prompts[:concurrency], mode)
+                num_steps = args.steps if number or not mode.is_adaptive else max(args.steps, FIRST_ROUND_STEPS)
+                steps, verifies = full_steps(loop, prompts[:concurrency], mode, num_steps)
                 if number and mode.is_adaptive:
                     adaptive[mode].append(steps)
                 elif number:
-                    costs[num].append(1000 * median(seconds for _, seconds in steps))
+                    costs[mode].append(1000 * median(seconds for _, seconds in steps))
                     accepted[mode] += verifies
-        ms = {num: median(values) for num, values in costs.items()}
-        result: dict[str, Any] = {"concurrency": concurrency, "none_step_ms": round(ms[0], 3)}
+        by_round = {
+            num: [mean(each) for each in zip(*(costs[Forced(num, rate)] for rate in args.rates), strict=True)]
+            for num in range(1, most + 1)
+        }
+        with_room = {0: costs[none_with_room], **by_round}
+        by_round[0] = costs[none]
+        ms = {num: median(values) for num, values in by_round.items()}
+        result: dict[str, Any] = {
+            "concurrency": concurrency,
+            "steps": args.steps,
+            "none_step_ms": round(ms[0], 3),
+            "none_with_room_step_ms": round(median(with_room[0]), 3),
+        }
         for num in range(1, most + 1):
             gains = [(1 + rate * num) * ms[0] / ms[num] for rate in args.rates]
+            each = [value for rate in args.rates for value in costs[Forced(num, rate)]]
             result[f"{num} drafts"] = {
                 "step_ms": round(ms[num], 3),
-                "step_ms_range": [round(min(costs[num]), 3), round(max(costs[num]), 3)],
+                "step_ms_range": [round(min(each), 3), round(max(each), 3)],
                 "tokens_per_verify": {str(r): round(1 + mean(accepted[Forced(num, r)]), 3) for r in args.rates},
                 "tokens_per_s_per_user": {str(r): round(1000 * (1 + r * num) / ms[num], 1) for r in args.rates},
                 "over_none": {str(rate): round(gain, 3) for rate, gain in zip(args.rates, gains, strict=True)},
                 "last_rate_over_first": round(gains[-1] / gains[0], 3),
             }
-        yield {
-            **result,
-            "adaptive": {str(mode.rate): of_adaptive(mode, rounds, ms) for mode, rounds in adaptive.items()},
+        result["adaptive"] = {
+            str(mode.rate): of_adaptive(mode, rounds)
+            | {
+                "over_best_fixed": over_best(mode, rounds, by_round),
+                "over_best_with_room": over_best(mode, rounds, with_room),
+            }
+            for mode, rounds in adaptive.items()
         }
+        yield result
 
 
-def full_steps(loop: Loop, prompts: list[Prompt], mode: Forced) -> tuple[list[tuple[int, float]], list[int]]:
-    """Drafts and seconds of FORCED_STEPS steps in which all prompts decode with as many drafts as the mode has, or as
-    it chooses; and what was accepted of each verify."""
+def full_steps(
+    loop: Loop, prompts: list[Prompt], mode: Forced, num_steps: int
+) -> tuple[list[tuple[int, float]], list[int]]:
+    """Drafts and seconds of `num_steps` steps in which all prompts decode with as many drafts as the mode has, or as
+    it chooses, or of fewer if answers end before; and what was accepted of each verify."""
 
     def found() -> list[tuple[int, float]]:
         sizes = [(most, seconds) for size, most, seconds in loop.steps if size == len(prompts)]
         return [each for each in sizes if mode.is_adaptive or each[0] == mode.num_drafts]
 
     loop.steps.clear()
-    served = loop.serve(prompts, len(prompts), ignore_eos=True, is_enough=lambda: len(found()) >= FORCED_STEPS)
+    served = loop.serve(prompts, len(prompts), ignore_eos=True, is_enough=lambda: len(found()) >= num_steps)
     verifies = [each for one in served for each in one.verifies if each.num_drafts == mode.num_drafts]
     return found(), [each.num_accepted for each in verifies]
 
 
-def of_adaptive(mode: Forced, rounds: list[list[tuple[int, float]]], ms: dict[int, float]) -> dict[str, Any]:
-    """Tokens/s of a user with the numbers of drafts that were chosen, against the best fixed number."""
+def tokens_per_s(mode: Forced, steps: list[tuple[int, float]]) -> float:
+    """Of a user, by the median step of each number of drafts."""
+    chosen = Counter(num for num, _ in steps)
+    total_s = sum(count * median(s for other, s in steps if other == num) for num, count in chosen.items())
+    return sum(count * tokens_of(mode, num) for num, count in chosen.items()) / total_s
 
-    def tokens(num: int) -> float:
-        return sum(mode.chance**place for place in range(num + 1))
 
-    rates = []
-    for steps in rounds:
-        chosen = Counter(num for num, _ in steps)
-        each = {num: median(seconds for other, seconds in steps if other == num) for num in chosen}
-        total_s = sum(count * each[num] for num, count in chosen.items())
-        rates.append(sum(count * tokens(num) for num, count in chosen.items()) / total_s)
-    fixed = {num: 1000 * tokens(num) / step_ms for num, step_ms in ms.items()}
-    best = max(fixed, key=fixed.__getitem__)
-    chosen = Counter(num for steps in rounds for num, _ in steps)
+def tokens_of(mode: Forced, num_drafts: int) -> float:
+    """Of a step of adaptive with so many drafts, on average."""
+    return sum(mode.chance**place for place in range(num_drafts + 1))
+
+
+def of_adaptive(mode: Forced, rounds: list[list[tuple[int, float]]]) -> dict[str, Any]:
+    """Tokens/s of a user with the numbers of drafts that were chosen; how often each was, and its steps' times."""
+    steps = [step for steps in rounds for step in steps]
+    numbers = sorted({num for num, _ in steps})
     return {
-        "tokens_per_s_per_user": round(median(rates), 1),
-        "best_fixed": best,
-        "over_best_fixed": [round(f(rates) / fixed[best], 3) for f in (median, min, max)],
-        "steps_by_drafts": {str(num): chosen[num] for num in sorted(chosen)},
+        "tokens_per_s_per_user": round(median(tokens_per_s(mode, steps) for steps in rounds), 1),
+        "steps_by_drafts": {str(num): sum(other == num for other, _ in steps) for num in numbers},
+        "step_ms_by_drafts": {
+            str(num): round(1000 * median(s for other, s in steps if other == num), 3) for num in numbers
+        },
     }
+
+
+def over_best(mode: Forced, rounds: list[list[tuple[int, float]]], by_round: dict[int, list[float]]) -> dict[str, Any]:
+    """Adaptive's tokens/s over those of the number of drafts with the most of them, round by round.
+
+    `by_round`: milliseconds of a step in each round, by number of drafts.
+    """
+    fixed = {num: [1000 * tokens_of(mode, num) / ms for ms in values] for num, values in by_round.items()}
+    best = max(fixed, key=lambda num: median(fixed[num]))
+    ratios = [tokens_per_s(mode, steps) / other for steps, other in zip(rounds, fixed[best], strict=True)]
+    return {"drafts": best, "median_min_max": [round(f(ratios), 3) for f in (median, min, max)]}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -245,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--device", type=Device, default=Device.CPU, help="cpu or cuda (default %(default)s)")
     add("--numerics", type=Numerics, help="exact or official (default exact, on a GPU official)")
     add("--rounds", type=int, help="rounds, of which the median counts (default 5, of a slice 2)")
+    add("--steps", type=int, help="forced: steps of all requests in one run (default 64, of a slice 32)")
     add("--concurrency", type=int, nargs="+", choices=list(REQUESTS), help="default all, on CPU up to 16")
     add("--rates", type=float, nargs="+", default=[0.57, 0.70], help="forced accept rates (default %(default)s)")
     add("--clock", choices=list(CLOCKS), help="processor time or wall clock (default cpu, on a GPU wall)")
@@ -255,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("a slice has random weights: take forced and --device cuda, or the demo")
     args.numerics = args.numerics or (Numerics.OFFICIAL if on_gpu else Numerics.EXACT)
     args.rounds = args.rounds or (2 if is_slice else 5)
+    args.steps = args.steps or (FORCED_SLICE_STEPS if is_slice else FORCED_STEPS)
     args.concurrency = args.concurrency or (list(REQUESTS) if on_gpu else CPU_CONCURRENCY)
     args.clock = args.clock or ("wall" if on_gpu else "cpu")
     torch.set_num_threads(1)

@@ -440,10 +440,11 @@ class Scheduler:
 
     def took(self, planned: SchedulerOutput, seconds: float) -> None:
         """Running `planned` took so long; a step of nothing but decodes tells what drafts cost."""
-        if self._drafts is None or planned.chunks:
+        if self._drafts is None:
             return
         num_drafts = max((verify.num_draft_tokens for verify in planned.verifies), default=0)
-        self._drafts.took(len(planned.decodes) + len(planned.verifies), num_drafts, seconds)
+        num_requests = len(planned.decodes) + len(planned.verifies)
+        self._drafts.took(num_requests, num_drafts, seconds, has_chunks=bool(planned.chunks))
 
     def _end_verifies(self, planned: SchedulerOutput, result: StepOutput) -> None:
         """Requests are behind those of their drafts that were accepted, whatever was planned for them since."""

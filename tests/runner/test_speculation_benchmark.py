@@ -34,11 +34,11 @@ def test_one_device_runner_serves_all_numbers_of_drafts_with_forced_acceptance(t
     monkeypatch.setattr(device_batch, "judge", judge)
     monkeypatch.setattr(speculation, "build_runner", build)
     monkeypatch.setattr(speculation, "MOST_DRAFTS", 2)
-    monkeypatch.setattr(speculation, "FORCED_STEPS", 2)
+    monkeypatch.setattr(speculation, "FIRST_ROUND_STEPS", 2)
     config = EngineConfig(model=tmp_path / "model", max_running_requests=2, prefix_cache=False)
     engines = speculation.Engines(config, speculation.CLOCKS["cpu"], shares=True, has_plain=False)
     prompts = [(random_ids(CONFIG, 3, seed), 12) for seed in range(2)]
-    args = argparse.Namespace(concurrency=[2], rates=[0.0, 1.0], rounds=1)
+    args = argparse.Namespace(concurrency=[2], rates=[0.0, 1.0], rounds=1, steps=2)
     (result,) = speculation.forced(engines, prompts, args, 1, lambda loop, chance, seed: judge.set_chance(chance))
     assert len(runners) == 1
     assert result["none_step_ms"] > 0
@@ -67,6 +67,7 @@ def test_acceptance_on_the_device_has_the_rate_and_never_more_drafts_than_there_
 @pytest.mark.parametrize("what", ["speed", "forced"])
 def test_a_line_for_each_concurrency(tmp_path, monkeypatch, what):
     monkeypatch.setattr(speculation, "FORCED_STEPS", 3)
+    monkeypatch.setattr(speculation, "FIRST_ROUND_STEPS", 3)
     monkeypatch.setattr(speculation, "REQUESTS", {1: 1, 2: 2})
     out = tmp_path / "lines.jsonl"
     speculation.main([what, "--rounds", "1", "--concurrency", "1", "2", "--out", str(out)])
@@ -76,6 +77,15 @@ def test_a_line_for_each_concurrency(tmp_path, monkeypatch, what):
         assert line["settings"]["model"] == "demo"
         assert line["settings"]["device"] == "cpu"
         assert (line["settings"]["clock"], line["settings"]["numerics"]) == ("cpu", "exact")
+
+
+def test_adaptive_is_compared_with_the_number_that_is_best_in_the_middle_and_in_the_same_round():
+    """Of a machine that is half as fast in the second round, and slow for one draft in the third."""
+    mode = speculation.Forced(1, 0.5, is_adaptive=True)
+    rounds = [[(1, 0.001), (0, 0.001)], [(1, 0.002)] * 4, [(1, 0.001), (1, 0.001), (1, 0.004)]]
+    by_round = {0: [1.0, 2.0, 1.0], 1: [1.0, 2.0, 1.2]}
+    assert speculation.over_best(mode, rounds, by_round) == {"drafts": 1, "median_min_max": [1.0, 0.833, 1.2]}
+    assert speculation.of_adaptive(mode, rounds)["step_ms_by_drafts"] == {"0": 1.0, "1": 2.0}
 
 
 def test_a_slice_has_nothing_to_say(capsys):

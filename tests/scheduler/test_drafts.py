@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from support.bench import Bench
@@ -157,40 +158,94 @@ def test_adaptive_drafts_are_those_that_give_the_most_tokens_per_second(
     run = machine(*costs, rates)
     run(1, 600)
     chosen = run(1, 640)
-    assert chosen[best] >= 619  # seven tries of three steps
+    assert chosen[best] >= 640 - 4 * 5 * 4  # four numbers, each in five tries of four steps at most
 
 
-@pytest.mark.parametrize("late", [(0,), (1, 2), (3, 5)], ids=str)
+FIRST = 80  # steps after which all numbers of three drafts at most have been tried, one step being submitted ahead
+
+
+def ahead(policy: DraftPolicy, step_s: Callable[[int, int, int, int], float], num_steps: int, accept: int) -> list[int]:
+    """What the policy chose for four requests, on a machine to which one step is submitted ahead. `step_s` of a step's
+    index, its drafts, and those of the step before and behind; of each request `accept` drafts are right."""
+    chosen = [policy.choose(4)]
+    for step in range(num_steps):
+        chosen.append(policy.choose(4))
+        before = chosen[max(step - 1, 0)]
+        policy.took(4, chosen[step], step_s(step, chosen[step], before, chosen[step + 1]))
+        for _ in range(4):
+            policy.observe(3, accept)
+    return chosen
+
+
+@pytest.mark.parametrize("late", [(0,), (1, 5), (6, 9)], ids=str)
 @pytest.mark.parametrize("best", [0, 1, 2, 3])
 def test_two_long_steps_among_the_first_of_the_best_number_do_not_hide_it(best: int, late: tuple[int, ...]) -> None:
     """A kernel is loaded, a graph uploaded: such a step takes ten times as long, and only this once."""
-    policy, steps = DraftPolicy(3, adaptive=True), [0] * 4
-    seconds = [1.0, 1.1, 1.2, 1.3]
-    chosen = []
-    for _ in range(120):
-        num = policy.choose(4)
-        chosen.append(num)
-        policy.took(4, num, seconds[num] * (10 if num == best and steps[num] in late else 1))
+    steps = [0] * 4
+
+    def step_s(step: int, num: int, before: int, behind: int) -> float:
         steps[num] += 1
-        for _ in range(4):
-            policy.observe(3, best)
-    assert chosen[24:].count(best) >= 90
+        return (1.0 + 0.1 * num) * (10 if num == best and steps[num] - 1 in late else 1)
+
+    assert set(ahead(DraftPolicy(3, adaptive=True), step_s, FIRST + 120, best)[FIRST + 4 : FIRST + 120]) == {best}
+
+
+@pytest.mark.parametrize("begin", range(0, 120, 5))
+@pytest.mark.parametrize("length", [12, 30, 60])
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_time_in_which_the_machine_is_slower_or_faster_says_nothing_of_numbers(
+    begin: int, length: int, factor: float
+) -> None:
+    """None is the best by a tenth. Once it seemed a third dearer after this, for hundreds of steps."""
+
+    def step_s(step: int, num: int, before: int, behind: int) -> float:
+        return (1.0, 2.2, 3.3, 4.4)[num] * (factor if begin <= step < begin + length else 1)
+
+    chosen = ahead(DraftPolicy(3, adaptive=True), step_s, FIRST + 200, 3)
+    assert chosen[FIRST + 4 :].count(0) >= 200 - 3 * 4 - 4  # each other number is tried once
 
 
 def test_steps_whose_neighbours_make_them_longer_do_not_count() -> None:
-    """As on a small model: a step takes at least what the host does meanwhile, which is for its neighbours."""
-    policy, before, draw, chosen = DraftPolicy(3, adaptive=True), 3, random.Random(0), []
-    seconds = [0.3, 0.45, 0.57, 0.7]
-    for rates in (0.8, 0.75, 1.0), (0.8, 0.75, 0.67):  # three drafts are best, then two by a twentieth
-        for _ in range(3000):
-            num = policy.choose(4)
-            chosen.append(num)
-            policy.took(4, num, max(seconds[num], seconds[before]))
-            before = num
-            for _ in range(4):
-                policy.observe(num, next((place for place in range(num) if draw.random() > rates[place]), num))
-    assert chosen[1000:3000].count(3) > 1900
-    assert chosen[4000:].count(2) > 1850
+    """As on a small model: a step takes at least what the host does for the one before and the one behind."""
+    host_s = [0.15, 0.3, 0.4, 0.5]
+
+    def step_s(step: int, num: int, before: int, behind: int) -> float:
+        return max(0.3 + 0.1 * num, host_s[before] + host_s[behind])
+
+    for accept, best in (0, 0), (3, 3):
+        chosen = ahead(DraftPolicy(3, adaptive=True), step_s, FIRST + 3000, accept)
+        assert chosen[FIRST + 4 :].count(best) > 2700
+    policy = DraftPolicy(3, adaptive=True)
+    ahead(policy, step_s, FIRST + 3000, 0)
+    ratios = policy._class(4)._ratios
+    assert [ratio / ratios[0] for ratio in ratios] == pytest.approx([1.0, 0.6 / 0.3, 0.8 / 0.3, 1.0 / 0.3], rel=0.01)
+
+
+def test_what_a_number_costs_may_change() -> None:
+    """As when another program has taken half of the device: rows were free and are dear, and then free again."""
+    seconds = [1.0, 1.1, 1.2, 1.3]
+    policy = DraftPolicy(3, adaptive=True)
+
+    def step_s(step: int, num: int, before: int, behind: int) -> float:
+        return seconds[num]
+
+    assert ahead(policy, step_s, 400, 3)[-200:].count(3) > 170
+    seconds[:] = [1.0, 2.5, 4.0, 5.5]
+    assert ahead(policy, step_s, 1500, 3)[-400:].count(0) > 360
+    seconds[:] = [1.0, 1.1, 1.2, 1.3]
+    assert ahead(policy, step_s, 4000, 3)[-400:].count(3) > 340
+
+
+def test_no_number_is_tried_while_prompts_come() -> None:
+    policy = DraftPolicy(3, adaptive=True)
+    for _ in range(200):
+        assert policy.choose(4) == 3
+        policy.took(4, 3, 1.0, has_chunks=True)
+    ahead(policy, lambda step, num, before, behind: 1.0 + num, 200, 1)
+    policy.took(4, 0, 1.0, has_chunks=True)
+    for _ in range(1000):
+        assert policy.choose(4) == 0
+        policy.took(4, 0, 1.0, has_chunks=True)
 
 
 def test_adaptive_drafts_depend_on_the_batch_and_each_number_is_tried_now_and_then() -> None:
@@ -215,7 +270,7 @@ def test_adaptive_drafts_notice_that_drafts_have_become_good_or_bad() -> None:
     assert run(1, 640)[2] > 600
     rates[:] = [0.0, 0.0]
     run(1, 500)
-    assert run(1, 640)[0] > 600
+    assert run(1, 640)[0] >= 600
 
 
 @pytest.mark.parametrize(
@@ -262,16 +317,20 @@ def test_fixed_drafts_are_always_as_many() -> None:
     assert {policy.choose(num_requests) for num_requests in (1, 100, 5000)} == {4}
 
 
-def test_only_steps_without_chunks_tell_what_drafts_cost() -> None:
+def test_only_steps_without_chunks_tell_what_drafts_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(num_draft_tokens=2, adaptive=True, max_step_tokens=256)
     bench.add("short", prompt(0, 20), max_tokens=200)
     bench.step()
     bench.step()
     bench.add("long", prompt(1, 900), max_tokens=1)
-    policy = bench.scheduler._drafts
+    policy, counted = bench.scheduler._drafts, []
     assert policy is not None
+    monkeypatch.setattr(policy._class(1), "add", lambda *step: counted.append(step))
+    seen = set()
     while bench.step() and bench.last_step is not None:
-        before = policy._class(1).counts.copy()
-        bench.scheduler.took(bench.last_step, 1.0)
-        bench.scheduler.took(bench.last_step, 1.0)  # as one behind another of its kind
-        assert (policy._class(1).counts == before) == bool(bench.last_step.chunks)
+        counted.clear()
+        for _ in range(3):  # as one between two of its kind
+            bench.scheduler.took(bench.last_step, 1.0)
+        assert bool(counted) != bool(bench.last_step.chunks)
+        seen.add(bool(counted))
+    assert seen == {True, False}
