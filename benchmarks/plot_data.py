@@ -142,7 +142,8 @@ def _lengths(line: Line) -> str:
 def speculation(lines: Iterable[Line]) -> dict[str, Curves]:
     """By machine and model: tokens/s of all by those of one user, with and without drafts, a point a concurrency."""
     found: dict[str, Curves] = {}
-    for line in newest((line for line in lines if line["settings"]["what"] == "speed"), "concurrency"):
+    speed = newest((line for line in lines if line["settings"]["what"] == "speed"), "concurrency")
+    for line in sorted(speed, key=lambda line: line["time"]):
         settings, results = line["settings"], line["results"]
         on_gpu = settings.get("device") == "cuda"
         mine = found.setdefault(f"{settings.get('model', 'demo')}, {'GPU' if on_gpu else 'CPU'}", defaultdict(list))

@@ -3,12 +3,12 @@
 The same sums as `gate_up` and `down` of experts.py, for tiles of 64 pairs and weights of the form "fp8": that of a
 prefill, whose time is that of the tensor cores and not of memory. In one program of experts.py a weight is read,
 unpacked and multiplied in turn. Here two groups of four warps multiply, each its own half of a tile's rows: a thread
-unpacks packed weights into exactly the registers that the instruction reads. Each group has two products of ROWS rows in
-a block of 128 inputs: weights of the second are unpacked while the first runs, and the second runs while the sum of the
-first, which the unit keeps to about 14 bits, is scaled and added in float32.
+unpacks packed weights into exactly the registers that the instruction reads. Each group has two products of ROWS rows
+in a block of 128 inputs: weights of the second are unpacked while the first runs, and the second runs while the sum of
+the first, which the unit keeps to about 14 bits, is scaled and added in float32.
 
-A third group has packed weights and tokens copied into BUFFERS buffers of shared memory, AHEAD blocks ahead, and says at
-a barrier when one is full; the others say when it is free (docs/adr/0016).
+A third group has packed weights and tokens copied into BUFFERS buffers of shared memory, AHEAD blocks ahead, and says
+at a barrier when one is full; the others say when it is free (docs/adr/0016).
 
 A program stays on its multiprocessor and takes one tile after the other, so that buffers for the next one are filled
 while the last one is rounded and stored.
@@ -100,7 +100,7 @@ def _row_of(first, count, pairs, TOP_K: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _start_part(number, expert_rows, scale_row, pairs, tiles, columns, LOW_ROWS: gl.constexpr, TOP_K: gl.constexpr):
-    """Of a part its first row in the weight's first block; the tokens' rows, the places of their scales, their count."""
+    """Of a part its first row in the weight's first block; its tokens' rows, the places of their scales, how many."""
     column, expert, first, count = _part(number, tiles, columns)
     row = _row_of(first, count, pairs, TOP_K, gl.SliceLayout(1, CODES_COPIED)).to(gl.int64)
     scale_of = _row_of(first, count, pairs, TOP_K, OF_TILE) * scale_row
@@ -124,9 +124,7 @@ def _fill(
     of_both = of_both % ROWS + of_both // ROWS * high_rows
     total = num_mine * BLOCKS
     if total > 0:
-        at, row, scale_of, count = _start_part(
-            0, num_rows * BLOCKS, scale_row, pairs, tiles, columns, LOW_ROWS, TOP_K
-        )
+        at, row, scale_of, count = _start_part(0, num_rows * BLOCKS, scale_row, pairs, tiles, columns, LOW_ROWS, TOP_K)
         exponents = gl.load(input_scales + scale_of)
         for turn in tl.range(0, total + AHEAD, disable_licm=True):
             if turn < total:

@@ -4,9 +4,9 @@
 
 As on the GPU are the kernel's own Python, dtypes and their rounding, masks, addresses (those outside of the argument
 they were made from raise), shared memory, which begins as NaN, barriers with their phases, and roles that run beside
-each other: they stop for a moment now and then, elsewhere with each seed. What only a GPU shows: layouts, registers,
-warps, fences; and loops of the compiler, which take a name that is given another one's first value for unchanged. A
-barrier that nobody completes raises after SECONDS.
+each other: they stop for a moment now and then, elsewhere with each seed. What only a GPU shows: layouts, registers
+that a product still reads, warps, fences; and loops of the compiler, which take a name that is given another one's
+first value for unchanged. A barrier that nobody completes raises after SECONDS.
 """
 
 from __future__ import annotations
@@ -320,13 +320,15 @@ class Program:
         self._groups().append([])
 
     def _wait_copies(self, num_outstanding: int) -> None:
-        """Until then nothing is there: no copy is as late on a GPU."""
+        """Only now copies are made: on a GPU none is later."""
         groups = self._groups()
         while len(groups) - 1 > num_outstanding:
             for copy in groups.pop(0):
                 copy()
 
-    def _multiply(self, left: Shared | Value, right: Shared, sums: Value, use_acc: bool = True, is_async: bool = False) -> Value:
+    def _multiply(
+        self, left: Shared | Value, right: Shared, sums: Value, use_acc: bool = True, is_async: bool = False
+    ) -> Value:
         product = (left.data.double() @ right.data.double()).float()
         return Value(product + sums.data if use_acc else product)
 
