@@ -169,9 +169,14 @@ def test_values_that_a_rounding_gets_wrong(activations, form):
     inputs, given = make(len(tokens), EDGE, activations, form)
     x = tokens.bfloat16().repeat(1, inputs["x"].shape[1] // 128)
     inputs["x"], given["x"] = x, x
-    for found, expected in zip(moe.mega_moe(**inputs), reference.mega_moe(**given), strict=True):
-        assert found.isfinite().all()
-        assert_close(found, expected)
+    found, expected = moe.mega_moe(**inputs), reference.mega_moe(**given)
+    assert found.isfinite().all()
+    errors = (found.double() - expected.double()).norm(dim=1)
+    norms = expected.double().norm(dim=1)
+    # One hidden value of a token whose FP8 rounding goes the other way, by 2^-4 of it, and of one token at most: which
+    # it is depends on the order in which this processor's library adds.
+    assert (errors > BOUND * norms).sum() <= 1
+    assert (errors <= 2**-4 / inputs["w2"].depth ** 0.5 * norms).all()
 
 
 @triton.jit
