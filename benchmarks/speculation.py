@@ -286,7 +286,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--device", type=Device, default=Device.CPU, help="cpu or cuda (default %(default)s)")
     add("--numerics", type=Numerics, help="exact or official (default exact, on a GPU official)")
     add("--rounds", type=int, help="rounds, of which the median counts (default 5, of a slice 2)")
-    add("--steps", type=int, help="forced: steps of all requests in one run (default 64, of a slice 32)")
     add("--concurrency", type=int, nargs="+", choices=list(REQUESTS), help="default all, on CPU up to 16")
     add("--rates", type=float, nargs="+", default=[0.57, 0.70], help="forced accept rates (default %(default)s)")
     add("--clock", choices=list(CLOCKS), help="processor time or wall clock (default cpu, on a GPU wall)")
@@ -297,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("a slice has random weights: take forced and --device cuda, or the demo")
     args.numerics = args.numerics or (Numerics.OFFICIAL if on_gpu else Numerics.EXACT)
     args.rounds = args.rounds or (2 if is_slice else 5)
-    args.steps = args.steps or (FORCED_SLICE_STEPS if is_slice else FORCED_STEPS)
+    args.steps = FORCED_SLICE_STEPS if is_slice else FORCED_STEPS
     args.concurrency = args.concurrency or (list(REQUESTS) if on_gpu else CPU_CONCURRENCY)
     args.clock = args.clock or ("wall" if on_gpu else "cpu")
     torch.set_num_threads(1)

@@ -158,7 +158,7 @@ def test_adaptive_drafts_are_those_that_give_the_most_tokens_per_second(
     run = machine(*costs, rates)
     run(1, 600)
     chosen = run(1, 640)
-    assert chosen[best] >= 640 - 4 * 5 * 4  # four numbers, each in five tries of four steps at most
+    assert chosen[best] >= 640 - 4 * 5 * 4  # four other numbers, each in five tries of four steps at most
 
 
 FIRST = 80  # steps after which all numbers of three drafts at most have been tried, one step being submitted ahead
@@ -270,7 +270,7 @@ def test_adaptive_drafts_notice_that_drafts_have_become_good_or_bad() -> None:
     assert run(1, 640)[2] > 600
     rates[:] = [0.0, 0.0]
     run(1, 500)
-    assert run(1, 640)[0] >= 600
+    assert run(1, 640)[0] >= 640 - 2 * 5 * 4
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ SPACE = 1 << 44  # addresses of one argument
 ELSEWHERE = 1000 * SPACE  # address of the first tensor that no argument is
 PAUSE = 2e-4  # seconds
 DTYPES = {
-    tl.int1: torch.bool, tl.uint8: torch.uint8, tl.uint16: torch.uint16, tl.int32: torch.int32, tl.int64: torch.int64,
+    tl.int1: torch.bool, tl.uint8: torch.uint8, tl.int32: torch.int32, tl.int64: torch.int64,
     tl.float32: torch.float32, tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn,
 }  # fmt: skip
 
