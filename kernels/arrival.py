@@ -8,6 +8,9 @@ Why: docs/adr/0007-the-last-program-finishes.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import triton
 import triton.language as tl
@@ -15,20 +18,34 @@ from torch import Tensor
 
 NUM_COUNTERS = 65536
 
-_counters: dict[torch.device, Tensor] = {}
+_counters: dict[tuple[torch.device, bool], Tensor] = {}
+_is_beside = False
 
 
 def counters(device: torch.device, num: int) -> Tensor:
     """At least `num` int32 zeros on `device`, the same memory at each call.
 
-    Kernels leave them zero and run one after the other on one stream, so all of them share these. The first call on a
-    device allocates; make it before a CUDA graph is captured. Raises ValueError above NUM_COUNTERS.
+    Kernels leave them zero and run one after the other on one stream, so all of them share these; those that run beside
+    others have their own (`own_counters`). The first call allocates; make it before a CUDA graph is captured. Raises
+    ValueError above NUM_COUNTERS.
     """
     if num > NUM_COUNTERS:
         raise ValueError(f"counters: {num} wanted; at most {NUM_COUNTERS} results may be shared between programs")
-    if device not in _counters:
-        _counters[device] = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
-    return _counters[device]
+    key = device, _is_beside
+    if key not in _counters:
+        _counters[key] = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+    return _counters[key]
+
+
+@contextmanager
+def own_counters() -> Iterator[None]:
+    """What is launched inside counts apart, because it runs beside other kernels."""
+    global _is_beside
+    _is_beside = True
+    try:
+        yield
+    finally:
+        _is_beside = False
 
 
 @triton.jit

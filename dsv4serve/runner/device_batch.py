@@ -8,18 +8,20 @@ and so does how many drafts it accepted: the next step begins behind them, wheth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dsv4_kernels.metadata import StepPlan
 from dsv4_kernels.metadata.plan import INPUTS, INTEGERS, TOKEN
 from dsv4_kernels.metadata.triton import end_step, plan_step
 from dsv4_kernels.sampling.triton import sample
 from dsv4serve.memory import CachePools
 from dsv4serve.model.device import DeviceTransformer, Streams
-from dsv4serve.runner.device_drafts import Drafter, judge
+from dsv4serve.runner.device_drafts import Drafter, MadeDrafts, judge
 from dsv4serve.runner.device_step import PagedDeviceStep
 
 
@@ -87,14 +89,29 @@ class DeviceForward:
         plan = plan_step(inputs, token_ids, self.left, num_drafts)
         num_requests = inputs.shape[1]
         buffer = self._logits[: num_requests * (1 + 2 * num_drafts)]
-        behind, of_drafts = buffer.split([num_requests * (1 + num_drafts), num_requests * num_drafts])
-        made = None
+        made: MadeDrafts | None = None
+        beside: AbstractContextManager[None] = nullcontext()
         if self.drafter is not None and num_drafts:
+            of_drafts = buffer[num_requests * (1 + num_drafts) :]
             made = self.drafter.propose(plan, of_drafts.view(num_requests, num_drafts, -1))
-        fits_rings = len(token_ids) == num_requests * (1 + num_drafts)
+        elif self.drafter is not None and len(token_ids) == num_requests:
+            beside = self.drafter.beside(plan)
+        with beside:
+            results, streams = self._forward(plan, made, buffer)
+        logits = buffer[: num_requests * (1 + num_drafts)].view(num_requests, 1 + num_drafts, -1)[:, 0]
+        return BatchOutput(results, logits, streams if keeps_rows else None)
+
+    def _forward(self, plan: StepPlan, made: MadeDrafts | None, buffer: Tensor) -> tuple[Tensor, Streams]:
+        """The main model over the plan's rows, their tokens, and what the next step goes on from.
+
+        buffer: f32 [R (2 K + 1), vocab], where the logits go to. Returns `BatchOutput.tokens` and the rows' streams.
+        """
+        num_rows, num_requests, num_drafts = len(plan.ids), len(plan.slots), plan.coins.shape[1]
+        behind = buffer[: num_requests * (1 + num_drafts)]
+        fits_rings = num_rows == num_requests * (1 + num_drafts)
         step = PagedDeviceStep(self._pools, plan.rows, self.page_table, fits_rings=fits_rings)
         streams = self.transformer(plan.ids, step)
-        sampling = None if len(token_ids) == num_requests else plan.sampling_rows.flatten()
+        sampling = None if num_rows == num_requests else plan.sampling_rows.flatten()
         head, complete = self.transformer.head, None
         if self.drafter is None:
             x = head.collapse(streams if sampling is None else streams[sampling])[1]
@@ -112,8 +129,7 @@ class DeviceForward:
         results, ends, banks = end_step(plan, self.left, tokens, is_bad, num_banks, accepted, drafts)
         if self.drafter is not None and complete is not None:
             self.drafter.follow(plan, complete, made, ends, banks, fits_rings)
-        logits = behind.view(num_requests, 1 + num_drafts, -1)[:, 0]
-        return BatchOutput(results, logits, streams if keeps_rows else None)
+        return results, streams
 
     def set_last_tokens(self, slots: list[int], token_ids: list[int]) -> None:
         """What these slots sampled was decided by the host."""

@@ -7,11 +7,14 @@ each pass of the block, padding where it has no such draft, so that shapes do no
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dsv4_kernels.arrival import own_counters
 from dsv4_kernels.metadata import StepPlan
 from dsv4_kernels.metadata.triton import place_drafts, shift_streams
 from dsv4_kernels.rope.triton import rope_tables
@@ -42,6 +45,8 @@ class Drafter:
 
     def __init__(self, mtp: DeviceMtp, pools: CachePools, page_table: Tensor) -> None:
         self._mtp, self._pools, self._page_table = mtp, pools, page_table
+        device = page_table.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def propose(self, plan: StepPlan, logits: Tensor) -> MadeDrafts:
         """Make the step's drafts, put them into the ids of its rows, and write what they were drawn from to float32
@@ -65,6 +70,26 @@ class Drafter:
         """The drafts int64 [R] at `place` to `out`: greedy requests take the best, others draw with their settings."""
         sample(logits, **plan.settings, uniform=plan.proposals[place], out=out)
 
+    @contextmanager
+    def beside(self, plan: StepPlan) -> Iterator[None]:
+        """Of a step of decodes alone: bring the block's keys up to where the main model begins, while that runs inside.
+
+        All that these keys depend on is there before the step: its tokens, and the streams behind them. So they are
+        made on a stream of their own and cost the step nothing but what they take away from it (docs/adr/0017).
+        """
+        streams = self._pools.load_streams(plan.places, self._mtp.config.hc_mult, torch.bfloat16)
+        step = PagedDeviceStep(self._pools, plan.behind, self._page_table, fits_rings=True)
+        if self._stream is None:
+            self._mtp.keep(streams, plan.ids, step)
+            yield
+            return
+        main = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(main)
+        with torch.cuda.stream(self._stream), own_counters():
+            self._mtp.keep(streams, plan.ids, step)
+        yield
+        main.wait_stream(self._stream)  # until here `streams` and `plan` are referenced, so nobody gets their memory
+
     def follow(
         self,
         plan: StepPlan,
@@ -74,7 +99,7 @@ class Drafter:
         banks: Tensor,
         fits_rings: bool,
     ) -> None:
-        """Bring the block's keys up to where the main model is, and commit what each request goes on from.
+        """Commit what each request goes on from, and, but after `beside`, bring the block's keys up to there.
 
         Keys of rows that do not stay are written too: they lie where those of the next step will.
 
@@ -84,9 +109,12 @@ class Drafter:
             ends, banks: of `end_step`.
             fits_rings: see PagedDeviceStep.
         """
-        if len(streams) > len(banks):
+        num_rows, num_requests = len(streams), len(banks)
+        if num_rows > num_requests:
             self._pools.commit(plan.places, banks)
         before = shift_streams(plan.rows, streams, self._pools.streams.view(streams.dtype), ends)
+        if num_rows == num_requests:
+            return
         rotations = None if made is None else made.rotations
         step = PagedDeviceStep(self._pools, plan.behind, self._page_table, fits_rings=fits_rings, rotations=rotations)
         self._mtp.keep(before, plan.ids, step)

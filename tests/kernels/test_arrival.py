@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from support import triton_interpreter  # noqa: F401  # before any kernel
 
-from dsv4_kernels.arrival import NUM_COUNTERS, counters, is_last
+from dsv4_kernels.arrival import NUM_COUNTERS, counters, is_last, own_counters
 
 
 @triton.jit
@@ -40,3 +40,11 @@ def test_the_last_program_adds_the_parts_of_all_and_counts_from_zero_again(resul
 def test_too_many_results_are_refused():
     with pytest.raises(ValueError, match=f"at most {NUM_COUNTERS}"):
         counters(torch.device("cpu"), NUM_COUNTERS + 1)
+
+
+def test_what_runs_beside_others_counts_apart():
+    device = torch.device("cpu")
+    with own_counters():
+        own = counters(device, 3)
+        assert counters(device, 1) is own
+    assert counters(device, 3).data_ptr() != own.data_ptr()

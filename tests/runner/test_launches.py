@@ -143,7 +143,7 @@ def test_drafts_cost_a_step_few_launches(network, monkeypatch):
         for room, num in ((0, 0), (2, 0), (2, 1), (2, 2))
     )
     assert without <= 32
-    assert decode - without <= 9
+    assert decode - without <= 10  # all but two, which load and store the streams, run beside the main model's
     assert two - one <= 26  # six of them are the main model's: mHC of three rows has a launch more than of two
     assert one - decode <= 29
 
