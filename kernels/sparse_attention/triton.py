@@ -347,7 +347,9 @@ def sparse_attention(
     of_kernel |= {"SPLIT": num_splits > 1, "launch_pdl": launches_early(q.device)}
     grid = (num_rows * triton.cdiv(num_heads, heads), num_splits)
     if specialized:
-        attend_specialized[grid](*arguments, num_warps=8, **of_kernel)
+        num_tiles = math.prod(grid)
+        num_programs = min(num_tiles, capability.num_multiprocessors(q.device))
+        attend_specialized[(num_programs,)](*arguments, num_tiles, num_warps=8, **of_kernel)
     else:
         _attend[grid](
             *arguments,

@@ -31,7 +31,7 @@ def emulated(monkeypatch):
             def launch(*arguments, num_warps, launch_pdl, **constants):
                 assert num_warps == 8
                 state["launches"] += 1
-                assembler = {hopper.WIDEN.value: widen}
+                assembler = {hopper.WIDEN.value: widen, hopper.FETCH.value: lambda lines: ()}
                 gluon_emulator.launch(hopper.attend_specialized, grid, arguments, constants, assembler, state["seed"])
 
             return launch

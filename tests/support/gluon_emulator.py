@@ -17,7 +17,7 @@ import random
 import threading
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -247,8 +247,8 @@ class Program:
     def static_range(self, count: int) -> range:
         return range(count)
 
-    def range(self, first: Any, last: Any, step: int = 1, disable_licm: bool = False) -> range:
-        return range(int(first), int(last), step)
+    def range(self, first: Any, last: Any, step: Any = 1, disable_licm: bool = False) -> Iterator[Value]:
+        return (Value(torch.tensor(at, dtype=torch.int32)) for at in range(int(first), int(last), int(step)))
 
     def load(self, pointers: Value, mask: Any = None, other: Any = 0) -> Value:
         assert pointers.target is not None
