@@ -2,8 +2,10 @@
 
 A draft costs a pass of the MTP block and a row of the main model. What that is worth depends on the machine and on the
 batch (a row is nearly free where reading the weights dominates, and dear where computing does), so both are measured.
-Numbers of drafts often differ by a few per cent, and a machine may take twice as long for some tens of steps. So steps
-are only compared with those next to them: what counts is how long steps took before and after the number changed.
+Numbers of drafts often differ by a few per cent, and a machine may take twice as long for some tens of steps. So a step
+is only compared with the last one before it of another number and the same company: as many prompt tokens in it, about,
+and prompt tokens in the step ahead of it or none. On a busy server hardly a step is without; what prompts add is the
+same for all numbers of drafts, so differences of such steps tell as much, if what prompts add does not vary too much.
 
 A step ends when it has run, and when the host has digested the step before and planned the one behind. Where that takes
 about as long as running, a step takes as long as its neighbours make it. So a step counts only between two of the same
@@ -13,6 +15,8 @@ number, and a number is tried in several steps in a row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from math import exp, log
 from operator import attrgetter
 from statistics import median
 
@@ -21,12 +25,18 @@ from dsv4serve.types import SamplingParams
 MEMORY = 128.0  # judged drafts after which an observation has lost two thirds of its weight
 PRIOR = 0.7  # accept rate of a draft, given that those before it were accepted, before anything was seen,
 PRIOR_WEIGHT = 4.0  # and of how many drafts that counts as
-ROUNDS = 5  # in which all numbers are tried one after the other at first; of what they say the middle counts
-SAME_SIZE = 0.125  # requests more or less, as a share, with which a round goes on
-TRY_STEPS = 4  # of a later try, of which the middle two count,
+TRY_STEPS = 4  # of a try, of which the middle two count
+ROUNDS = 5  # in which all numbers are tried one after the other at first; twice as many if most steps have prompts
+LEAST = 3  # steps of each number that a round's end needs
 TRY_EVERY = 128  # steps after which what is known of a number is old,
 TRY_SHARE = 0.003  # of the time at most is lost by tries of a number: where they would lose more, they are rarer
-LEARNED = 0.5  # of the logarithm of what two comparisons say
+NEAR = 32  # steps between two that are compared, at most
+LEARNED = 0.5  # of the logarithm of what two comparisons say,
+SCATTER = 0.15  # if steps in this company differ by no more than this share of a step of decodes alone; else less
+PACE = 0.2  # weight of a step in how fast the machine is now
+
+Company = tuple[int, bool]  # bits of the number of prompt tokens in a step; whether the step before it had any
+Step = tuple[tuple[int, Company], int, float]  # round and company, drafts, seconds or a function of them
 
 
 class DraftPolicy:
@@ -45,9 +55,8 @@ class DraftPolicy:
         self._rates = [PRIOR] * most  # of first, second, .. drafts, given that those before were accepted
         self._counts = [PRIOR_WEIGHT] * most
         self._costs: dict[int, _Costs] = {}  # by size class of the batch
-        self._before: tuple[_Costs, int] | None = None  # class and drafts of the last step of decodes alone
-        self._seconds: float | None = None  # that it took, if the one before it was of the same
-        self._may_try = True
+        self._last = (-1, False)  # drafts of the last step, and whether it had prompt tokens
+        self._count_last: Callable[[], None] | None = None  # if the next step has as many drafts
 
     def observe(self, num_drafts: int, num_accepted: int) -> None:
         """A verify with `num_drafts` drafts of which the first `num_accepted` were accepted."""
@@ -56,20 +65,17 @@ class DraftPolicy:
             weight = 1 / min(self._counts[position], MEMORY)
             self._rates[position] += ((position < num_accepted) - self._rates[position]) * weight
 
-    def took(self, num_requests: int, num_drafts: int, seconds: float, has_chunks: bool = False) -> None:
-        """A step of `num_requests` decodes, with so many drafts each, ended `seconds` after the last one.
-
-        So what the host does between two steps counts for those that are not submitted ahead. Steps with chunks say
-        nothing of drafts, and while they come no number is tried.
-        """
-        self._may_try = not has_chunks
-        if has_chunks:
-            return
-        costs = self._class(num_requests)
-        is_same = self._before == (costs, num_drafts)
-        if is_same and self._seconds is not None:
-            costs.add(num_requests, num_drafts, self._seconds)
-        self._before, self._seconds = (costs, num_drafts), seconds if is_same else None
+    def took(self, num_requests: int, num_drafts: int, seconds: float, num_prompt_tokens: int = 0) -> None:
+        """A step of `num_requests` decodes, with so many drafts each, and of chunks of prompts, ended `seconds` after
+        the last one. So what the host does between two steps counts for those that are not submitted ahead."""
+        last_drafts, had_prompts = self._last
+        if self._count_last is not None and num_drafts == last_drafts:
+            self._count_last()
+        self._count_last = None
+        if num_requests and num_drafts == last_drafts:
+            company = num_prompt_tokens.bit_length(), had_prompts
+            self._count_last = partial(self._class(num_requests).add, company, num_drafts, seconds)
+        self._last = num_drafts, num_prompt_tokens > 0
 
     def choose(self, num_requests: int) -> int:
         """Drafts per request, 0 to `most`, of a step with so many decoding requests."""
@@ -79,43 +85,95 @@ class DraftPolicy:
         for rate in self._rates:
             chance *= rate
             tokens.append(tokens[-1] + chance)
-        return self._class(num_requests).choose(tokens, self._may_try)
+        return self._class(num_requests).choose(tokens)
 
     def _class(self, num_requests: int) -> _Costs:
         """Batches of 1, 2, 3 to 4, 5 to 8, .. requests take about as long."""
         return self._costs.setdefault((num_requests - 1).bit_length(), _Costs(self.most))
 
 
-class _Costs:
-    """What steps cost by the number of drafts, as ratios to each other."""
+class _Firsts:
+    """The first tries, of all numbers in turn, and what they come to."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
-        self._rounds: list[list[float]] = [[]]  # of first tries: seconds of a step with `most` drafts, .. with none
-        self._size = 0  # requests in the present round
-        self._ratios: list[float] = []  # when the rounds are over
+        self._most, self._num_steps = most, 0
+        self._found: list[Step] = []
+
+    @property
+    def _round(self) -> int:
+        return self._num_steps // (TRY_STEPS * (self._most + 1))
+
+    def choose(self) -> int:
+        """The number of the next step."""
+        self._num_steps += 1
+        return self._most - (self._num_steps - 1) // TRY_STEPS % (self._most + 1)
+
+    def add(self, company: Company, num_drafts: int, seconds: float) -> None:
+        """A step that counts."""
+        self._found.append(((self._round, company), num_drafts, seconds))
+
+    def costs(self) -> list[float]:
+        """Seconds of a step of decodes alone by drafts; empty as long as too little is known."""
+        # A slow time makes all numbers longer by a factor, prompts make them longer by as much.
+        alone = [(place, num, log(seconds)) for place, num, seconds in self._found if not place[1][0]]
+        if self._round >= ROUNDS and self._is_enough(alone):
+            return [exp(value) for value in self._fit(alone)]
+        if self._round >= 2 * ROUNDS and self._is_enough(self._found):
+            return [max(value, 1e-9) for value in self._fit(self._found)]
+        return []
+
+    def _is_enough(self, steps: list[Step]) -> bool:
+        return all(len(values) >= LEAST for values in self._by_number(steps))
+
+    def _by_number(self, steps: list[Step]) -> list[list[float]]:
+        return [[value for _, num, value in steps if num == number] for number in range(self._most + 1)]
+
+    def _fit(self, steps: list[Step]) -> list[float]:
+        """A step takes what its round and company take, and what its number takes more: by medians in turn (Tukey's
+        median polish), so that single steps do not count."""
+        base, more = {place: 0.0 for place, _, _ in steps}, [0.0] * (self._most + 1)
+        for _ in range(2 * ROUNDS):
+            for place in base:
+                base[place] = median(value - more[num] for other, num, value in steps if other == place)
+            more = [median(values) for values in self._by_number([(p, n, value - base[p]) for p, n, value in steps])]
+        fewest = min(company for _, company in base)
+        shared = median(value for (_, company), value in base.items() if company == fewest)
+        return [shared + each for each in more]
+
+
+class _Run:
+    """The last steps in some company that had one number of drafts."""
+
+    def __init__(self, num_drafts: int, seconds: float, at: int, scatter: float | None, off: float | None) -> None:
+        self.num_drafts, self.last, self.at = num_drafts, [seconds], at  # `last`: of one or two steps
+        self.scatter = scatter  # mean difference of two steps of one number; None: not known
+        self.off = off  # seconds by which it is longer than the run before lets expect, at pace 1; None: nothing before
+
+
+class _Costs:
+    """What steps of a size class cost by the number of drafts."""
+
+    def __init__(self, most: int) -> None:
+        self._firsts = _Firsts(most)
+        self._seconds: list[float] = []  # of a step of decodes alone by drafts, at pace 1; empty until the rounds end
+        self._pace = 1.0  # how much longer such steps take now
         self._num_steps, self._tried_at = 0, [0] * (most + 1)
         self._trying, self._num_left = 0, 0  # number and steps of the present try
-        # Of the present steps that count: their drafts, how many they were, seconds of the last two, and the first two
-        # over what those before let expect.
-        self._number, self._num_same, self._last, self._off = most, 0, (0.0, 0.0), 1.0
-        self._other, self._expected = most, 0.0  # drafts before, and seconds by ratio as of the last two; 0: unknown
+        self._runs: dict[Company, _Run] = {}
 
-    def choose(self, tokens: list[float], may_try: bool) -> int:
-        """The number that gives the most of `tokens` (by number) in a second, or the one whose turn it is to be tried.
-
-        Until the first rounds are over that is `most`.
-        """
-        if not self._ratios:
-            return self._most - len(self._rounds[-1]) if may_try else self._most
-        speeds = [made / ratio for made, ratio in zip(tokens, self._ratios, strict=True)]
+    def choose(self, tokens: list[float]) -> int:
+        """The number that gives the most of `tokens` (by number) in a second, or the one whose turn it is to be
+        tried. Prompts cost a token the same whatever is drafted, so what they add to some steps does not change which is
+        best. If no step is without, they count as a part of it: costs are then those of whole steps."""
+        self._seconds = self._seconds or self._firsts.costs()
+        if not self._seconds:
+            return self._firsts.choose()
+        speeds = [made / seconds for made, seconds in zip(tokens, self._seconds, strict=True)]
         best = speeds.index(max(speeds))
-        if not may_try:
-            return best
         self._num_steps += 1
         self._tried_at[best] = self._num_steps
         for num, speed in enumerate(speeds):
-            lost = TRY_STEPS * (1 - speed / speeds[best]) * self._ratios[num] / self._ratios[best]
+            lost = TRY_STEPS * (1 - speed / speeds[best]) * self._seconds[num] / self._seconds[best]
             if not self._num_left and self._num_steps - self._tried_at[num] >= max(TRY_EVERY, lost / TRY_SHARE):
                 self._trying, self._num_left, self._tried_at[num] = num, TRY_STEPS, self._num_steps
         if not self._num_left:
@@ -123,34 +181,33 @@ class _Costs:
         self._num_left -= 1
         return self._trying
 
-    def add(self, num_requests: int, num_drafts: int, seconds: float) -> None:
+    def add(self, company: Company, num_drafts: int, seconds: float) -> None:
         """A step that counts."""
-        if not self._ratios:
-            self._add_first(num_requests, num_drafts, seconds)
+        if not self._seconds:
+            self._firsts.add(company, num_drafts, seconds)
             return
-        if num_drafts != self._number:
-            self._expected = sum(self._last) / self._ratios[self._number] if self._num_same > 1 else 0.0
-            self._other, self._number, self._num_same = self._number, num_drafts, 0
-        self._last = self._last[1], seconds
-        self._num_same += 1
-        if self._num_same == 2:
-            off = sum(self._last) / (self._expected * self._ratios[num_drafts]) if self._expected else 1.0
-            # The steps before were compared with those before them and now with these. An interruption changes one.
-            low, high = sorted((self._off, 1 / off))
-            self._ratios[self._other] *= (low if low > 1 else high if high < 1 else 1.0) ** LEARNED
-            self._off = off
+        if not company[0]:
+            self._pace += (seconds / self._seconds[num_drafts] - self._pace) * PACE
+        run = self._runs.get(company)
+        if run is None or self._num_steps - run.at > NEAR:
+            scatter = None if run is None else run.scatter
+            self._runs[company] = _Run(num_drafts, seconds, self._num_steps, scatter, None)
+        elif run.num_drafts == num_drafts:
+            apart = abs(seconds - run.last[-1])
+            run.scatter = apart if run.scatter is None else run.scatter + (apart - run.scatter) * PACE / 2
+            run.last, run.at = [run.last[-1], seconds], self._num_steps
+        else:
+            self._runs[company] = self._compare(company, run, num_drafts, seconds)
 
-    def _add_first(self, num_requests: int, num_drafts: int, seconds: float) -> None:
-        times = self._rounds[-1]
-        if abs(num_requests - self._size) > SAME_SIZE * self._size:
-            times.clear()
-        if not times:
-            self._size = num_requests
-        if num_drafts != self._most - len(times):
-            return  # it was submitted before this number had its step
-        times.append(seconds)
-        if not num_drafts:
-            if len(self._rounds) == ROUNDS:
-                shares = [[each / sum(times) for each in reversed(times)] for times in self._rounds]
-                self._ratios = [median(by_round) for by_round in zip(*shares, strict=True)]
-            self._rounds.append([])
+    def _compare(self, company: Company, run: _Run, num_drafts: int, seconds: float) -> _Run:
+        """A step of another number than those before it in its company, which also says something of theirs."""
+        before, expected = sum(run.last) / len(run.last), self._seconds[run.num_drafts]
+        pace = before / expected if company == (0, False) else self._pace
+        off = (seconds - before) / pace - (self._seconds[num_drafts] - expected)
+        if run.off is not None and run.scatter is not None:
+            # The run was compared with what was before it and now with this step. An interruption changes one.
+            low, high = sorted((run.off, -off))
+            weight = (SCATTER / max(SCATTER, run.scatter / (expected * self._pace))) ** 2
+            factor = 1 + (low if low > 0 else high if high < 0 else 0.0) / expected
+            self._seconds[run.num_drafts] *= max(0.1, factor) ** (LEARNED * weight)
+        return _Run(num_drafts, seconds, self._num_steps, run.scatter, off)

@@ -439,12 +439,12 @@ class Scheduler:
         return outputs
 
     def took(self, planned: SchedulerOutput, seconds: float) -> None:
-        """Running `planned` took so long; a step of nothing but decodes tells what drafts cost."""
+        """Running `planned` took so long, which tells what drafts cost."""
         if self._drafts is None:
             return
         num_drafts = max((verify.num_draft_tokens for verify in planned.verifies), default=0)
         num_requests = len(planned.decodes) + len(planned.verifies)
-        self._drafts.took(num_requests, num_drafts, seconds, has_chunks=bool(planned.chunks))
+        self._drafts.took(num_requests, num_drafts, seconds, sum(len(chunk.token_ids) for chunk in planned.chunks))
 
     def _end_verifies(self, planned: SchedulerOutput, result: StepOutput) -> None:
         """Requests are behind those of their drafts that were accepted, whatever was planned for them since."""
