@@ -72,9 +72,11 @@ class DraftPolicy:
         if self._count_last is not None and num_drafts == last_drafts:
             self._count_last()
         self._count_last = None
+        if num_requests:
+            self._class(num_requests).took(num_drafts)
         if num_requests and num_drafts == last_drafts:
             company = num_prompt_tokens.bit_length(), had_prompts
-            self._count_last = partial(self._class(num_requests).add, company, num_drafts, seconds)
+            self._count_last = partial(self._class(num_requests).add, company, num_drafts, max(seconds, 1e-9))
         self._last = num_drafts, num_prompt_tokens > 0
 
     def choose(self, num_requests: int) -> int:
@@ -103,14 +105,21 @@ class _Firsts:
     def _round(self) -> int:
         return self._num_steps // (TRY_STEPS * (self._most + 1))
 
-    def choose(self) -> int:
-        """The number of the next step."""
-        self._num_steps += 1
-        return self._most - (self._num_steps - 1) // TRY_STEPS % (self._most + 1)
+    @property
+    def number(self) -> int:
+        """Whose turn it is. It stays until so many steps had it: where none can have drafts nothing is tried."""
+        return self._most - self._num_steps // TRY_STEPS % (self._most + 1)
+
+    def took(self, num_drafts: int) -> list[float]:
+        """A step; returns `costs` where a round ends with it."""
+        before = self._round
+        self._num_steps += num_drafts == self.number
+        return self.costs() if self._round > before else []
 
     def add(self, company: Company, num_drafts: int, seconds: float) -> None:
         """A step that counts."""
-        self._found.append(((self._round, company), num_drafts, seconds))
+        if num_drafts == self.number:
+            self._found.append(((self._round, company), num_drafts, seconds))
 
     def costs(self) -> list[float]:
         """Seconds of a step of decodes alone by drafts; empty as long as too little is known."""
@@ -161,13 +170,16 @@ class _Costs:
         self._trying, self._num_left = 0, 0  # number and steps of the present try
         self._runs: dict[Company, _Run] = {}
 
+    def took(self, num_drafts: int) -> None:
+        """A step with so many drafts, whether it counts or not."""
+        self._seconds = self._seconds or self._firsts.took(num_drafts)
+
     def choose(self, tokens: list[float]) -> int:
         """The number that gives the most of `tokens` (by number) in a second, or the one whose turn it is to be
-        tried. Prompts cost a token the same whatever is drafted, so what they add to some steps does not change which is
-        best. If no step is without, they count as a part of it: costs are then those of whole steps."""
-        self._seconds = self._seconds or self._firsts.costs()
+        tried. Prompts cost a token the same whatever is drafted, so what they add to some steps does not change which
+        is best. If no step is without, they count as a part of it: costs are then those of whole steps."""
         if not self._seconds:
-            return self._firsts.choose()
+            return self._firsts.number
         speeds = [made / seconds for made, seconds in zip(tokens, self._seconds, strict=True)]
         best = speeds.index(max(speeds))
         self._num_steps += 1

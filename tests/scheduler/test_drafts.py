@@ -161,7 +161,7 @@ def test_adaptive_drafts_are_those_that_give_the_most_tokens_per_second(
     assert chosen[best] >= 640 - 4 * 5 * 4  # four other numbers, each in five tries of four steps at most
 
 
-FIRST = 80  # steps after which all numbers of three drafts at most have been tried, one step being submitted ahead
+FIRST = 102  # steps after which all numbers of three drafts at most have been tried, one step being submitted ahead
 
 
 def ahead(policy: DraftPolicy, step_s: Callable[[int, int, int, int], float], num_steps: int, accept: int) -> list[int]:
@@ -251,6 +251,14 @@ def test_what_drafts_cost_is_learnt_beside_prompts_too(best: int, share: float) 
     if share == 1.0 and best == 0:
         best = 1  # two tokens in 2.4 + 1 seconds for one in 1 + 1: no step is without a prompt
     assert chosen[best] > 2700, chosen
+
+
+def test_nothing_is_tried_where_no_request_may_have_drafts() -> None:
+    policy = DraftPolicy(3, adaptive=True)
+    for step in range(1000):
+        assert policy.choose(4) == 3
+        policy.took(4, 0, 1.0, step % 2)
+    assert not policy._class(4)._firsts._found
 
 
 def test_a_step_says_nothing_beside_steps_of_another_number() -> None:
