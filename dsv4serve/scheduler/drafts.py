@@ -33,7 +33,9 @@ TRY_SHARE = 0.003  # of the time at most is lost by tries of a number: where the
 NEAR = 32  # steps between two that are compared, at most
 LEARNED = 0.5  # of the logarithm of what two comparisons say,
 SCATTER = 0.15  # if steps in this company differ by no more than this share of a step of decodes alone; else less
+SINGLE = 0.3  # the share of that where they are of one step
 PACE = 0.2  # weight of a step in how fast the machine is now
+LONGEST = 4.0  # times the last steps: what is longer was interrupted, or there was nothing to do
 
 Company = tuple[int, bool]  # bits of the number of prompt tokens in a step; whether the step before it had any
 Step = tuple[tuple[int, Company], int, float]  # round and company, drafts, seconds or a function of them
@@ -154,7 +156,8 @@ class _Run:
     """The last steps in some company that had one number of drafts."""
 
     def __init__(self, num_drafts: int, seconds: float, at: int, scatter: float | None, off: float | None) -> None:
-        self.num_drafts, self.last, self.at = num_drafts, [seconds], at  # `last`: of one or two steps
+        self.num_drafts, self.last, self.at = num_drafts, seconds, at  # `last`: of the last step
+        self.is_single = True
         self.scatter = scatter  # mean difference of two steps of one number; None: not known
         self.off = off  # seconds by which it is longer than the run before lets expect, at pace 1; None: nothing before
 
@@ -199,27 +202,31 @@ class _Costs:
             self._firsts.add(company, num_drafts, seconds)
             return
         if not company[0]:
-            self._pace += (seconds / self._seconds[num_drafts] - self._pace) * PACE
+            self._pace += (min(seconds / self._seconds[num_drafts], LONGEST * self._pace) - self._pace) * PACE
         run = self._runs.get(company)
+        if run is not None:
+            seconds = min(seconds, LONGEST * run.last)
         if run is None or self._num_steps - run.at > NEAR:
             scatter = None if run is None else run.scatter
             self._runs[company] = _Run(num_drafts, seconds, self._num_steps, scatter, None)
         elif run.num_drafts == num_drafts:
-            apart = abs(seconds - run.last[-1])
+            apart = abs(seconds - run.last)
             run.scatter = apart if run.scatter is None else run.scatter + (apart - run.scatter) * PACE / 2
-            run.last, run.at = [run.last[-1], seconds], self._num_steps
+            run.last, run.at, run.is_single = seconds, self._num_steps, False
         else:
             self._runs[company] = self._compare(company, run, num_drafts, seconds)
 
     def _compare(self, company: Company, run: _Run, num_drafts: int, seconds: float) -> _Run:
         """A step of another number than those before it in its company, which also says something of theirs."""
-        before, expected = sum(run.last) / len(run.last), self._seconds[run.num_drafts]
-        pace = before / expected if company == (0, False) else self._pace
-        off = (seconds - before) / pace - (self._seconds[num_drafts] - expected)
+        expected = self._seconds[run.num_drafts]
+        pace = run.last / expected if company == (0, False) else self._pace
+        off = (seconds - run.last) / pace - (self._seconds[num_drafts] - expected)
         if run.off is not None and run.scatter is not None:
-            # The run was compared with what was before it and now with this step. An interruption changes one.
+            # The first step of the run was compared with what was before it, and now its last one with what is behind.
+            # An interruption changes one of the two, but of a single step both.
             low, high = sorted((run.off, -off))
             weight = (SCATTER / max(SCATTER, run.scatter / (expected * self._pace))) ** 2
+            weight *= SINGLE if run.is_single else 1.0
             factor = 1 + (low if low > 0 else high if high < 0 else 0.0) / expected
             self._seconds[run.num_drafts] *= max(0.1, factor) ** (LEARNED * weight)
         return _Run(num_drafts, seconds, self._num_steps, run.scatter, off)

@@ -253,6 +253,21 @@ def test_what_drafts_cost_is_learnt_beside_prompts_too(best: int, share: float) 
     assert chosen[best] > 2700, chosen
 
 
+@pytest.mark.parametrize(("share", "every"), [(0.0, 30), (0.5, 131)])
+def test_an_hour_without_work_says_nothing(share: float, every: int) -> None:
+    """It is in the time of the step behind it. What a draft costs has changed, and is learnt all the same."""
+    policy, draw = DraftPolicy(3, adaptive=True), random.Random(0)
+    for step in range(8000):
+        num, num_tokens = policy.choose(4), 400 if draw.random() < share else 0
+        waited = 3600.0 if step % every == every - 1 else 0.0
+        cost = (1.0, 1.1, 1.3, 1.6) if step < 500 else (1.0, 1.4, 1.8, 2.2)
+        policy.took(4, num, cost[num] + num_tokens / 400 + waited, num_tokens)
+        for _ in range(4):
+            policy.observe(3, 1)  # so a step gives 1, 2, 2 and 2 tokens, and one draft is the best
+    costs = policy._class(4)._seconds
+    assert costs[1] / costs[0] == pytest.approx(1.4, rel=0.1)
+
+
 def test_nothing_is_tried_where_no_request_may_have_drafts() -> None:
     policy = DraftPolicy(3, adaptive=True)
     for step in range(1000):
