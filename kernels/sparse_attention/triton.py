@@ -37,6 +37,7 @@ PROGRAMS = 128  # keys are split while there are fewer: about one per SM, becaus
 # Triton 3.6 fails on loads that run ahead in a loop around tcgen05 products; 3.9 does not, between them is not tested.
 RUN_AHEAD_TCGEN05 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 FEW_BLOCKS = 3  # of keys, which one program reads in about the time of the launch that would add parts (predicted)
+COPIED = 16  # values of queries that are copied at once, so their rows are that many apart, or a multiple
 PARTS = 8  # partial results that `_combine` adds at a time
 
 
@@ -288,7 +289,7 @@ def sparse_attention(
         turned: of the Triton kernel, dims as the rows of the value product's tile; when None as the GPU wants it:
             tcgen05 has no room for an accumulator with 64 rows of heads, and fewer than 64 heads fill no wgmma tile.
         specialized: by the kernel whose warps have roles (hopper.py); when None wherever there is one, on Hopper for a
-            multiple of 64 heads of 512 dims.
+            multiple of 64 heads of 512 dims in rows whose stride is a multiple of 16.
 
     Returns `out`. All planes are KV_FP8. Raises ValueError for other head sizes than powers of two from 128 to 512.
     """
@@ -298,11 +299,14 @@ def sparse_attention(
             f"sparse_attention: q is {list(q.shape)}, {2 * rotations.shape[-1]} dims rotated; the Triton kernels take "
             f"neighbouring heads of 128, 256 or 512 dims, {KV_GROUP} rotated"
         )
-    has_roles = num_heads % HEADS == 0 and dim == 512
+    has_roles = num_heads % HEADS == 0 and dim == 512 and q.stride(0) % COPIED == 0
     if specialized is None:
         specialized = has_roles and capability.is_hopper(q.device)
     if specialized and not has_roles:
-        raise ValueError(f"sparse_attention: q is {list(q.shape)}; warps with roles take multiples of 64 heads of 512")
+        raise ValueError(
+            f"sparse_attention: q is {list(q.shape)}, its rows {q.stride(0)} values apart; warps with roles take "
+            f"multiples of 64 heads of 512 in rows that are a multiple of {COPIED} apart"
+        )
     if ratio and (entry_planes is None or page_table is None):
         raise ValueError(f"sparse_attention: ratio {ratio} needs entry_planes and page_table")
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype) if out is None else out

@@ -113,5 +113,20 @@ def test_hopper_takes_it_for_heads_that_fill_tiles(emulated, monkeypatch, shapes
 
 def test_heads_that_fill_no_tile_are_refused():
     inputs = Case("demo", DEMO, ((3, 1),)).make(0)
-    with pytest.raises(ValueError, match=r"q is \[1, 8, 128\]; warps with roles take multiples of 64 heads of 512"):
+    with pytest.raises(
+        ValueError, match=r"q is \[1, 8, 128\], its .* warps with roles take multiples of 64 heads of 512 in"
+    ):
         run(inputs)
+
+
+def test_rows_of_queries_that_cannot_be_copied_at_once_go_to_triton(emulated, monkeypatch):
+    monkeypatch.setattr(capability, "is_hopper", lambda device: True)
+    case = Case("flash", FLASH, ((3, 2),))
+    inputs = case.make(9)
+    wider = torch.zeros(2, inputs["q"][0].numel() + 8, dtype=torch.bfloat16)
+    q = wider[:, :-8].unflatten(1, inputs["q"].shape[1:])
+    q.copy_(inputs["q"])
+    assert relative_error(sparse_attention(**inputs | {"q": q}), case.reference(inputs)) <= BOUND
+    assert emulated["launches"] == 0
+    with pytest.raises(ValueError, match="its rows 32776 values apart"):
+        run(inputs | {"q": q})
