@@ -217,9 +217,11 @@ def _add_own(scores):
 
 
 @gluon.jit
-def _copy_queries(q, q_row, row, first_head, queries):
+def _copy_queries(q, q_row, tile, of_split, queries, NUM_HEADS: gl.constexpr):
     """Begin to copy those of a tile."""
     DIM: gl.constexpr = queries.shape[1]
+    head_blocks: gl.constexpr = NUM_HEADS // HEADS
+    row, first_head = tile % of_split // head_blocks, tile % head_blocks * HEADS
     of_head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, WIDE))[:, None] * DIM
     dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, WIDE))[None, :]
     copy_ahead(queries, q + row.to(gl.int64) * q_row + first_head * DIM + of_head + dim)
@@ -237,12 +239,11 @@ def _multiply(
     num_tiles, num_splits = tiles
     out, partial, partial_top, partial_total = results
     DIM: gl.constexpr = keys.shape[2]
-    head_blocks: gl.constexpr = NUM_HEADS // HEADS
     head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, SCORES))
     zeros = gl.zeros([HEADS, KEYS], gl.float32, layout=SCORES)
     of_split = num_tiles // num_splits
     number = gl.program_id(0)
-    _copy_queries(q, q_row, number % of_split // head_blocks, number % head_blocks * HEADS, queries)
+    _copy_queries(q, q_row, number, of_split, queries, NUM_HEADS)
     turn = 0
     for tile in tl.range(number, num_tiles, gl.num_programs(0), disable_licm=True):
         row, _, first_head, split, first, last = _tile(
@@ -297,7 +298,7 @@ def _multiply(
             mbarrier.arrive(empty.index((turn - 1) % BUFFERS), count=1)
         following = tile + gl.num_programs(0)
         if following < num_tiles:
-            _copy_queries(q, q_row, following % of_split // head_blocks, following % head_blocks * HEADS, queries)
+            _copy_queries(q, q_row, following, of_split, queries, NUM_HEADS)
 
 
 @gluon.jit
